@@ -1,0 +1,144 @@
+"""Speech -> one prompt of 50 audio tokens for every video frame.
+
+PCM (S,) at 16 kHz -> log-mel (80, 3000) per 30 s -> Whisper hidden states (T, 5, 384) at 50 Hz -> prompts (N, 50, 384).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from fractions import Fraction
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from musetalk.errors import BadAudio
+from musetalk.nets.unet import audio_positions
+from musetalk.nets.whisper import WhisperEncoder
+
+SAMPLE_RATE = 16_000
+N_FFT = 400  # 25 ms
+HOP = 160  # 10 ms per mel frame
+PIECE = 30 * SAMPLE_RATE  # Whisper hears 30 s at a time
+STEP_RATE = 50  # encoder steps per second
+
+
+@lru_cache(maxsize=4)
+def mel_filters(bins: int = 80) -> Tensor:
+    """Slaney-scale, Slaney-normalised mel filters (bins, 201) for 16 kHz and 400-point spectra, float32."""
+    def to_mel(hz: float) -> float:
+        return hz / (200 / 3) if hz < 1000 else 15 + math.log(hz / 1000) / (math.log(6.4) / 27)
+
+    mels = np.linspace(0, to_mel(SAMPLE_RATE / 2), bins + 2)
+    hz = np.where(mels < 15, mels * 200 / 3, 1000 * np.exp((math.log(6.4) / 27) * (mels - 15)))
+    spectrum = np.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1)
+    ramps = hz[:, None] - spectrum[None, :]
+    rise, fall = -ramps[:-2] / np.diff(hz)[:-1, None], ramps[2:] / np.diff(hz)[1:, None]
+    weights = np.maximum(0, np.minimum(rise, fall)) * (2 / (hz[2:] - hz[:-2]))[:, None]
+    return torch.from_numpy(weights.astype(np.float32))
+
+
+def log_mel(piece: Tensor, bins: int = 80) -> Tensor:
+    """One zero-padded piece (480000,) float32 -> log-mel (bins, 3000), floored 8 decades below the piece's maximum."""
+    window = torch.hann_window(N_FFT, device=piece.device)
+    spectrum = torch.stft(piece, N_FFT, HOP, window=window, center=True, pad_mode="reflect", return_complex=True)
+    power = spectrum[:, :-1].abs().square()
+    mel = (mel_filters(bins).to(piece.device) @ power).clamp(min=1e-10).log10()
+    return (torch.maximum(mel, mel.max() - 8.0) + 4.0) / 4.0
+
+
+def whisper_states(net: WhisperEncoder, pcm: Tensor) -> Tensor:
+    """PCM (S,) float32 at 16 kHz -> hidden states (1500 * pieces, layers + 1, width) float32 on the net's device."""
+    weight = net.conv1.weight
+    states = []
+    for piece in pcm.float().split(PIECE):
+        mel = log_mel(F.pad(piece.to(weight.device), (0, PIECE - len(piece))), net.cfg.num_mel_bins)
+        states.append(net(mel[None].to(weight.dtype))[0].float())
+    return torch.cat(states)
+
+
+def frame_count(samples: int, fps: Fraction) -> int:
+    """Video frames of `samples` of speech at 16 kHz: the speech's length to the nearest frame, at least one."""
+    return max(1, round(samples * fps / SAMPLE_RATE))
+
+
+def step_count(samples: int) -> int:
+    """Encoder steps that hold speech, in upstream's float order: 0.58 s are 28 steps, not 29."""
+    return math.floor(samples / SAMPLE_RATE * STEP_RATE)
+
+
+def window_start(frame: int, fps: Fraction, padding: int) -> int:
+    """First encoder step that frame `frame` hears; may be negative.
+
+    Upstream's rule at the rates it works for (25-49 fps): `padding` frames' worth of steps (2 each) before the
+    frame's own step. There the left padding is ceil(50 / fps) = 2 steps a frame; below 25 fps that ceiling would move
+    the window into the past and at 50 fps and above it runs out of audio, so this is 2 steps a frame at every rate.
+    """
+    return math.floor(frame * STEP_RATE / fps) - 2 * padding
+
+
+def windows(states: Tensor, frames: range, fps: Fraction, steps: int, left: int = 2, right: int = 2) -> Tensor:
+    """Hidden states (T, L, C) -> windows (len(frames), W * L, C), token = step * L + layer.
+
+    A window has 2 * (left + right + 1) steps: 10 with the default padding of two frames on both sides. Steps before
+    the speech or at `steps` and beyond are zeros, as upstream pads in feature space.
+    """
+    size = 2 * (left + right + 1)
+    starts = torch.tensor([window_start(i, fps, left) for i in frames])
+    index = starts[:, None] + torch.arange(size)
+    valid = (index >= 0) & (index < min(steps, states.shape[0]))
+    picked = states[index.clamp(0, states.shape[0] - 1).to(states.device)]
+    picked = picked * valid.to(states.device, states.dtype)[:, :, None, None]
+    return picked.flatten(1, 2)
+
+
+class Prompts:
+    """The speech of one job as audio tokens: `len()` video frames, `batch(range)` their prompts."""
+
+    def __init__(
+        self, net: WhisperEncoder, pcm: np.ndarray | Tensor, fps: Fraction, left: int = 2, right: int = 2
+    ) -> None:
+        """pcm (S,) float32 mono at 16 kHz in [-1, 1]; fps exact; raises BadAudio when empty or not finite."""
+        wave = torch.as_tensor(pcm, dtype=torch.float32).flatten()
+        if not len(wave):
+            raise BadAudio("the speech has no samples")
+        if not bool(torch.isfinite(wave).all()):
+            raise BadAudio("the speech holds NaN or infinite samples")
+        self.fps, self.left, self.right = fps, left, right
+        self.count = frame_count(len(wave), fps)
+        self.steps = max(1, step_count(len(wave)))
+        self.states = whisper_states(net, wave)
+        self.positions = audio_positions(2 * (left + right + 1) * self.states.shape[1], self.states.shape[2])
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batch(self, frames: range) -> Tensor:
+        """Prompts (len(frames), tokens, width) float32, position code added."""
+        tokens = windows(self.states, frames, self.fps, self.steps, self.left, self.right)
+        return tokens + self.positions.to(tokens.device)
+
+    def batches(self, size: int) -> Iterator[tuple[range, Tensor]]:
+        """All frames in order, `size` at a time."""
+        for start in range(0, self.count, size):
+            frames = range(start, min(start + size, self.count))
+            yield frames, self.batch(frames)
+
+
+def silent_frames(pcm: np.ndarray, fps: Fraction, count: int, floor_db: float = -45.0) -> list[bool]:
+    """True for video frames inside at least 0.2 s of silence: RMS over 40 ms below `floor_db` of the loudest."""
+    hop = SAMPLE_RATE // 50
+    blocks = np.pad(pcm.astype(np.float32), (0, -len(pcm) % hop)).reshape(-1, hop)
+    level = np.sqrt(np.convolve((blocks**2).mean(1), np.ones(2) / 2, mode="same"))
+    quiet = level <= max(float(level.max()) * 10 ** (floor_db / 20), 1e-5)
+    run, long_quiet = 0, np.zeros(len(quiet), bool)
+    for i, q in enumerate([*quiet, False]):
+        run = run + 1 if q else 0
+        if not q and i:
+            length = next((k for k in range(1, i + 1) if not quiet[i - k]), i + 1) - 1
+            long_quiet[i - length : i] = length >= 10
+    index = [min(int(i * 50 / fps), len(quiet) - 1) for i in range(count)]
+    return [bool(long_quiet[i]) for i in index]

@@ -1,0 +1,209 @@
+"""Frames -> one face box or None per frame -> square crops for the networks.
+
+S3FD says whether and where there is a face, RTMPose's 68 face landmarks give the box, as upstream does.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from musetalk.imaging import lanczos4, scale_shift
+from musetalk.nets.rtmpose import RtmPose
+from musetalk.nets.s3fd import STRIDES, S3fd
+
+FACE_SCORE = 0.5  # S3FD's threshold upstream
+NMS_IOU = 0.3
+FACE_POINTS = slice(23, 91)  # the 68 face landmarks among the 133 key points, in dlib's order
+NOSE_BRIDGE = 29  # landmark at half the height of the face box
+CAFFE_MEAN = (104.0, 117.0, 123.0)  # B, G, R means, which upstream subtracts from R, G, B in this order
+POSE_MEAN, POSE_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+FLIP_INDICES: list[int] = json.loads((Path(__file__).parent / "nets" / "flip_indices_133.json").read_text())
+
+
+@dataclass(frozen=True)
+class Box:
+    """Face rectangle in pixels: columns x1..x2, rows y1..y2, right and bottom exclusive."""
+
+    x1: int
+    y1: int
+    x2: int
+    y2: int
+
+    @property
+    def width(self) -> int:
+        return self.x2 - self.x1
+
+    @property
+    def height(self) -> int:
+        return self.y2 - self.y1
+
+    def clipped(self, width: int, height: int) -> Box:
+        """The part inside a picture of that size."""
+        return Box(max(self.x1, 0), max(self.y1, 0), min(self.x2, width), min(self.y2, height))
+
+    def lowered(self, margin: int, height: int) -> Box:
+        """The box with `margin` pixels more chin, not below the picture."""
+        return Box(self.x1, self.y1, self.x2, min(self.y2 + margin, height))
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One S3FD face: corners in pixels (float, before truncation) and its score."""
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+    score: float
+
+    def box(self) -> Box:
+        """Upstream's integers: corners clipped at 0 (not at the far border), truncated."""
+        return Box(*(int(max(v, 0.0)) for v in (self.x1, self.y1, self.x2, self.y2)))
+
+
+# -- S3FD ------------------------------------------------------------------------------------------------------------
+
+
+def s3fd_input(frames: Tensor) -> Tensor:
+    """RGB frames (N, H, W, 3) uint8 -> mean-subtracted float32 (N, 3, H, W)."""
+    return (frames.float() - frames.new_tensor(CAFFE_MEAN, dtype=torch.float32)).permute(0, 3, 1, 2)
+
+
+def decode_s3fd(levels: list[tuple[Tensor, Tensor]], item: int = 0) -> list[Detection]:
+    """Raw maps of one picture -> faces over the threshold, best first, after non-maximum suppression."""
+    boxes, scores = [], []
+    for stride, (conf, loc) in zip(STRIDES, levels, strict=True):
+        score = conf[item].float().softmax(dim=0)[1]
+        rows, columns = torch.nonzero(score > 0.05, as_tuple=True)
+        offsets = loc[item][:, rows, columns].float()
+        centre = torch.stack([columns, rows]) * stride + stride / 2
+        size = 4 * stride * torch.exp(0.2 * offsets[2:])
+        corner = centre + 0.1 * 4 * stride * offsets[:2] - size / 2
+        boxes.append(torch.cat([corner, corner + size]).T)
+        scores.append(score[rows, columns])
+    all_boxes, all_scores = torch.cat(boxes), torch.cat(scores)
+    order = all_scores.argsort(descending=True, stable=True)
+    order = order[all_scores[order] > FACE_SCORE]
+    kept = suppress(all_boxes[order].cpu())
+    return [Detection(*all_boxes[order[i]].tolist(), score=float(all_scores[order[i]])) for i in kept]
+
+
+def suppress(boxes: Tensor) -> list[int]:
+    """Greedy non-maximum suppression of (K, 4) boxes sorted by score; areas count the border pixel (+1)."""
+    left = torch.ones(len(boxes), dtype=torch.bool)
+    area = (boxes[:, 2] - boxes[:, 0] + 1) * (boxes[:, 3] - boxes[:, 1] + 1)
+    kept = []
+    for i in range(len(boxes)):
+        if not left[i]:
+            continue
+        kept.append(i)
+        top_left = torch.maximum(boxes[i, :2], boxes[:, :2])
+        bottom_right = torch.minimum(boxes[i, 2:], boxes[:, 2:])
+        overlap = (bottom_right - top_left + 1).clamp(min=0).prod(dim=1)
+        left &= overlap / (area + area[i] - overlap) <= NMS_IOU
+    return kept
+
+
+def detect(net: S3fd, frame: Tensor) -> list[Detection]:
+    """Faces of one RGB frame (H, W, 3) uint8, best first."""
+    weight = net.fc6.weight
+    image = s3fd_input(frame.to(weight.device)[None]).to(weight.dtype)
+    return decode_s3fd(net(image.contiguous(memory_format=torch.channels_last)))
+
+
+# -- RTMPose ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PoseFrame:
+    """How a region of a picture maps to the pose network's input: the region's centre and its padded size, pixels."""
+
+    centre: tuple[float, float]
+    size: tuple[float, float]
+
+    @staticmethod
+    def whole(width: int, height: int, net_width: int = 288, net_height: int = 384) -> PoseFrame:
+        """The whole picture, 1.25 times enlarged, grown to the network's aspect (upstream passes no box)."""
+        sw, sh = 1.25 * width, 1.25 * height
+        aspect = net_width / net_height
+        sw, sh = (sw, sw / aspect) if sw > aspect * sh else (aspect * sh, sh)
+        return PoseFrame((width / 2, height / 2), (sw, sh))
+
+
+def pose_picture(frame: Tensor, where: PoseFrame, width: int = 288, height: int = 384) -> Tensor:
+    """RGB frame (H, W, 3) uint8 -> the pose network's picture (height, width, 3) uint8."""
+    scale = where.size[0] / width
+    left, top = where.centre[0] - scale * width / 2, where.centre[1] - scale * height / 2
+    return scale_shift(frame, scale, left, top, height, width)
+
+
+def pose_input(pictures: Tensor) -> Tensor:
+    """RGB (N, 384, 288, 3) uint8 -> normalised float32 (N, 3, 384, 288)."""
+    mean, std = (pictures.new_tensor(v, dtype=torch.float32) for v in (POSE_MEAN, POSE_STD))
+    return ((pictures.float() - mean) / std).permute(0, 3, 1, 2)
+
+
+def simcc_mean(plain: tuple[Tensor, Tensor], mirrored: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Average the logits of a picture with those of its mirror image, partners swapped and x reversed."""
+    x, y = (t[:, FLIP_INDICES] for t in mirrored)
+    return (plain[0] + x.flip(-1)) * 0.5, (plain[1] + y) * 0.5
+
+
+def decode_simcc(x: Tensor, y: Tensor, split: int = 2) -> tuple[Tensor, Tensor]:
+    """Logits (N, K, Bx), (N, K, By) -> key points (N, K, 2) in input pixels, scores (N, K); -1/split where flat."""
+    (best_x, at_x), (best_y, at_y) = x.float().max(dim=-1), y.float().max(dim=-1)
+    score = torch.minimum(best_x, best_y)
+    points = torch.stack([at_x, at_y], dim=-1).float()
+    points[score <= 0] = -1.0
+    return points / split, score
+
+
+def to_frame(points: Tensor, where: PoseFrame, width: int = 288, height: int = 384) -> Tensor:
+    """Key points in input pixels (..., 2) -> frame pixels (..., 2) float64."""
+    size, centre = points.new_tensor(where.size, dtype=torch.float64), where.centre
+    net = points.new_tensor((width, height), dtype=torch.float64)
+    return points.double() / net * size + points.new_tensor(centre, dtype=torch.float64) - 0.5 * size
+
+
+def landmarks(net: RtmPose, frames: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """RGB frames (H, W, 3) uint8 of one size -> landmarks (N, 68, 2) int, frame pixels, and mean scores (N,)."""
+    cfg, weight = net.cfg, net.head.cls_x.weight
+    height, width = frames[0].shape[:2]
+    where = PoseFrame.whole(width, height, cfg.input_width, cfg.input_height)
+    sizes = cfg.input_width, cfg.input_height
+    pictures = torch.stack([pose_picture(f.to(weight.device), where, *sizes) for f in frames])
+    image = pose_input(pictures).to(weight.dtype).contiguous(memory_format=torch.channels_last)
+    x, y = net(image)
+    if cfg.flip_test:
+        x, y = simcc_mean((x, y), net(image.flip(-1)))
+    points, scores = decode_simcc(x, y, cfg.split)
+    face = to_frame(points[:, FACE_POINTS], where, *sizes)
+    return face.trunc().long().cpu(), scores[:, FACE_POINTS].mean(dim=1).cpu()
+
+
+# -- boxes and crops -------------------------------------------------------------------------------------------------
+
+
+def face_box(points: Tensor, detection: Box, shift: int = 0) -> Box:
+    """Landmarks (68, 2) int and the detector's box -> the face box, without the chin margin.
+
+    The nose bridge (lowered by `shift`, MuseTalk 1.0 only) lies at half the box's height, the lowest landmark at its
+    bottom. A degenerate box, or one that starts left of the picture, falls back to the detector's.
+    """
+    points = points.clone()
+    points[NOSE_BRIDGE, 1] += shift
+    middle, bottom = int(points[NOSE_BRIDGE, 1]), int(points[:, 1].max())
+    top = max(0, middle - (bottom - middle))
+    box = Box(int(points[:, 0].min()), top, int(points[:, 0].max()), bottom)
+    return detection if box.height <= 0 or box.width <= 0 or box.x1 < 0 else box
+
+
+def crop(frame: Tensor, box: Box, size: int) -> Tensor:
+    """RGB frame (H, W, 3) uint8 -> the box's pixels as (size, size, 3) uint8, aspect not kept (Lanczos)."""
+    inside = box.clipped(frame.shape[1], frame.shape[0])
+    return lanczos4(frame[inside.y1 : inside.y2, inside.x1 : inside.x2], size, size)

@@ -1,0 +1,205 @@
+"""Resampling with the exact integer arithmetic of the libraries that MuseTalk was trained and published with.
+
+OpenCV 4 (`INTER_LANCZOS4`, `INTER_LINEAR`, `GaussianBlur`, `warpAffine` without rotation) and Pillow (`BILINEAR`,
+`BICUBIC`). Filters are separable integer matrices applied in float64, which holds every intermediate exactly, so the
+same code is bit-exact on CPU and GPU. Images are uint8 tensors (H, W, C) or (H, W).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Floats = NDArray[np.float64]
+
+
+def _positions(n_in: int, n_out: int) -> NDArray[np.float32]:
+    """Source position of each output sample, pixel centres aligned, in float32 as OpenCV computes it."""
+    return ((np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5).astype(np.float32)
+
+
+@lru_cache(maxsize=256)
+def _lanczos4_matrix(n_in: int, n_out: int) -> Tensor:
+    """(n_out, n_in) weights in 1/2048: taps -3..+4 around the floor, border replicated."""
+    position = _positions(n_in, n_out)
+    base = np.floor(position).astype(int)
+    frac = (position - base).astype(np.float32).astype(np.float64)
+    matrix = np.zeros((n_out, n_in))
+    for row, (start, x) in enumerate(zip(base, frac, strict=True)):
+        if x < np.finfo(np.float32).eps:
+            weights = np.eye(8)[3]
+        else:
+            d = x + 3 - np.arange(8)
+            weights = np.sin(np.pi * d) * np.sin(np.pi * d / 4) / d**2
+            weights = (weights / weights.sum()).astype(np.float32).astype(np.float64)
+        taps = np.clip(start - 3 + np.arange(8), 0, n_in - 1)
+        np.add.at(matrix[row], taps, np.rint(weights * 2048))
+    return torch.from_numpy(matrix)
+
+
+@lru_cache(maxsize=256)
+def _pillow_matrix(n_in: int, n_out: int, support: float, bicubic: bool) -> Tensor:
+    """(n_out, n_in) weights in 2^-22 of Pillow's antialiasing resampler."""
+    scale = n_in / n_out
+    stretch = max(scale, 1.0)
+    kernel: Callable[[Floats], Floats] = _cubic if bicubic else (lambda x: np.clip(1 - np.abs(x), 0, None))
+    matrix = np.zeros((n_out, n_in))
+    for row in range(n_out):
+        centre = (row + 0.5) * scale
+        low = max(int(centre - support * stretch + 0.5), 0)
+        high = min(int(centre + support * stretch + 0.5), n_in)
+        weights = kernel((np.arange(low, high) - centre + 0.5) / stretch)
+        weights /= weights.sum()
+        matrix[row, low:high] = np.trunc(weights * (1 << 22) + np.copysign(0.5, weights))
+    return torch.from_numpy(matrix)
+
+
+def _cubic(x: Floats) -> Floats:
+    """Keys' kernel with a = -0.5."""
+    x = np.abs(x)
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+@lru_cache(maxsize=64)
+def _blur_matrix(n: int, kernel: int) -> Tensor:
+    """(n, n) Gaussian weights in 1/256 with reflect-101 borders, for an odd kernel of `kernel` taps."""
+    weights, radius = gaussian_weights(kernel), kernel // 2
+    matrix = np.zeros((n, n))
+    period = max(2 * (n - 1), 1)
+    for row in range(n):
+        taps = np.abs(np.arange(row - radius, row + radius + 1)) % period
+        np.add.at(matrix[row], np.where(taps >= n, period - taps, taps), weights)
+    return torch.from_numpy(matrix)
+
+
+def gaussian_weights(kernel: int) -> NDArray[np.int64]:
+    """OpenCV's 8-bit Gaussian of `kernel` taps in 1/256; small kernels are fixed tables, errors are diffused."""
+    small = {1: [256], 3: [64, 128, 64], 5: [16, 64, 96, 64, 16], 7: [8, 28, 56, 72, 56, 28, 8],
+             9: [4, 13, 30, 51, 60, 51, 30, 13, 4]}
+    if kernel in small:
+        return np.array(small[kernel], np.int64)
+    sigma = 0.3 * ((kernel - 1) * 0.5 - 1) + 0.8
+    x = np.arange(kernel) - (kernel - 1) / 2
+    exact = np.exp(-(x**2) / (2 * sigma**2))
+    exact /= exact.sum()
+    out, error = np.zeros(kernel, np.int64), 0.0
+    for i in range(kernel // 2):
+        value = 256 * exact[i] + error
+        out[i] = out[-1 - i] = round(value)
+        error = value - out[i]
+    out[kernel // 2] = 256 - out.sum()
+    return out
+
+
+def _rows(matrix: Tensor, image: Tensor) -> Tensor:
+    """Apply (n_out, n_in) to the rows of (n_in, W, C), in float64."""
+    return torch.tensordot(matrix, image, dims=([1], [0]))
+
+
+def _columns(matrix: Tensor, image: Tensor) -> Tensor:
+    """Apply (n_out, n_in) to the columns of (H, n_in, C), in float64."""
+    return _rows(matrix, image.transpose(0, 1)).transpose(0, 1)
+
+
+def _as_3d(image: Tensor) -> Tensor:
+    return (image if image.ndim == 3 else image[:, :, None]).double()
+
+
+def _finish(values: Tensor, like: Tensor) -> Tensor:
+    out = values.clamp(0, 255).to(torch.uint8)
+    return out if like.ndim == 3 else out[:, :, 0]
+
+
+def lanczos4(image: Tensor, height: int, width: int) -> Tensor:
+    """cv2.resize(..., INTER_LANCZOS4) without antialiasing: (H, W, C) uint8 -> (height, width, C) uint8."""
+    ry = _lanczos4_matrix(image.shape[0], height).to(image.device)
+    rx = _lanczos4_matrix(image.shape[1], width).to(image.device)
+    total = _rows(ry, _columns(rx, _as_3d(image)))
+    return _finish(torch.floor((total + 2**21) / 2**22), image)
+
+
+def pillow_resize(image: Tensor, height: int, width: int, bicubic: bool = False) -> Tensor:
+    """Image.resize(BILINEAR or BICUBIC): (H, W[, C]) uint8 -> (height, width[, C]) uint8; rounds between passes."""
+    support = 2.0 if bicubic else 1.0
+    rx = _pillow_matrix(image.shape[1], width, support, bicubic).to(image.device)
+    ry = _pillow_matrix(image.shape[0], height, support, bicubic).to(image.device)
+    half = torch.floor((_columns(rx, _as_3d(image)) + 2**21) / 2**22).clamp(0, 255)
+    return _finish(torch.floor((_rows(ry, half) + 2**21) / 2**22), image)
+
+
+def gaussian_blur(mask: Tensor, kernel: int) -> Tensor:
+    """cv2.GaussianBlur(mask, (kernel, kernel), 0) on (H, W) uint8."""
+    ry, rx = (_blur_matrix(n, kernel).to(mask.device) for n in mask.shape)
+    return _finish(torch.floor((_rows(ry, _columns(rx, _as_3d(mask))) + 32768) / 65536), mask)
+
+
+@lru_cache(maxsize=512)
+def _linear_taps(n_in: int, n_out: int, clamp_fraction: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Indices and weights (1/2048) of the two taps; along x the fraction is zeroed at the border, along y kept."""
+    position = _positions(n_in, n_out)
+    low = np.floor(position).astype(np.int64)
+    frac = (position - low).astype(np.float32)
+    if clamp_fraction:
+        frac[(low < 0) | (low >= n_in - 1)] = 0
+    first = np.rint((np.float32(1) - frac) * np.float32(2048)).astype(np.int32)
+    second = np.rint(frac * np.float32(2048)).astype(np.int32)
+    taps = [np.clip(low, 0, n_in - 1), np.clip(low + 1, 0, n_in - 1), first, second]
+    a, b, c, d = (torch.from_numpy(x) for x in taps)
+    return a, b, c, d
+
+
+def linear(image: Tensor, height: int, width: int) -> Tensor:
+    """cv2.resize(..., INTER_LINEAR): (H, W, C) uint8 -> (height, width, C) uint8."""
+    h, w, _ = image.shape
+    if (h, w) == (2 * height, 2 * width):  # OpenCV takes the area path here
+        quads = image.int().view(height, 2, width, 2, -1).sum(dim=(1, 3))
+        return ((quads + 2) >> 2).to(torch.uint8)
+    x0, x1, a0, a1 = (t.to(image.device) for t in _linear_taps(w, width, True))
+    y0, y1, b0, b1 = (t.to(image.device) for t in _linear_taps(h, height, False))
+    pixels = image.int()
+    across = (pixels[:, x0] * a0[:, None] + pixels[:, x1] * a1[:, None]) >> 4
+    top, bottom = across[y0] * b0[:, None, None] >> 16, across[y1] * b1[:, None, None] >> 16
+    return ((top + bottom + 2) >> 2).clamp(0, 255).to(torch.uint8)
+
+
+@lru_cache(maxsize=64)
+def _affine_taps(scale: float, offset: float, n_in: int, n_out: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Taps and weights (1/32) of output i at source `scale * i + offset`; weights outside the image are zero."""
+    fixed = (round(offset * 1024) + 16 + np.rint(scale * np.arange(n_out) * 1024).astype(np.int64)) >> 5
+    low, frac = fixed >> 5, (fixed & 31).astype(np.float32)
+    taps = []
+    for index, weight in ((low, 32 - frac), (low + 1, frac)):
+        inside = (index >= 0) & (index < n_in)
+        taps += [torch.from_numpy(np.clip(index, 0, n_in - 1)), torch.from_numpy(np.where(inside, weight, 0))]
+    return taps[0], taps[2], taps[1].float(), taps[3].float()
+
+
+def scale_shift(image: Tensor, scale: float, left: float, top: float, height: int, width: int) -> Tensor:
+    """cv2.warpAffine (4.x, bilinear, black border) for a uniform scale and a shift.
+
+    image (H, W, C) uint8 -> (height, width, C) uint8; output (x, y) samples source (left + scale x, top + scale y).
+    """
+    y0, y1, b0, b1 = (t.to(image.device) for t in _affine_taps(scale, top, image.shape[0], height))
+    x0, x1, a0, a1 = (t.to(image.device) for t in _affine_taps(scale, left, image.shape[1], width))
+    down = image[y0].float() * b0[:, None, None] + image[y1].float() * b1[:, None, None]
+    out = down[:, x0] * a0[:, None] + down[:, x1] * a1[:, None]
+    return _finish(torch.floor(out / 1024 + 0.5), image)
+
+
+def blend_u8(under: Tensor, over: Tensor, mask: Tensor) -> Tensor:
+    """Pillow's paste: `over` on `under` through `mask` (0..255), all uint8, rounded as (x + x/255) / 255."""
+    m = mask.int()
+    t = under.int() * (255 - m) + over.int() * m + 128
+    return (((t >> 8) + t) >> 8).to(torch.uint8)
+
+
+def even(value: float) -> int:
+    """The nearest even integer, at least 2."""
+    return max(2, 2 * math.floor(value / 2 + 0.5))

@@ -1,0 +1,169 @@
+"""Each network at its published size against the upstream implementation's outputs on the same seeded weights.
+
+Each check prints the largest difference beside the reference's own noise floor (float32 against float64, another
+batch size, another memory format).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from musetalk.nets.bisenet import BiSeNet
+from musetalk.nets.layers import fold_batch_norm
+from musetalk.nets.rtmpose import RtmPose
+from musetalk.nets.s3fd import S3fd
+from musetalk.nets.unet import UNet, audio_positions
+from musetalk.nets.vae import Vae
+from musetalk.nets.whisper import WhisperEncoder
+from tests import seeded
+
+GOLDENS = Path(__file__).parent / "goldens"
+IMAGENET = (torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225]))
+
+
+def golden(name: str) -> dict[str, Any]:
+    with np.load(GOLDENS / f"{name}.npz") as file:
+        return {key: file[key] for key in file.files}
+
+
+def build(net_class: type[nn.Module], table: str, prefix: str = "") -> nn.Module:
+    state = seeded.state_dict(table)
+    assert seeded.digest(state) == seeded.DIGESTS[table]
+    with torch.device("meta"):
+        net = net_class()
+    net.load_state_dict({k.removeprefix(prefix): v for k, v in state.items()}, assign=True, strict=True)
+    return net.eval().requires_grad_(False)
+
+
+def close(name: str, got: Tensor, want: Any, atol: float, floor: float) -> None:
+    difference = float((got - torch.from_numpy(np.asarray(want))).abs().max())
+    print(f"{name}: max difference {difference:.2e}, reference floor {floor:.1e}, limit {atol:.0e}")
+    assert difference <= atol, name
+
+
+@pytest.mark.full
+def test_unet() -> None:
+    g = golden("unet")
+    net = build(UNet, "unet")
+    latents, audio = torch.from_numpy(g["latents"]), torch.from_numpy(g["audio"])
+    seen: dict[str, Tensor] = {}
+    net.mid_block.register_forward_hook(lambda _m, _i, out: seen.__setitem__("mid_block", out))
+    with torch.inference_mode():
+        close("unet", net(latents, audio), g["out"], 5e-5, 1.5e-5)
+        close("unet mid_block", seen["mid_block"], g["mid_block"], 3e-4, 6e-5)
+        net.fold_time()
+        assert net.time() is None
+        close("unet, time folded", net(latents, audio), g["out"], 5e-5, 1.5e-5)
+        swapped = net(latents, audio.flip(0))
+        assert float((swapped - torch.from_numpy(g["out"])).std()) > 0.5  # the audio matters
+
+
+def test_unet_time_embedding_of_zero() -> None:
+    from musetalk.nets.unet import TimeEmbedding
+
+    g = golden("unet")
+    embedding = TimeEmbedding(320)
+    prefix = "time_embedding."
+    state = {k.removeprefix(prefix): torch.from_numpy(np.asarray(seeded.tensor(k, s)))
+             for k, s in seeded.table("unet").items() if k.startswith(prefix)}
+    embedding.load_state_dict(state, strict=True)
+    signal = torch.cat([torch.ones(1, 160), torch.zeros(1, 160)], dim=1)
+    with torch.inference_mode():
+        close("time embedding", embedding(signal), g["time_embedding"], 5e-5, 1e-6)
+
+
+def test_vae() -> None:
+    g = golden("vae")
+    net = build(Vae, "vae_published")
+    image = torch.from_numpy(g["image_rgb"]).permute(2, 0, 1)[None].float().div(255).sub(0.5).div(0.5)
+    with torch.inference_mode():
+        mean, logvar = net.moments(image)
+        close("vae mean", mean, g["mean"], 5e-5, 6.2e-6)
+        close("vae logvar", logvar, g["logvar"], 5e-5, 5.3e-6)
+        decoded = net.decode(torch.from_numpy(g["latent"]) * net.cfg.scaling_factor)[0]
+    close("vae decode", decoded, g["decoded"], 1e-4, 2.0e-5)
+    levels = [((x / 2 + 0.5).clamp(0, 1) * 255).round() for x in (decoded, torch.from_numpy(g["decoded"]))]
+    assert float((levels[0] != levels[1]).float().mean()) <= 1e-3
+
+
+def test_whisper() -> None:
+    g = golden("whisper")
+    net = build(WhisperEncoder, "whisper_encoder", "model.encoder.")
+    from musetalk.audio import log_mel, whisper_states
+
+    short = torch.from_numpy(g["short_wav_int16"].astype(np.float32) / 32768)
+    mel = log_mel(torch.nn.functional.pad(short, (0, 480000 - len(short))))
+    close("mel", mel[:, :400], g["short_mel"], 5e-5, 1.3e-5)
+    assert float(mel[:, 400:].min()) == pytest.approx(float(g["short_mel_floor"]), abs=5e-5)
+    with torch.inference_mode():
+        states = whisper_states(net, short)
+        close("whisper", states[:170], g["short_hidden"], 1e-4, 1.0e-5)
+        close("whisper tail", states[1490:1500], g["short_hidden_tail"], 1e-4, 1.0e-5)
+        states = whisper_states(net, torch.from_numpy(g["long_wav_int16"].astype(np.float32) / 32768))
+    close("whisper long, head", states[:4], g["long_hidden_head"], 1e-4, 1.0e-5)
+    close("whisper long, border of pieces", states[1480:1560], g["long_hidden_1480_1560"], 1e-4, 1.0e-5)
+
+
+def test_bisenet() -> None:
+    g = golden("bisenet")
+    net = build(BiSeNet, "bisenet")
+    image = torch.from_numpy(g["image_rgb"]).permute(2, 0, 1).float() / 255
+    image = ((image - IMAGENET[0][:, None, None]) / IMAGENET[1][:, None, None])[None]
+    for fold in (False, True):
+        if fold:
+            fold_batch_norm(net)
+        with torch.inference_mode():
+            logits = net(image)
+            close("bisenet", logits, g["logits_64"], 1e-4, 1.8e-5)
+            full = torch.nn.functional.interpolate(logits, size=512, mode="bilinear", align_corners=True)
+        assert int((full.argmax(1)[0] != torch.from_numpy(g["labels"])).sum()) <= 20
+
+
+@pytest.mark.parametrize("prefix", ["", "odd_"])
+def test_s3fd(prefix: str) -> None:
+    g = golden("s3fd")
+    net = build(S3fd, "s3fd")
+    if prefix:
+        from musetalk.faces import s3fd_input
+
+        image = s3fd_input(torch.from_numpy(g["odd_image_bgr"].copy()).flip(-1)[None])
+    else:
+        image = torch.from_numpy(g["net_in"])
+    with torch.inference_mode():
+        levels = net(image)
+    for i, (conf, loc) in enumerate(levels, start=1):
+        close(f"s3fd {prefix}cls{i}", conf, g[f"{prefix}cls{i}"], 1e-4, 1.1e-5)
+        close(f"s3fd {prefix}reg{i}", loc, g[f"{prefix}reg{i}"], 1e-4, 1.1e-5)
+
+
+def test_rtmpose() -> None:
+    g = golden("rtmpose_net")
+    net = build(RtmPose, "dwpose")
+    from musetalk.faces import decode_simcc, pose_input, simcc_mean
+
+    image = pose_input(torch.from_numpy(g["image_rgb"])[None])
+    for fold in (False, True):
+        if fold:
+            fold_batch_norm(net)
+        with torch.inference_mode():
+            x, y = net(image)
+            close("rtmpose x", x, g["simcc_x"], 1e-3, 1.4e-4)
+            close("rtmpose y", y, g["simcc_y"], 1e-3, 1.4e-4)
+            mx, my = net(image.flip(-1))
+            close("rtmpose mirrored x", mx, g["simcc_x_mirrored"], 1e-3, 1.4e-4)
+            ax, ay = simcc_mean((x, y), (mx, my))
+            close("rtmpose averaged x", ax[:, :32], g["simcc_x_avg_first32"], 1e-3, 1.4e-4)
+            points, scores = decode_simcc(ax, ay)
+        np.testing.assert_array_equal(points[0].numpy(), g["keypoints_input_px"].reshape(133, 2))
+        np.testing.assert_allclose(scores[0].numpy(), g["scores"].reshape(133), atol=1e-3)
+
+
+def test_audio_positions() -> None:
+    g = golden("positional_encoding")
+    close("position code", audio_positions(50, 384), g["table"], 4e-6, 3.1e-6)

@@ -1,0 +1,1 @@
+"""How the shipped demo weights and samples were made; nothing here is needed at run time."""
