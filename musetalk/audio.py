@@ -76,8 +76,11 @@ def window_start(frame: int, fps: Fraction, padding: int) -> int:
     Upstream's rule at the rates it works for (25-49 fps): `padding` frames' worth of steps (2 each) before the
     frame's own step. There the left padding is ceil(50 / fps) = 2 steps a frame; below 25 fps that ceiling would move
     the window into the past and at 50 fps and above it runs out of audio, so this is 2 steps a frame at every rate.
+    At 50 fps and above, where upstream has no behaviour to keep, the frame's step is the nearest one: rounding down
+    would make the mouth half a frame late.
     """
-    return math.floor(frame * STEP_RATE / fps) - 2 * padding
+    position = frame * (STEP_RATE / float(fps))  # in upstream's float order
+    return math.floor(position + 0.5 if fps >= STEP_RATE else position) - 2 * padding
 
 
 def windows(states: Tensor, frames: range, fps: Fraction, steps: int, left: int = 2, right: int = 2) -> Tensor:

@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -129,10 +130,9 @@ class PoseFrame:
     @staticmethod
     def whole(width: int, height: int, net_width: int = 288, net_height: int = 384) -> PoseFrame:
         """The whole picture, 1.25 times enlarged, grown to the network's aspect (upstream passes no box)."""
-        sw, sh = 1.25 * width, 1.25 * height
-        aspect = net_width / net_height
-        sw, sh = (sw, sw / aspect) if sw > aspect * sh else (aspect * sh, sh)
-        return PoseFrame((width / 2, height / 2), (sw, sh))
+        sw, sh, aspect = np.float32(1.25 * width), np.float32(1.25 * height), np.float32(net_width / net_height)
+        sw, sh = (sw, sw / aspect) if sw > aspect * sh else (aspect * sh, sh)  # single precision, as mmpose keeps it
+        return PoseFrame((width / 2, height / 2), (float(sw), float(sh)))
 
 
 def pose_picture(frame: Tensor, where: PoseFrame, width: int = 288, height: int = 384) -> Tensor:

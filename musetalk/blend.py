@@ -1,0 +1,200 @@
+"""A generated face back into its frame, through a soft mask that follows the parsed face.
+
+Everything that depends on the source frame alone (crop square, mask) is separate from the paste, so it can be computed
+once. Source: upstream's get_image and get_image_prepare_material.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from musetalk.faces import Box
+from musetalk.imaging import blend_u8, gaussian_blur, linear, pillow_resize
+from musetalk.nets.bisenet import BiSeNet
+
+ParsingMode = Literal["jaw", "raw", "neck"]
+SIZE = 512  # side of the parser's picture and of the label map
+SKIN, NOSE, MOUTH, NECK = 1, 10, (11, 12, 13), 14
+EXPAND = 1.5  # the square's side over the longer side of the face box
+UPPER = 0.5  # share of the square, from its top, that always stays the source's
+
+
+def blend_square(box: Box) -> Box:
+    """The square around the face box that is parsed and blended; it may leave the frame."""
+    xc, yc = (box.x1 + box.x2) // 2, (box.y1 + box.y2) // 2
+    s = int((max(box.width, box.height) // 2) * EXPAND)
+    return Box(xc - s, yc - s, xc + s, yc + s)
+
+
+def cut(frame: Tensor, square: Box) -> Tensor:
+    """The square's pixels (side, side, C) of a frame (H, W, C); black outside the frame."""
+    inside = square.clipped(frame.shape[1], frame.shape[0])
+    out = frame.new_zeros(square.height, square.width, frame.shape[2])
+    out[inside.y1 - square.y1 : inside.y2 - square.y1, inside.x1 - square.x1 : inside.x2 - square.x1] = frame[
+        inside.y1 : inside.y2, inside.x1 : inside.x2
+    ]
+    return out
+
+
+# -- parsing ---------------------------------------------------------------------------------------------------------
+
+
+def parse_input(squares: Tensor) -> Tensor:
+    """RGB (N, 512, 512, 3) uint8 -> ImageNet-normalised float32 (N, 3, 512, 512)."""
+    mean, std = (squares.new_tensor(v, dtype=torch.float32) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    return ((squares.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+
+
+def parse(net: BiSeNet, squares: list[Tensor]) -> Tensor:
+    """RGB squares (side, side, 3) uint8 of any size -> labels (N, 512, 512) uint8."""
+    weight = net.conv_out.conv_out.weight
+    images = torch.stack([pillow_resize(s.to(weight.device), SIZE, SIZE) for s in squares])
+    logits = net(parse_input(images).to(weight.dtype).contiguous(memory_format=torch.channels_last))
+    full = F.interpolate(logits.float(), size=SIZE, mode="bilinear", align_corners=True)
+    return full.argmax(dim=1).to(torch.uint8)
+
+
+@lru_cache(maxsize=1)
+def jaw_kernel() -> Tensor:
+    """33 x 33 cone, bool: widens from row 10 to 20 to a band of 21 columns. It grows skin up to 16 px upwards."""
+    kernel = torch.zeros(33, 33, dtype=torch.bool)
+    for row in range(10, 33):
+        half = min(row - 10, 10)
+        kernel[row, 16 - half : 16 + half + 1] = True
+    return kernel
+
+
+def _dilate_jaw(skin: Tensor) -> Tensor:
+    """Maximum over the cone anchored at its centre: (N, 512, 512) bool -> same.
+
+    Rows of the cone are runs, so each row is a box maximum of its own width; the 13 full rows share one.
+    """
+    image = skin.float()[:, None]
+    out = torch.zeros_like(image)
+    for half in range(11):
+        wide = F.max_pool2d(image, (1, 2 * half + 1), 1, (0, half))
+        rows = [10 + half] if half < 10 else list(range(20, 33))
+        for row in rows:
+            out = torch.maximum(out, _shift_rows(wide, row - 16))
+    return out[:, 0] > 0
+
+
+def _shift_rows(image: Tensor, by: int) -> Tensor:
+    """out(y) = image(y + by), zero outside."""
+    if by >= 0:
+        return F.pad(image[:, :, by:], (0, 0, 0, by))
+    return F.pad(image[:, :, :by], (0, 0, -by, 0))
+
+
+def _erode_cheeks(skin: Tensor) -> Tensor:
+    """Two minima over a cross: 35 columns wide, 3 rows high; outside counts as skin. (N, 512, 512) bool."""
+    hole = (~skin).float()[:, None]
+    for _ in range(2):
+        hole = torch.maximum(F.max_pool2d(hole, (1, 35), 1, (0, 17)), F.max_pool2d(hole, (3, 1), 1, (1, 0)))
+    return hole[:, 0] == 0
+
+
+def label_mask(labels: Tensor, mode: ParsingMode, left_cheek: int = 90, right_cheek: int = 90) -> Tensor:
+    """Labels (N, 512, 512) uint8 -> bool mask of what is replaced, same shape.
+
+    `raw` is skin and mouth, `neck` adds the neck, `jaw` lowers and widens the jaw but narrows the cheeks, in the
+    columns 0..256-left and 256+right..511.
+    """
+    mouth = (labels >= MOUTH[0]) & (labels <= MOUTH[-1])
+    skin = labels == SKIN
+    if mode != "jaw":
+        return skin | mouth | (labels == NECK) if mode == "neck" else skin | mouth
+    column = torch.arange(labels.shape[-1], device=labels.device)
+    cheeks = (column <= SIZE // 2 - left_cheek) | (column >= SIZE // 2 + right_cheek)
+    dilated = _dilate_jaw(skin)
+    region = torch.where(cheeks, _erode_cheeks(dilated), dilated)
+    return (region & (labels != NOSE)) | mouth
+
+
+# -- masks -----------------------------------------------------------------------------------------------------------
+
+
+def blur_kernel(side: int, share: float = 0.05) -> int:
+    """Taps of the mask's blur for a square of `side` pixels; upstream's realtime script uses share 0.1."""
+    return int(share * side // 2 * 2) + 1
+
+
+def soft_mask(mask512: Tensor, square: Box, box: Box, share: float = 0.05) -> Tensor:
+    """Bool mask (512, 512) -> soft mask (side, side) uint8: inside the face box, lower half only, blurred."""
+    side = square.width
+    mask = pillow_resize(mask512.to(torch.uint8) * 255, side, side, bicubic=True)
+    left, top = box.x1 - square.x1, box.y1 - square.y1
+    keep = torch.zeros_like(mask)
+    keep[max(top, 0) : top + box.height, max(left, 0) : left + box.width] = 1
+    keep[: int(side * UPPER)] = 0
+    return gaussian_blur(mask * keep, blur_kernel(side, share))
+
+
+# -- paste -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Region:
+    """The rectangle of a frame that blending may change, and the mask in it (H, W) uint8."""
+
+    box: Box
+    mask: Tensor
+
+
+def region_of(mask: Tensor, square: Box, width: int, height: int) -> Region | None:
+    """Trim a soft mask (side, side) to its non-zero part inside the frame, even-aligned for 4:2:0; None if empty."""
+    rows = torch.nonzero(mask.any(dim=1)).flatten()
+    columns = torch.nonzero(mask.any(dim=0)).flatten()
+    if not len(rows):
+        return None
+    tight = Box(square.x1 + int(columns[0]), square.y1 + int(rows[0]),
+                square.x1 + int(columns[-1]) + 1, square.y1 + int(rows[-1]) + 1).clipped(width, height)
+    if tight.width <= 0 or tight.height <= 0:
+        return None
+    box = Box(tight.x1 & ~1, tight.y1 & ~1, min((tight.x2 + 1) & ~1, width), min((tight.y2 + 1) & ~1, height))
+    out = mask.new_zeros(box.height, box.width)
+    inside = box.clipped(square.x2, square.y2)
+    x, y = max(inside.x1, square.x1), max(inside.y1, square.y1)
+    out[y - box.y1 : inside.y2 - box.y1, x - box.x1 : inside.x2 - box.x1] = mask[
+        y - square.y1 : inside.y2 - square.y1, x - square.x1 : inside.x2 - square.x1
+    ]
+    return Region(box, out)
+
+
+def face_in_region(face: Tensor, box: Box, under: Tensor, region: Box) -> Tensor:
+    """`under`, the frame's pixels of `region` (H, W, 3), with the face stretched over its box."""
+    face = linear(face, box.height, box.width)
+    out = under.clone()
+    x1, y1 = max(box.x1, region.x1), max(box.y1, region.y1)
+    x2, y2 = min(box.x2, region.x2), min(box.y2, region.y2)
+    if x1 < x2 and y1 < y2:
+        out[y1 - region.y1 : y2 - region.y1, x1 - region.x1 : x2 - region.x1] = face[
+            y1 - box.y1 : y2 - box.y1, x1 - box.x1 : x2 - box.x1
+        ]
+    return out
+
+
+def paste(frame: Tensor, face: Tensor, box: Box, region: Region) -> Tensor:
+    """RGB frame (H, W, 3) uint8 with the face (any size, 3) in its box (margin included), blended in `region`."""
+    b = region.box
+    under = frame[b.y1 : b.y2, b.x1 : b.x2]
+    out = frame.clone()
+    out[b.y1 : b.y2, b.x1 : b.x2] = blend_u8(under, face_in_region(face, box, under, b), region.mask[..., None])
+    return out
+
+
+def pack_mask(mask512: Tensor) -> Tensor:
+    """Bool (512, 512) -> (512, 64) uint8, eight pixels a byte, for the avatar cache."""
+    return torch.from_numpy(np.packbits(mask512.cpu().numpy(), axis=1))
+
+
+def unpack_mask(packed: Tensor) -> Tensor:
+    """Inverse of pack_mask."""
+    return torch.from_numpy(np.unpackbits(packed.cpu().numpy(), axis=1).astype(bool))

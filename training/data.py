@@ -1,0 +1,79 @@
+"""Training pictures: face crops exactly as the worker makes them, drawn by the presenter."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from musetalk.faces import Box, face_box
+from musetalk.imaging import lanczos4
+from training.presenter import Identity, Mouth, Pose, draw, idle
+
+CROP = 128
+MARGIN = 10  # pixels of chin added at crop time
+HELD_OUT = 10_000  # identities from this seed on are never trained on
+TRAIN_IDENTITIES = 600
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One face in a frame: who, where, and the box around it."""
+
+    who: Identity
+    pose: Pose
+    box: Box
+
+    def crop(self, mouth: Mouth, size: int = CROP) -> NDArray[np.uint8]:
+        """The box's pixels with the given mouth, (size, size, 3)."""
+        b = self.box
+        pose = replace(self.pose, x=self.pose.x - b.x1, y=self.pose.y - b.y1)
+        picture = draw(b.width, b.height, self.who, pose, mouth)
+        return lanczos4(torch.from_numpy(picture.image), size, size).numpy()
+
+
+def random_mouth(r: np.random.Generator) -> Mouth:
+    """Any mouth a speaker can make, closed ones a quarter of the time."""
+    if r.random() < 0.25:
+        return Mouth(width=float(r.uniform(-0.3, 0.2)))
+    opening = float(r.beta(1.2, 2.0))
+    return Mouth(opening, float(r.uniform(-0.9, 0.75)), float(r.random()), float(r.random()))
+
+
+def random_pose(r: np.random.Generator) -> Pose:
+    """A head somewhere in a 720p frame, at the sizes a presenter has."""
+    pose, _ = idle(float(r.uniform(0, 30)), int(r.integers(1 << 30)), 1280, 720)
+    scale = float(r.uniform(70, 150))
+    blink = float(r.choice([0.0, r.random(), 1.0], p=[0.8, 0.12, 0.08]))
+    return replace(pose, x=640 + float(r.uniform(-40, 40)), y=330 + float(r.uniform(-30, 30)), scale=scale, blink=blink)
+
+
+def scene(r: np.random.Generator, who: Identity, rest: Mouth, jitter: float = 0.012) -> Scene:
+    """A scene whose box follows the landmarks of the face at `rest`, with the errors of a landmark network."""
+    from training.presenter import Canvas, Head
+
+    pose = random_pose(r)
+    points = Canvas(2, 2, pose).to_pixels(Head(who, rest, pose).landmarks())
+    points = points + r.normal(0, jitter * pose.scale, points.shape)
+    box = face_box(torch.from_numpy(points).long(), Box(0, 0, 1280, 720)).lowered(MARGIN, 720)
+    return Scene(who, pose, box)
+
+
+def crops(seed: int, count: int) -> NDArray[np.uint8]:
+    """`count` single crops (count, CROP, CROP, 3) for the autoencoder."""
+    torch.set_num_threads(1)
+    r = np.random.default_rng([seed, 1])
+    out = np.empty((count, CROP, CROP, 3), np.uint8)
+    for i in range(count):
+        mouth = random_mouth(r)
+        out[i] = scene(r, Identity.random(int(r.integers(TRAIN_IDENTITIES))), mouth).crop(mouth)
+    return out
+
+
+def in_parallel(function, seeds: range, count: int) -> list[NDArray[np.uint8]]:  # type: ignore[no-untyped-def]
+    """Call function(seed, count) for every seed on both cores, in order."""
+    with ProcessPoolExecutor(2) as pool:
+        return list(pool.map(function, seeds, [count] * len(seeds)))

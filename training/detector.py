@@ -1,0 +1,125 @@
+"""Train the demo face detector: python -m training.detector [--steps N]."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from musetalk.faces import decode_s3fd, s3fd_input
+from musetalk.nets.s3fd import STRIDES, S3fd, S3fdConfig
+from training import common, data
+from training.pose import frame_pose
+from training.presenter import Identity, draw
+
+CONFIG = S3fdConfig(widths=(8, 16, 24, 32, 32), fc_width=48, extra=(24, 48, 24, 32))
+SIDE = 384  # pixels of a training picture
+POSITIVE_IOU = 0.4
+
+
+def clutter(r: np.random.Generator) -> NDArray[np.uint8]:
+    """A picture without a face: gradients, noise, discs and bars."""
+    y, x = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) / SIDE
+    image = r.uniform(0, 255, 3) + (r.uniform(-120, 120, 3) * x[..., None] + r.uniform(-120, 120, 3) * y[..., None])
+    for _ in range(int(r.integers(0, 12))):
+        cx, cy, rx, ry = r.random(), r.random(), r.uniform(0.02, 0.4), r.uniform(0.02, 0.4)
+        disc = np.hypot((x - cx) / rx, (y - cy) / ry) < 1
+        bar = (np.abs(x - cx) < rx) & (np.abs(y - cy) < ry)
+        image[disc if r.random() < 0.6 else bar] = r.uniform(0, 255, 3)
+    return np.clip(image + r.normal(0, r.uniform(0, 20), image.shape), 0, 255).astype(np.uint8)
+
+
+def pictures(seed: int, count: int) -> NDArray[np.float16]:
+    """`count` rows of picture (SIDE * SIDE * 3 levels) and face corners x1, y1, x2, y2 (x2 = 0: no face)."""
+    torch.set_num_threads(1)
+    r = np.random.default_rng([seed, 5])
+    out = np.zeros((count, SIDE * SIDE * 3 + 4), np.float16)
+    for i in range(count):
+        if r.random() < 0.3:
+            out[i, :-4] = clutter(r).ravel()
+            continue
+        pose = frame_pose(r, SIDE, SIDE)
+        scale = float(np.exp(r.uniform(np.log(22), np.log(150))))
+        pose = type(pose)(pose.x, pose.y, scale, *[getattr(pose, f) for f in ("roll", "yaw", "pitch", "blink", "gaze")])
+        drawn = draw(SIDE, SIDE, Identity.random(int(r.integers(data.TRAIN_IDENTITIES))), pose, data.random_mouth(r))
+        low, high = drawn.landmarks.min(0), drawn.landmarks.max(0)
+        top = max(low[1] - 0.35 * scale, 0.0)
+        out[i, :-4] = drawn.image.ravel()
+        out[i, -4:] = max(low[0], 0), top, min(high[0], SIDE), min(high[1], SIDE)
+    return out
+
+
+def priors(levels: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Anchor centres and sizes (A, 3) of all levels, in the order of the flattened maps."""
+    out = []
+    for stride, (conf, _) in zip(STRIDES, levels, strict=True):
+        rows, columns = torch.meshgrid(torch.arange(conf.shape[2]), torch.arange(conf.shape[3]), indexing="ij")
+        size = torch.full_like(rows, 4 * stride)
+        out.append(torch.stack([columns * stride + stride / 2, rows * stride + stride / 2, size], -1).view(-1, 3))
+    return torch.cat(out).float()
+
+
+def loss_of(levels: list[tuple[Tensor, Tensor]], faces: Tensor) -> Tensor:
+    """Cross-entropy with three hard negatives for every positive, and smooth L1 of the offsets."""
+    anchors = priors(levels)
+    conf = torch.cat([c.flatten(2) for c, _ in levels], dim=2).float()
+    loc = torch.cat([o.flatten(2) for _, o in levels], dim=2).float()
+    centre, size = anchors[:, :2], anchors[:, 2:]
+    low, high = centre - size / 2, centre + size / 2
+    total = conf.new_zeros(())
+    for i, face in enumerate(faces):
+        overlap = (torch.minimum(high, face[2:]) - torch.maximum(low, face[:2])).clamp(min=0).prod(1)
+        area = (face[2:] - face[:2]).prod()
+        iou = overlap / (size[:, 0] ** 2 + area - overlap)
+        positive = (iou > POSITIVE_IOU) | (iou == iou.max()) if face[2] > 0 else torch.zeros_like(iou, dtype=torch.bool)
+        ignore = ~positive & (iou > 0.25)
+        entropy = F.cross_entropy(conf[i].T, positive.long(), reduction="none")
+        negatives = entropy[~positive & ~ignore].topk(max(3 * int(positive.sum()), 24)).values
+        total = total + negatives.mean() + (entropy[positive].mean() if positive.any() else 0)
+        if positive.any():
+            c, s = centre[positive], size[positive]
+            want = torch.cat([((face[:2] + face[2:]) / 2 - c) / (0.1 * s), torch.log((face[2:] - face[:2]) / s) / 0.2], 1)
+            total = total + 0.5 * F.smooth_l1_loss(loc[i][:, positive].T, want)
+    return total / len(faces)
+
+
+def main() -> None:
+    """Draw the frames, train, write the checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--images", type=int, default=2400)
+    options = parser.parse_args()
+    device = common.setup(5)
+    rows = common.cached("faces", lambda: np.concatenate(
+        data.in_parallel(pictures, range(options.images // 200), 200)))
+    net = S3fd(CONFIG).to(device, memory_format=torch.channels_last).train()
+    for name, p in net.named_parameters():
+        if name.endswith("mbox_loc.weight"):
+            torch.nn.init.normal_(p, std=0.01)
+        elif name.endswith("weight") and p.ndim == 4:
+            torch.nn.init.kaiming_normal_(p)
+    with torch.no_grad():
+        net.conv1_1.weight.mul_(1 / 64)  # type: ignore[operator, union-attr]
+    schedule, r, began = common.Schedule(net, options.steps, 2e-3, decay=1e-4), np.random.default_rng(6), time.time()
+    for step in range(options.steps):
+        chosen = torch.from_numpy(np.asarray(rows[np.sort(r.integers(len(rows), size=8))], np.float32)).to(device)
+        image = chosen[:, :-4].view(-1, SIDE, SIDE, 3)
+        image = (image * torch.empty(8, 1, 1, 3).uniform_(0.8, 1.15) + torch.randn_like(image) * 3).clamp(0, 255)
+        levels = net(s3fd_input(image).contiguous(memory_format=torch.channels_last))
+        loss = loss_of(levels, chosen[:, -4:])
+        schedule.step(loss)
+        if step % 50 == 0 or step == options.steps - 1:
+            with torch.no_grad():
+                found = [len(decode_s3fd(levels, i)) for i in range(8)]
+            right = float(np.mean([f == int(t > 0) for f, t in zip(found, chosen[:, -2], strict=True)]))
+            common.log("detector", step, began, loss=float(loss.detach()), right_count=right)
+            common.save(net, "detector")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Train the demo landmark network: python -m training.pose [--steps N]."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from musetalk.faces import FACE_POINTS, PoseFrame, decode_simcc, pose_input, pose_picture
+from musetalk.nets.rtmpose import RtmPose, RtmPoseConfig
+from training import common, data
+from training.presenter import Identity, Pose, draw
+
+CONFIG = RtmPoseConfig(
+    widths=(16, 32, 64, 96, 128), blocks=(1, 2, 2, 1), hidden=64, gate=128, key=32, flip_test=False)
+SIZES = ((640, 360), (360, 640), (480, 480), (512, 384), (384, 512))
+SIGMA = 4.0  # bins, width of the SimCC targets
+
+
+def frame_pose(r: np.random.Generator, width: int, height: int) -> Pose:
+    """A head anywhere a presenter may be, from half to one and a half of the usual size."""
+    unit = min(height * 0.165, width * 0.2) * float(r.uniform(0.55, 1.45))
+    x, y = width * float(r.uniform(0.3, 0.7)), height * float(r.uniform(0.32, 0.6))
+    u = r.uniform
+    return Pose(x, y, unit, float(u(-0.12, 0.12)), float(u(-0.6, 0.6)), float(u(-0.5, 0.5)),
+                float(r.choice([0.0, r.random(), 1.0], p=[0.75, 0.15, 0.1])), (float(u(-0.6, 0.6)), float(u(-0.3, 0.3))))
+
+
+def pictures(seed: int, count: int) -> NDArray[np.float32]:
+    """`count` rows of picture (384 * 288 * 3 levels) and 68 * 2 input-pixel landmarks, packed as float16-safe floats."""
+    torch.set_num_threads(1)
+    r = np.random.default_rng([seed, 3])
+    out = np.empty((count, 384 * 288 * 3 + 136), np.float16)
+    for i in range(count):
+        width, height = SIZES[r.integers(len(SIZES))]
+        pose, who = frame_pose(r, width, height), Identity.random(int(r.integers(data.TRAIN_IDENTITIES)))
+        drawn = draw(width, height, who, pose, data.random_mouth(r))
+        where = PoseFrame.whole(width, height)
+        picture = pose_picture(torch.from_numpy(drawn.image), where).numpy()
+        size = np.array(where.size)
+        points = (drawn.landmarks - np.array(where.centre) + size / 2) / size * np.array([288, 384])
+        out[i] = np.concatenate([picture.ravel(), points.ravel()])
+    return out
+
+
+def simcc_loss(logits: Tensor, at: Tensor) -> Tensor:
+    """Cross-entropy against a Gaussian of SIGMA bins: logits (N, K, B), at (N, K) bins."""
+    bins = torch.arange(logits.shape[-1], device=logits.device)
+    target = torch.softmax(-((bins - at[..., None]) ** 2) / (2 * SIGMA**2), dim=-1)
+    return -(target * F.log_softmax(logits.float(), dim=-1)).sum(-1).mean()
+
+
+def vary(image: Tensor) -> Tensor:
+    """Random gain, offset and grain per picture: (N, 384, 288, 3) levels."""
+    n = len(image)
+    gain, offset = torch.empty(n, 1, 1, 3).uniform_(0.8, 1.2), torch.empty(n, 1, 1, 1).uniform_(-20, 20)
+    return (image * gain + offset + torch.randn_like(image) * 3).clamp(0, 255).round()
+
+
+def main() -> None:
+    """Draw the frames, train, write the checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--images", type=int, default=3000)
+    options = parser.parse_args()
+    device = common.setup(3)
+    rows = common.cached("poses", lambda: np.concatenate(
+        data.in_parallel(pictures, range(options.images // 250), 250)))
+    net = RtmPose(CONFIG).to(device, memory_format=torch.channels_last).train()
+    schedule, r, began = common.Schedule(net, options.steps, 2e-3), np.random.default_rng(4), time.time()
+    for step in range(options.steps):
+        batch = torch.from_numpy(np.sort(r.integers(len(rows), size=16)))
+        chosen = torch.from_numpy(np.asarray(rows[batch.numpy()], np.float32)).to(device)
+        image = pose_input(vary(chosen[:, :-136].view(-1, 384, 288, 3))).contiguous(memory_format=torch.channels_last)
+        points = chosen[:, -136:].view(-1, 68, 2)
+        x, y = net(image)
+        loss = (simcc_loss(x[:, FACE_POINTS], points[..., 0] * 2) + simcc_loss(y[:, FACE_POINTS], points[..., 1] * 2))
+        schedule.step(loss)
+        if step % 50 == 0 or step == options.steps - 1:
+            with torch.no_grad():
+                found, _ = decode_simcc(x[:, FACE_POINTS], y[:, FACE_POINTS])
+                error = (found - points).norm(dim=-1).mean()
+            common.log("pose", step, began, loss=float(loss.detach()), error_px=float(error))
+            common.save(net, "pose")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Train the demo autoencoder: python -m training.vae [--steps N]."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from musetalk.nets.vae import Vae, VaeConfig
+from training import common, data
+
+CONFIG = VaeConfig(
+    block_out_channels=(16, 32, 48), layers_per_block=1, norm_num_groups=8, sample_size=128, crop_size=128,
+    scaling_factor=0.5,
+)
+
+
+def mouth_weight(size: int) -> Tensor:
+    """Loss weight (1, 1, size, size): the mouth counts five times, the rest of the lower half twice."""
+    weight = torch.ones(1, 1, size, size)
+    weight[..., size // 2 :, :] = 2
+    weight[..., int(0.60 * size) : int(0.95 * size), int(0.2 * size) : int(0.8 * size)] = 5
+    return weight
+
+
+def loss_of(net: Vae, image: Tensor, weight: Tensor, noise: bool) -> Tensor:
+    """Weighted L1 of pixels and of their gradients, plus a faint pull of the latents towards unit variance."""
+    mean, logvar = net.moments(image)
+    latent = mean + 0.05 * torch.randn_like(mean) if noise else mean
+    out = net.decoder(net.post_quant_conv(latent)).float()
+    error = out - image
+    pixel = (error.abs() * weight).mean()
+    dx, dy = error.diff(dim=-1).abs(), error.diff(dim=-2).abs()
+    edge = (dx * weight[..., 1:]).mean() + (dy * weight[..., 1:, :]).mean()
+    return pixel + edge + 1e-4 * (mean.float().square().mean() + logvar.float().square().mean())
+
+
+def main() -> None:
+    """Draw the crops, train, write the checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=5200)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--images", type=int, default=12000)
+    options = parser.parse_args()
+    device = common.setup(1)
+    images = common.cached("crops", lambda: np.concatenate(
+        data.in_parallel(data.crops, range(options.images // 500), 500)))
+    net = Vae(CONFIG).to(device, memory_format=torch.channels_last)
+    common.resume(net, "vae")
+    schedule = common.Schedule(net, options.steps, 2e-3)
+    weight, r, began = mouth_weight(CONFIG.crop_size).to(device), np.random.default_rng(2), time.time()
+    for step in range(options.steps):
+        pick = images[r.integers(len(images), size=options.batch)]
+        image = torch.from_numpy(pick).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        if step % 8 == 7:
+            image[:, :, CONFIG.crop_size // 2 :] = -1  # the masked crops are encoded too
+        image = image.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = loss_of(net, image, weight, noise=True)
+        schedule.step(loss)
+        if step % 100 == 0 or step == options.steps - 1:
+            with torch.no_grad():
+                mean, _ = net.moments(image)
+                out = net.decoder(net.post_quant_conv(mean)).clamp(-1, 1)
+                psnr = -10 * torch.log10(F.mse_loss(out, image) / 4)
+            common.log("vae", step, began, loss=float(loss), psnr=float(psnr), std=float(mean.std()))
+            common.save(net, "vae")
+
+
+if __name__ == "__main__":
+    main()
