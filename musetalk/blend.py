@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from musetalk.faces import Box
+from musetalk.box import Box
 from musetalk.imaging import blend_u8, gaussian_blur, linear, pillow_resize
 from musetalk.nets.bisenet import BiSeNet
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from musetalk.box import Box
 from musetalk.imaging import lanczos4, scale_shift
 from musetalk.nets.rtmpose import RtmPose
 from musetalk.nets.s3fd import STRIDES, S3fd
@@ -24,32 +25,6 @@ NOSE_BRIDGE = 29  # landmark at half the height of the face box
 CAFFE_MEAN = (104.0, 117.0, 123.0)  # B, G, R means, which upstream subtracts from R, G, B in this order
 POSE_MEAN, POSE_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 FLIP_INDICES: list[int] = json.loads((Path(__file__).parent / "nets" / "flip_indices_133.json").read_text())
-
-
-@dataclass(frozen=True)
-class Box:
-    """Face rectangle in pixels: columns x1..x2, rows y1..y2, right and bottom exclusive."""
-
-    x1: int
-    y1: int
-    x2: int
-    y2: int
-
-    @property
-    def width(self) -> int:
-        return self.x2 - self.x1
-
-    @property
-    def height(self) -> int:
-        return self.y2 - self.y1
-
-    def clipped(self, width: int, height: int) -> Box:
-        """The part inside a picture of that size."""
-        return Box(max(self.x1, 0), max(self.y1, 0), min(self.x2, width), min(self.y2, height))
-
-    def lowered(self, margin: int, height: int) -> Box:
-        """The box with `margin` pixels more chin, not below the picture."""
-        return Box(self.x1, self.y1, self.x2, min(self.y2 + margin, height))
 
 
 @dataclass(frozen=True)
@@ -128,6 +103,13 @@ class PoseFrame:
     size: tuple[float, float]
 
     @staticmethod
+    def around(face: Box, aspect: float = 288 / 384) -> PoseFrame:
+        """Head and shoulders of one face among several."""
+        side = 3.0 * max(face.width, face.height)
+        centre = ((face.x1 + face.x2) / 2, face.y1 + 0.5 * face.height + 0.15 * side)
+        return PoseFrame(centre, (aspect * 1.25 * side, 1.25 * side))
+
+    @staticmethod
     def whole(width: int, height: int, net_width: int = 288, net_height: int = 384) -> PoseFrame:
         """The whole picture, 1.25 times enlarged, grown to the network's aspect (upstream passes no box)."""
         sw, sh, aspect = np.float32(1.25 * width), np.float32(1.25 * height), np.float32(net_width / net_height)
@@ -170,19 +152,23 @@ def to_frame(points: Tensor, where: PoseFrame, width: int = 288, height: int = 3
     return points.double() / net * size + points.new_tensor(centre, dtype=torch.float64) - 0.5 * size
 
 
-def landmarks(net: RtmPose, frames: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """RGB frames (H, W, 3) uint8 of one size -> landmarks (N, 68, 2) int, frame pixels, and mean scores (N,)."""
+def landmarks(net: RtmPose, frames: list[Tensor], regions: list[PoseFrame] | None = None) -> tuple[Tensor, Tensor]:
+    """RGB frames (H, W, 3) uint8 of one size -> landmarks (N, 68, 2) int, frame pixels, and mean scores (N,).
+
+    `regions` says where to look in each frame; the whole picture by default, as upstream does.
+    """
     cfg, weight = net.cfg, net.head.cls_x.weight
     height, width = frames[0].shape[:2]
-    where = PoseFrame.whole(width, height, cfg.input_width, cfg.input_height)
     sizes = cfg.input_width, cfg.input_height
-    pictures = torch.stack([pose_picture(f.to(weight.device), where, *sizes) for f in frames])
+    regions = regions or [PoseFrame.whole(width, height, *sizes)] * len(frames)
+    pictures = torch.stack(
+        [pose_picture(f.to(weight.device), where, *sizes) for f, where in zip(frames, regions, strict=True)])
     image = pose_input(pictures).to(weight.dtype).contiguous(memory_format=torch.channels_last)
     x, y = net(image)
     if cfg.flip_test:
         x, y = simcc_mean((x, y), net(image.flip(-1)))
     points, scores = decode_simcc(x, y, cfg.split)
-    face = to_frame(points[:, FACE_POINTS], where, *sizes)
+    face = torch.stack([to_frame(p[FACE_POINTS], where, *sizes) for p, where in zip(points, regions, strict=True)])
     return face.trunc().long().cpu(), scores[:, FACE_POINTS].mean(dim=1).cpu()
 
 

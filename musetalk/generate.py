@@ -38,11 +38,15 @@ def vae_inputs(crops: Tensor) -> tuple[Tensor, Tensor]:
     return (masked - 0.5) / 0.5, (image - 0.5) / 0.5
 
 
-def latents(vae: Vae, crops: Tensor) -> Tensor:
-    """RGB crops (N, S, S, 3) uint8 -> UNet input (N, 8, S/8, S/8): masked latents, then reference latents."""
+def latents(vae: Vae, crops: Tensor, noise: Tensor | None = None) -> Tensor:
+    """RGB crops (N, S, S, 3) uint8 -> UNet input (N, 8, S/8, S/8): masked latents, then reference latents.
+
+    `noise` (2N, 4, S/8, S/8), masked first, samples the posterior instead of taking its mean.
+    """
     weight = vae.quant_conv.weight
     both = torch.cat(vae_inputs(crops.to(weight.device))).to(weight.dtype)
-    encoded = vae.encode(both.contiguous(memory_format=torch.channels_last))
+    noise = None if noise is None else noise.to(both)
+    encoded = vae.encode(both.contiguous(memory_format=torch.channels_last), noise)
     masked, reference = encoded.chunk(2)
     return torch.cat([masked, reference], dim=1)
 

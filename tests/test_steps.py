@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from musetalk import audio, blend, faces, generate, imaging
-from musetalk.faces import Box
+from musetalk.box import Box
 from tests.seeded import seeded_uniform
 from tests.test_networks import golden
 

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from musetalk.faces import Box, face_box
+from musetalk.box import Box
+from musetalk.faces import face_box
 from musetalk.imaging import lanczos4
 from training.presenter import Identity, Mouth, Pose, draw, idle
 

@@ -1,0 +1,257 @@
+"""Everything about a source clip that does not depend on the speech, and a cache of it by content.
+
+An avatar is one entry per source frame: the face box, the packed parse mask and the UNet's input latents, or None for
+a frame without a face. Entries are kept in half precision, in chunks, so a long clip costs disk, not memory, and a
+fresh and a cached avatar give the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save as save_bytes
+from torch import Tensor
+
+from musetalk.box import Box
+
+CHUNK = 32  # source frames
+HELD = 4  # chunks kept in memory while reading
+FORMAT = 1
+SUFFIX = ".avatar"
+STALE_SEC = 24 * 3600  # partial files of workers that died are removed after this
+
+
+@dataclass(frozen=True)
+class Face:
+    """One source frame's face: box with the chin margin, mask (512, 64) uint8 packed, latents (8, h, w) float16."""
+
+    box: Box
+    mask: Tensor
+    latents: Tensor
+
+
+class Avatar:
+    """The entries of one clip: append while preparing, index at any time, close when done.
+
+    The file is a run of safetensors blobs, one per CHUNK frames, then a JSON index with their lengths and sha256 and
+    the index's own length in 8 bytes.
+    """
+
+    def __init__(
+        self, file: BinaryIO, index: list[tuple[int, int, str]], count: int, complete: bool = False
+    ) -> None:
+        self._file, self._index, self._count = file, index, count
+        self.faces = 0  # frames that hold a face
+        self._pending: list[Face | None] = []
+        self._held: OrderedDict[int, list[Face | None]] = OrderedDict()
+        self.complete = complete  # whether the clip ends here, or only what a short speech needed
+
+    @classmethod
+    def new(cls, folder: Path | None = None) -> Avatar:
+        """An empty avatar, backed by an unnamed temporary file."""
+        return cls(tempfile.TemporaryFile(dir=folder), [], 0)  # noqa: SIM115 - closed by close()
+
+    def __len__(self) -> int:
+        """Source frames so far."""
+        return self._count
+
+    def append(self, face: Face | None) -> None:
+        """Add the next source frame."""
+        self._pending.append(face)
+        self._count += 1
+        self.faces += face is not None
+        if len(self._pending) == CHUNK:
+            self._flush()
+
+    def finish(self, complete: bool = True) -> None:
+        """No more frames will come; `complete` when the clip has no more."""
+        if self._pending:
+            self._flush()
+        self.complete = complete
+
+    def __getitem__(self, i: int) -> Face | None:
+        """Source frame i."""
+        if not 0 <= i < self._count:
+            raise IndexError(i)
+        chunk, at = divmod(i, CHUNK)
+        if chunk == len(self._index):
+            return self._pending[at]
+        return self._chunk(chunk)[at]
+
+    def __iter__(self) -> Iterator[Face | None]:
+        return (self[i] for i in range(len(self)))
+
+    def close(self) -> None:
+        """Release the file."""
+        self._file.close()
+        self._held.clear()
+
+    # -- chunks --
+
+    def _flush(self) -> None:
+        blob = _pack(self._pending)
+        start = self._index[-1][0] + self._index[-1][1] if self._index else 0
+        self._file.seek(start)
+        self._file.write(blob)
+        self._index.append((start, len(blob), hashlib.sha256(blob).hexdigest()))
+        self._pending = []
+
+    def _chunk(self, chunk: int) -> list[Face | None]:
+        if chunk not in self._held:
+            start, length, _ = self._index[chunk]
+            self._file.flush()
+            self._held[chunk] = _unpack(os.pread(self._file.fileno(), length, start))
+            while len(self._held) > HELD:
+                self._held.popitem(last=False)
+        self._held.move_to_end(chunk)
+        return self._held[chunk]
+
+    # -- files --
+
+    def save(self, path: Path, key: str) -> None:
+        """Write the finished avatar under `path`, atomically: readers see all of it or nothing."""
+        partial = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.part")
+        try:
+            with partial.open("wb") as out:
+                self._file.flush()
+                self._file.seek(0)
+                end = self._index[-1][0] + self._index[-1][1] if self._index else 0
+                _copy(self._file, out, end)
+                index = json.dumps({
+                    "format": FORMAT, "key": key, "count": self._count, "faces": self.faces,
+                    "complete": self.complete, "chunks": self._index,
+                }).encode()
+                out.write(index + len(index).to_bytes(8, "little"))
+            partial.rename(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def open(cls, path: Path, key: str) -> Avatar | None:
+        """The avatar at `path` when it is whole and really of `key`; None otherwise."""
+        try:
+            file = path.open("rb")
+        except OSError:
+            return None
+        try:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(size - 8)
+            length = int.from_bytes(file.read(8), "little")
+            file.seek(size - 8 - length)
+            index = json.loads(file.read(length))
+            chunks = [(int(a), int(b), str(c)) for a, b, c in index["chunks"]]
+            if (index["format"], index["key"]) != (FORMAT, key) or not chunks:
+                raise ValueError("foreign")
+            for start, count, digest in chunks:
+                if hashlib.sha256(os.pread(file.fileno(), count, start)).hexdigest() != digest:
+                    raise ValueError("corrupt")
+            avatar = cls(file, chunks, int(index["count"]), bool(index["complete"]))
+            avatar.faces = int(index["faces"])
+            return avatar
+        except (ValueError, KeyError, TypeError, OSError, SafetensorError):
+            file.close()
+            return None
+
+
+def _copy(source: BinaryIO, target: BinaryIO, length: int) -> None:
+    while length > 0 and (data := source.read(min(length, 1 << 20))):
+        target.write(data)
+        length -= len(data)
+
+
+def _pack(faces: list[Face | None]) -> bytes:
+    present = [f for f in faces if f is not None]
+    boxes = torch.full((len(faces), 4), -1, dtype=torch.int32)
+    for i, face in enumerate(faces):
+        if face is not None:
+            boxes[i] = torch.tensor([face.box.x1, face.box.y1, face.box.x2, face.box.y2])
+    tensors = {"present": torch.tensor([f is not None for f in faces]), "boxes": boxes}
+    if present:
+        tensors["masks"] = torch.stack([f.mask for f in present])
+        tensors["latents"] = torch.stack([f.latents.half().cpu().contiguous() for f in present])
+    return save_bytes(tensors)
+
+
+def _unpack(blob: bytes) -> list[Face | None]:
+    tensors = load_bytes(blob)
+    out: list[Face | None] = []
+    at = 0
+    for present, box in zip(tensors["present"].tolist(), tensors["boxes"].tolist(), strict=True):
+        out.append(Face(Box(*box), tensors["masks"][at], tensors["latents"][at]) if present else None)
+        at += present
+    return out
+
+
+class AvatarCache:
+    """Avatars on disk by key, at most `limit` bytes, least recently used first out; safe to share between workers.
+
+    Writes are atomic renames, reads verify every byte, so a torn, corrupt or foreign file is only a miss. A folder
+    that cannot be written switches writing off, never the job.
+    """
+
+    def __init__(self, folder: Path | None, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+
+    def path(self, key: str) -> Path | None:
+        """Where the avatar of `key` lies."""
+        return self.folder / f"{key}{SUFFIX}" if self.folder and self.limit > 0 else None
+
+    def get(self, key: str) -> Avatar | None:
+        """The cached avatar, marked as just used."""
+        path = self.path(key)
+        avatar = Avatar.open(path, key) if path else None
+        if avatar and path:
+            with contextlib.suppress(OSError):
+                os.utime(path)
+        return avatar
+
+    def put(self, key: str, avatar: Avatar) -> bool:
+        """Keep a finished avatar; False when the folder cannot be written."""
+        path = self.path(key)
+        if path is None:
+            return False
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            avatar.save(path, key)
+            self._trim(path)
+        except OSError:
+            return False
+        return True
+
+    def _trim(self, newest: Path) -> None:
+        """Remove the least recently used files over the limit, and stale partial ones."""
+        entries = []
+        for path in newest.parent.iterdir():
+            with contextlib.suppress(OSError):
+                stat = path.stat()
+                if path.suffix == ".part" and time.time() - stat.st_mtime > STALE_SEC:
+                    path.unlink()
+                elif path.suffix == SUFFIX:
+                    entries.append((stat.st_mtime, stat.st_size, path))
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries, key=lambda e: e[:2]):
+            if total <= self.limit:
+                break
+            with contextlib.suppress(OSError):
+                path.unlink()
+                total -= size
+
+
+def cache_key(*parts: object) -> str:
+    """sha256 of the parts' JSON: content hash, parameters, weights' identity."""
+    return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True, default=str).encode()).hexdigest()
+
+

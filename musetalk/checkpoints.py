@@ -1,0 +1,350 @@
+"""Weight files on disk -> loaded networks. Safe (no code from a pickle runs), strict and memory-mapped.
+
+Official layout, relative to the weights' folder; a file of the converted form (`.safetensors`) wins:
+
+    musetalkV15/unet.pth            or musetalk/pytorch_model.bin (MuseTalk 1.0), with musetalk.json beside it
+    sd-vae/diffusion_pytorch_model.bin         config.json        (or sd-vae-ft-mse/)
+    whisper/pytorch_model.bin                  config.json
+    dwpose/dw-ll_ucoco_384.pth                 [config.json]
+    face-parse-bisent/79999_iter.pth           [config.json]
+    s3fd-619a316812.pth                        [s3fd.json]
+
+The configs in brackets exist only for networks of another size than the published ones. `manifest.json`, where there
+is one, lists every file's size and sha256 and is checked on load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from musetalk.errors import BadCheckpoint
+from musetalk.nets.bisenet import BiSeNet, BiSeNetConfig
+from musetalk.nets.layers import config_from, fold_batch_norm
+from musetalk.nets.rtmpose import RtmPose, RtmPoseConfig
+from musetalk.nets.s3fd import S3fd, S3fdConfig
+from musetalk.nets.unet import UNet, UNetConfig
+from musetalk.nets.vae import Vae, VaeConfig
+from musetalk.nets.whisper import WhisperConfig, WhisperEncoder
+
+State = dict[str, Tensor]
+Net = TypeVar("Net", bound=nn.Module)
+HELP = "fetch the weights again: python -m musetalk.checkpoints fetch --dir DIR"
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One network: where its files may lie, and how its published keys map to the module's."""
+
+    name: str
+    files: tuple[str, ...]
+    configs: tuple[str, ...]
+    needs_config: bool
+    rename: Callable[[State], State] = dict
+
+
+def _vae_names(state: State) -> State:
+    """The newer attention names (to_q, ..., to_out.0) to the published ones; conv-shaped weights become linear."""
+    table = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    out = {}
+    for key, value in state.items():
+        if ".attentions." in key:
+            for new, old in table.items():
+                key = key.replace(new, old)
+            if key.endswith("weight") and value.ndim == 4:
+                value = value[:, :, 0, 0]
+        out[key] = value
+    return out
+
+
+def _whisper_names(state: State) -> State:
+    """Keep the encoder and drop its prefix (`model.encoder.`, or `encoder.` of a bare model)."""
+    for prefix in ("model.encoder.", "encoder."):
+        if any(key.startswith(prefix) for key in state):
+            return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    return state
+
+
+def _mmengine(state: Mapping[str, Any]) -> State:
+    """The `state_dict` of an mmengine checkpoint."""
+    inner = state.get("state_dict", state)
+    return dict(inner)
+
+
+SAFE = "model.safetensors"
+UNET15 = Part("unet", ("musetalkV15/unet.safetensors", "musetalkV15/unet.pth"), ("musetalkV15/musetalk.json",), True)
+UNET10 = Part("unet", ("musetalk/unet.safetensors", "musetalk/pytorch_model.bin"), ("musetalk/musetalk.json",), True)
+VAE_FILES = tuple(f"{folder}/diffusion_pytorch_model.{kind}" for folder in ("sd-vae", "sd-vae-ft-mse")
+                  for kind in ("safetensors", "bin"))
+VAE = Part("vae", VAE_FILES, ("sd-vae/config.json", "sd-vae-ft-mse/config.json"), True, _vae_names)
+WHISPER = Part("whisper", (f"whisper/{SAFE}", "whisper/pytorch_model.bin"), ("whisper/config.json",), True,
+               _whisper_names)
+POSE = Part("pose", (f"dwpose/{SAFE}", "dwpose/dw-ll_ucoco_384.pth"), ("dwpose/config.json",), False, _mmengine)
+PARSER = Part("parser", (f"face-parse-bisent/{SAFE}", "face-parse-bisent/79999_iter.pth"),
+              ("face-parse-bisent/config.json",), False)
+DETECTOR = Part("detector", ("s3fd.safetensors", "s3fd-619a316812.pth", "s3fd.pth"), ("s3fd.json",), False)
+PARTS = {"v15": (UNET15, VAE, WHISPER, POSE, PARSER, DETECTOR), "v1": (UNET10, VAE, WHISPER, POSE, PARSER, DETECTOR)}
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The six networks of one weights' folder. `identity` names the weights' content."""
+
+    unet: UNet
+    vae: Vae
+    whisper: WhisperEncoder
+    pose: RtmPose
+    parser: BiSeNet
+    detector: S3fd
+    version: str
+    identity: str
+    device: torch.device
+    dtype: torch.dtype
+
+
+# -- reading files ---------------------------------------------------------------------------------------------------
+
+
+class _Inert(dict[Any, Any]):
+    """Stands in for every class a checkpoint's pickle names beside tensors: accepts anything, does nothing."""
+
+    def __init__(self, *_args: object, **_kwargs: object) -> None:
+        super().__init__()
+
+    def __setstate__(self, _state: object) -> None:
+        return
+
+    def append(self, _item: object) -> None:
+        """Ignore a list item."""
+
+    def extend(self, _items: object) -> None:
+        """Ignore list items."""
+
+
+_HARMLESS = {("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter")}
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    """Builds tensors and containers only; every other class becomes inert, so nothing of the file is executed."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _HARMLESS or (module == "torch" and name.endswith("Storage")):
+            return super().find_class(module, name)
+        return _Inert
+
+
+class _TensorPickle:
+    """What torch.load asks of a pickle module."""
+
+    __name__ = "tensor_pickle"
+    Unpickler = _TensorUnpickler
+    load = staticmethod(pickle.load)  # torch.load wants the name; it calls Unpickler
+    UnpicklingError = pickle.UnpicklingError
+
+
+def read_state(path: Path) -> Mapping[str, Any]:
+    """All entries of a weight file, memory-mapped where the format allows; raises BadCheckpoint.
+
+    safetensors, torch zip files and the older torch pickles are read. Files with foreign classes inside (mmengine)
+    are read with those classes made inert.
+    """
+    if not path.is_file():
+        raise BadCheckpoint(f"{path}: no such file; {HELP}", file=str(path))
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = _read_torch(path)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError,
+            AttributeError, TypeError, IndexError) as e:
+        raise BadCheckpoint(
+            f"{path}: damaged or not a weight file ({type(e).__name__}, {path.stat().st_size} bytes); {HELP}",
+            file=str(path),
+        ) from e
+    if not isinstance(state, Mapping):
+        raise BadCheckpoint(f"{path}: holds a {type(state).__name__}, expected named tensors; {HELP}", file=str(path))
+    return state
+
+
+def _read_torch(path: Path) -> Any:
+    mapped = zipfile.is_zipfile(path)  # only the zip format can be memory-mapped
+    try:
+        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
+    except pickle.UnpicklingError:
+        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=False, pickle_module=_TensorPickle())
+
+
+def find(folder: Path, names: tuple[str, ...]) -> Path | None:
+    """The first of `names` that exists under `folder`."""
+    return next((folder / n for n in names if (folder / n).is_file()), None)
+
+
+def read_config(folder: Path, part: Part) -> tuple[dict[str, Any], str]:
+    """A part's config (empty when it may be absent) and its path for messages."""
+    path = find(folder, part.configs)
+    if path is None:
+        if part.needs_config:
+            raise BadCheckpoint(f"{folder / part.configs[0]}: no such file; {HELP}", file=str(folder / part.configs[0]))
+        return {}, str(folder / part.configs[0])
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as e:
+        raise BadCheckpoint(f"{path}: not JSON ({e}); {HELP}", file=str(path)) from e
+    if not isinstance(value, dict):
+        raise BadCheckpoint(f"{path}: expected a JSON object; {HELP}", file=str(path))
+    return value, str(path)
+
+
+def check_state(net: nn.Module, state: Mapping[str, Any], path: Path) -> State:
+    """The state when it has exactly the network's keys and shapes; otherwise BadCheckpoint names the first fault."""
+    want = net.state_dict()
+    state = {k: v for k, v in state.items() if k in want or not k.endswith("num_batches_tracked")}
+    for key, value in want.items():
+        got = state.get(key)
+        if got is None and key.endswith("num_batches_tracked"):
+            state[key] = torch.zeros((), dtype=torch.int64)
+        elif not isinstance(got, Tensor):
+            raise BadCheckpoint(f"{path}: key '{key}' is missing; {HELP}", file=str(path), key=key)
+        elif got.shape != value.shape:
+            raise BadCheckpoint(
+                f"{path}: key '{key}' has shape {tuple(got.shape)}, expected {tuple(value.shape)}: "
+                f"another network or version; {HELP}", file=str(path), key=key)
+    extra = next((k for k in state if k not in want), None)
+    if extra is not None:
+        raise BadCheckpoint(f"{path}: unknown key '{extra}': another network or version; {HELP}", file=str(path), key=extra)
+    return dict(state)
+
+
+def load_part(folder: Path, part: Part, build: Callable[[], Net]) -> Net:
+    """Find, read and check a part's weights and put them into a network built without memory."""
+    path = find(folder, part.files)
+    if path is None:
+        raise BadCheckpoint(f"{folder / part.files[-1]}: no such file; {HELP}", file=str(folder / part.files[-1]))
+    with torch.device("meta"):
+        net = build()
+    state = check_state(net, part.rename(dict(read_state(path))), path)
+    net.load_state_dict(state, strict=True, assign=True)
+    return net.eval().requires_grad_(False)
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """float16 on CUDA; bfloat16 on CPUs with AVX-512 BF16, where it halves the time; else float32."""
+    if device.type == "cuda":
+        return torch.float16
+    fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def version_of(folder: Path) -> str:
+    """`v15` or `v1`, by which UNet lies in the folder."""
+    return "v1" if find(folder, UNET15.files) is None and find(folder, UNET10.files) else "v15"
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Networks:
+    """All six networks on `device`: UNet and VAE in `dtype` (default_dtype if None), the others in float32.
+
+    Raises BadCheckpoint naming file, key and remedy. Batch norms and the time embedding are folded in.
+    """
+    folder, device = Path(folder), torch.device(device)
+    if not folder.is_dir():
+        raise BadCheckpoint(f"{folder}: no such folder of weights; {HELP}", file=str(folder))
+    dtype = dtype or default_dtype(device)
+    version = version_of(folder)
+    unet_part = PARTS[version][0]
+    identity = verify(folder)
+
+    def fast(net: Net, to: torch.dtype) -> Net:
+        return net.to(device=device, dtype=to, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    unet = load_part(folder, unet_part, lambda: UNet(config_from(UNetConfig, *read_config(folder, unet_part))))
+    vae = load_part(folder, VAE, lambda: Vae(config_from(VaeConfig, *read_config(folder, VAE))))
+    whisper = load_part(
+        folder, WHISPER, lambda: WhisperEncoder(config_from(WhisperConfig, *read_config(folder, WHISPER))))
+    pose = load_part(folder, POSE, lambda: RtmPose(config_from(RtmPoseConfig, *read_config(folder, POSE))))
+    parser = load_part(folder, PARSER, lambda: BiSeNet(config_from(BiSeNetConfig, *read_config(folder, PARSER))))
+    detector = load_part(folder, DETECTOR, lambda: S3fd(config_from(S3fdConfig, *read_config(folder, DETECTOR))))
+    unet.fold_time()
+    fold_batch_norm(pose)
+    fold_batch_norm(parser)
+    f32 = torch.float32
+    return Networks(fast(unet, dtype), fast(vae, dtype), whisper.to(device, f32), fast(pose, f32), fast(parser, f32),
+                    fast(detector, f32), version, identity, device, dtype)
+
+
+# -- manifest --------------------------------------------------------------------------------------------------------
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(folder: Path, version: str) -> None:
+    """List every weight and config file of the folder with size and sha256."""
+    names = [n for part in PARTS[version] for n in (*part.files, *part.configs) if (folder / n).is_file()]
+    files = {n: {"bytes": (folder / n).stat().st_size, "sha256": sha256(folder / n)} for n in sorted(set(names))}
+    (folder / MANIFEST).write_text(json.dumps({"version": version, "files": files}, indent=2) + "\n")
+
+
+def verify(folder: Path) -> str:
+    """Check every file against the manifest; returns the identity of the weights.
+
+    Without a manifest the identity comes from names, sizes and the ends of the files, and nothing is checked.
+    """
+    if not (folder / MANIFEST).is_file():
+        return _fingerprint(folder)
+    try:
+        listed = json.loads((folder / MANIFEST).read_text())["files"]
+        wanted = {str(n): (int(e["bytes"]), str(e["sha256"])) for n, e in listed.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise BadCheckpoint(f"{folder / MANIFEST}: not a manifest ({e}); {HELP}", file=str(folder / MANIFEST)) from e
+
+    def check(item: tuple[str, tuple[int, str]]) -> None:
+        path, (size, digest) = folder / item[0], item[1]
+        if not path.is_file():
+            raise BadCheckpoint(f"{path}: no such file, though the manifest lists it; {HELP}", file=str(path))
+        if path.stat().st_size != size:
+            raise BadCheckpoint(f"{path}: {path.stat().st_size} bytes, expected {size}; {HELP}", file=str(path))
+        if sha256(path) != digest:
+            raise BadCheckpoint(f"{path}: its sha256 is not the manifest's: changed since it was fetched; {HELP}",
+                                file=str(path))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(check, wanted.items()))
+    return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
+
+
+def _fingerprint(folder: Path) -> str:
+    total = hashlib.sha256()
+    for name in sorted({n for parts in PARTS.values() for part in parts for n in (*part.files, *part.configs)}):
+        path = folder / name
+        if path.is_file():
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                head = file.read(1 << 16)
+                file.seek(max(0, size - (1 << 16)))
+                total.update(f"{name}|{size}|".encode() + head + file.read())
+    return total.hexdigest()
+
+
+if __name__ == "__main__":
+    from musetalk.fetch import main
+
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""MuseTalk as a library: load once, prepare a face once, speak any number of times.
+
+    lipsync = LipSync.load("models/demo")
+    avatar = lipsync.prepare(frames)                     # RGB frames (H, W, 3) uint8
+    for frame in lipsync.speak(avatar, frames, pcm, fps=Fraction(25)):
+        ...                                              # RGB frames, mouth moving with pcm (16 kHz mono float32)
+
+`prepare` and `speak` hold what they are given; the streaming worker uses their parts (`prepare_stream`, `generate`,
+`region`) over bounded queues instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from musetalk import blend, checkpoints, faces, generate
+from musetalk.audio import Prompts, silent_frames
+from musetalk.avatar import Avatar, Face
+from musetalk.blend import ParsingMode, Region
+from musetalk.errors import NoFace, NonFiniteOutput
+from musetalk.generate import Loop
+from musetalk.track import Found, Tracker
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a caller may tune; defaults are upstream's for MuseTalk 1.5."""
+
+    extra_margin: int = 10  # pixels of chin added below the face box
+    parsing_mode: ParsingMode = "jaw"
+    left_cheek_width: int = 90  # columns of the 512-pixel parse map
+    right_cheek_width: int = 90
+    bbox_shift: int = 0  # pixels, MuseTalk 1.0 only: lowers (> 0) the box's middle
+    audio_padding_left: int = 2  # video frames heard before the own one
+    audio_padding_right: int = 2
+    face: str | int = "largest"  # largest, leftmost, rightmost, or an index from the left
+    loop: Loop = "pingpong"
+    silence: str = "model"  # "rest": keep the source's mouth where the speech is silent
+    seed: int | None = None  # sample the VAE's posterior, reproducibly; None takes its mean
+    batch_size: int = 8
+
+    def avatar_part(self) -> dict[str, object]:
+        """The options that change a prepared avatar."""
+        names = ("extra_margin", "parsing_mode", "left_cheek_width", "right_cheek_width", "bbox_shift", "face", "seed")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class LipSync:
+    """The loaded networks and the steps between them."""
+
+    nets: checkpoints.Networks
+    largest_batch: int = field(default=1 << 30)  # halved for good when memory ran out
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    ) -> LipSync:
+        """Load the weights in `folder` (official or converted layout); raises BadCheckpoint."""
+        return cls(checkpoints.load(folder, device, dtype))
+
+    @property
+    def crop_size(self) -> int:
+        """Side of the face crops the networks work on, pixels."""
+        return self.nets.vae.cfg.crop_size
+
+    # -- preparing -----------------------------------------------------------------------------------------------------
+
+    def prepare(self, frames: Iterable[np.ndarray | Tensor], options: Options | None = None) -> Avatar:
+        """RGB frames (H, W, 3) uint8 -> the avatar. Raises NoFace when no frame holds a usable face."""
+        avatar = Avatar.new()
+        stream = (torch.as_tensor(f) for f in frames)
+        for _ in self.prepare_stream(stream, avatar, options or Options()):
+            pass
+        if not avatar.faces:
+            raise NoFace(f"none of the {len(avatar)} frames holds a face")
+        return avatar
+
+    def prepare_stream(self, frames: Iterable[Tensor], avatar: Avatar, options: Options) -> Iterator[int]:
+        """Append every frame to `avatar`, yielding the number appended so far after each group."""
+        shift = options.bbox_shift if self.nets.version == "v1" else 0
+        tracker = Tracker(self.nets.detector, self.nets.pose, options.face, shift)
+        group: list[tuple[Tensor, Found | None]] = []
+        for item in tracker.run(frames):
+            group.append(item)
+            if len(group) == options.batch_size:
+                self._append(avatar, group, options)
+                group = []
+                yield len(avatar)
+        self._append(avatar, group, options)
+        avatar.finish()
+        yield len(avatar)
+
+    @torch.inference_mode()
+    def _append(self, avatar: Avatar, group: list[tuple[Tensor, Found | None]], options: Options) -> None:
+        """Crop, parse and encode the faces of a few frames."""
+        present = [(frame, found.box) for frame, found in group if found is not None]
+        ready: Iterator[Face] = iter(())
+        if present:
+            device = self.nets.device
+            boxes = [box.lowered(options.extra_margin, frame.shape[0]) for frame, box in present]
+            pictures = [frame.to(device) for frame, _ in present]
+            crops = torch.stack([faces.crop(f, b, self.crop_size) for f, b in zip(pictures, boxes, strict=True)])
+            latents = generate.latents(self.nets.vae, crops, self._noise(options.seed, len(avatar), crops)).half().cpu()
+            squares = [blend.cut(f, blend.blend_square(b)) for f, b in zip(pictures, boxes, strict=True)]
+            masks = blend.label_mask(blend.parse(self.nets.parser, squares), options.parsing_mode,
+                                     options.left_cheek_width, options.right_cheek_width)
+            packed = [blend.pack_mask(m) for m in masks]
+            ready = iter([Face(b, m, z) for b, m, z in zip(boxes, packed, latents, strict=True)])
+        for _, found in group:
+            avatar.append(None if found is None else next(ready))
+
+    def _noise(self, seed: int | None, first: int, crops: Tensor) -> Tensor | None:
+        """Standard normal noise (2N, 4, h, w) for the posteriors of crops from frame `first` on; None without a seed."""
+        if seed is None:
+            return None
+        cfg, side = self.nets.vae.cfg, self.crop_size // self.nets.vae.cfg.stride
+        generator = torch.Generator().manual_seed((seed * 1_000_003 + first) % 2**63)
+        return torch.randn(2 * len(crops), cfg.latent_channels, side, side, generator=generator)
+
+    # -- speaking ------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def prompts(self, pcm: np.ndarray | Tensor, fps: Fraction, options: Options | None = None) -> Prompts:
+        """Speech (S,) float32 mono at 16 kHz -> audio tokens for every frame at `fps`. Raises BadAudio."""
+        options = options or Options()
+        return Prompts(self.nets.whisper, pcm, fps, options.audio_padding_left, options.audio_padding_right)
+
+    @torch.inference_mode()
+    def generate(self, latents: Tensor, prompts: Tensor, first_frame: int = 0) -> Tensor:
+        """Latents (N, 8, h, w), prompts (N, T, C) -> faces (N, S, S, 3) uint8 on the device.
+
+        On CUDA's out of memory the batch is halved (for good) until one frame does not fit either.
+        """
+        try:
+            parts = [slice(i, i + self.largest_batch) for i in range(0, len(latents), self.largest_batch)]
+            made = [generate.faces(self.nets.unet, self.nets.vae, latents[p], prompts[p]) for p in parts]
+        except torch.cuda.OutOfMemoryError:
+            size = min(len(latents), self.largest_batch)
+            if size == 1:
+                raise
+            self.largest_batch = size // 2
+            if self.nets.device.type == "cuda":
+                torch.cuda.empty_cache()
+            return self.generate(latents, prompts, first_frame)
+        finite = torch.cat([f for _, f in made])
+        if not bool(finite.all()):
+            raise NonFiniteOutput(first_frame + int((~finite).nonzero()[0]))
+        return torch.cat([face for face, _ in made])
+
+    def region(self, face: Face, width: int, height: int, weight: float = 1.0) -> Region | None:
+        """What blending may change in a frame of that size, with its mask (times `weight`), on the device."""
+        square = blend.blend_square(face.box)
+        mask = blend.soft_mask(blend.unpack_mask(face.mask).to(self.nets.device), square, face.box)
+        if weight < 1:
+            mask = (mask.float() * weight).round().to(torch.uint8)
+        return blend.region_of(mask, square, width, height)
+
+    def speak(
+        self,
+        avatar: Avatar,
+        frames: Sequence[np.ndarray | Tensor],
+        pcm: np.ndarray,
+        fps: Fraction = Fraction(25),
+        options: Options | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Yield one RGB frame (H, W, 3) uint8 for every 1/fps of the speech, in order.
+
+        `frames` are those the avatar was prepared from. Frames without a face pass through untouched.
+        """
+        options = options or Options()
+        prompts = self.prompts(pcm, fps, options)
+        weights = speech_weights(np.asarray(pcm), fps, len(prompts), options)
+        for start in range(0, len(prompts), options.batch_size):
+            outputs = range(start, min(start + options.batch_size, len(prompts)))
+            batch = [Slot(o, generate.source_index(o, len(avatar), options.loop), weights[o]) for o in outputs]
+            made = self.generate_batch(avatar, prompts, batch)
+            for slot in batch:
+                frame, face = torch.as_tensor(frames[slot.source]), made.get(slot.output)
+                entry = avatar[slot.source]
+                if face is not None and entry is not None:
+                    region = self.region(entry, frame.shape[1], frame.shape[0], slot.weight)
+                    if region is not None:
+                        frame = blend.paste(frame.to(self.nets.device), face, entry.box, region).cpu()
+                yield frame.numpy().copy()
+
+    def generate_batch(self, avatar: Avatar, prompts: Prompts, batch: Sequence[Slot]) -> dict[int, Tensor]:
+        """Faces (S, S, 3) uint8, on the device, of the slots that speak and have a face, by output frame."""
+        entries = [(slot.output, avatar[slot.source]) for slot in batch if slot.weight > 0]
+        todo = [(output, entry) for output, entry in entries if entry is not None]
+        if not todo:
+            return {}
+        tokens = torch.cat([prompts.batch(range(output, output + 1)) for output, _ in todo])
+        made = self.generate(torch.stack([entry.latents for _, entry in todo]), tokens, todo[0][0])
+        return {output: face for (output, _), face in zip(todo, made, strict=True)}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One output frame: which source frame it shows and how strongly the generated mouth covers it (0..1)."""
+
+    output: int
+    source: int
+    weight: float = 1.0
+
+
+def speech_weights(pcm: np.ndarray, fps: Fraction, outputs: int, options: Options) -> list[float]:
+    """1 for every frame; with `silence="rest"`, 0 in silences, with a ramp over two frames."""
+    if options.silence != "rest":
+        return [1.0] * outputs
+    speaks = 1.0 - np.array(silent_frames(pcm, fps, outputs), float)
+    padded = np.pad(speaks, 2, mode="edge")
+    return [float(w) for w in np.convolve(padded, np.ones(5) / 5, mode="valid")]

@@ -1,0 +1,155 @@
+"""One face box or None for every frame of a clip, at a fraction of per-frame detection's price.
+
+Upstream runs S3FD on every full frame (0.58 TFLOP at 720p, nearly the price of generating one) and uses only whether
+it found something. Here frames come in windows: the detector looks at a window's last frame, the landmark network at
+all of them. When both ends hold the face and the landmarks move smoothly in between, nobody can have left; any doubt
+(an end without a face, a jump, a drop of the landmarks' score) sends the detector over every frame of the window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from musetalk import faces
+from musetalk.box import Box
+from musetalk.faces import Detection, PoseFrame
+from musetalk.nets.rtmpose import RtmPose
+from musetalk.nets.s3fd import S3fd
+
+WINDOW = 12  # frames, about half a second
+SMOOTH_IOU = 0.75  # consecutive landmark boxes of one face overlap at least this much
+SCORE_DROP = 0.6  # share of the clip's landmark score under which a face is doubted
+STILL = 1.5  # mean grey levels under which a faceless picture counts as unchanged
+
+
+@dataclass(frozen=True)
+class Found:
+    """A face in a frame: its box without the chin margin, and the detector's (or interpolated) box."""
+
+    box: Box
+    detection: Box
+
+
+class Tracker:
+    """Follows one face. `choice` picks it when it first appears: largest, leftmost, rightmost or an index from left."""
+
+    def __init__(
+        self, detector: S3fd, pose: RtmPose, choice: str | int = "largest", shift: int = 0, window: int = WINDOW
+    ) -> None:
+        self.detector, self.pose = detector, pose
+        self.choice, self.shift, self.window = choice, shift, window
+        self.last: Box | None = None  # the followed face at the end of the window before
+        self.crowded = False  # more than one face: look for landmarks around the chosen one only
+        self.score = 0.0  # best mean landmark score so far
+        self.empty: Tensor | None = None  # thumbnail of the last frame that held no face
+        self.detections = 0  # detector passes, for benchmarks
+
+    def run(self, frames: Iterable[Tensor]) -> Iterator[tuple[Tensor, Found | None]]:
+        """RGB frames (H, W, 3) uint8 -> the same frames, in order, each with its face or None."""
+        held: list[Tensor] = []
+        for frame in frames:
+            held.append(frame)
+            if len(held) == self.window:
+                yield from zip(held, self._window(held), strict=True)
+                held = []
+        if held:
+            yield from zip(held, self._window(held), strict=True)
+
+    def _window(self, frames: list[Tensor]) -> list[Found | None]:
+        before, after = self.last, self._detect(frames[-1], self.last)
+        if before is None and len(frames) > 1:  # the clip's start, or nobody there so far
+            first = self._detect(frames[0], None)
+            if first is None and after is None:
+                return self._every(frames, {0: None, len(frames) - 1: None})
+            before = first
+        if before is not None and after is not None:
+            count = len(frames)
+            guesses = [_between(before, after, (i + 1) / count) for i in range(count)]
+            found, smooth = self._landmarks(frames, guesses)
+            if smooth:
+                self.last = after
+                return list(found)
+        return self._every(frames, {len(frames) - 1: after})
+
+    def _every(self, frames: list[Tensor], known: dict[int, Box | None]) -> list[Found | None]:
+        """Detect in each frame, then find the landmarks of those with a face."""
+        boxes: list[Box | None] = []
+        for i, frame in enumerate(frames):
+            near = boxes[-1] if boxes else self.last
+            boxes.append(known[i] if i in known else self._detect(frame, near))
+        self.last = boxes[-1]
+        present = [i for i, box in enumerate(boxes) if box is not None]
+        out: list[Found | None] = [None] * len(frames)
+        if present:
+            found, _ = self._landmarks([frames[i] for i in present], [b for b in boxes if b is not None])
+            for i, face in zip(present, found, strict=True):
+                out[i] = face
+        return out
+
+    def _detect(self, frame: Tensor, near: Box | None) -> Box | None:
+        """The followed face in a frame: nearest to `near`, else by choice. An unchanged empty picture is not searched."""
+        thumb = frame[::16, ::16].float()
+        if self.empty is not None and thumb.shape == self.empty.shape:
+            if float((thumb - self.empty).abs().mean()) < STILL:
+                return None
+        self.detections += 1
+        found = faces.detect(self.detector, frame)
+        if not found:
+            self.empty = thumb
+            return None
+        self.empty = None
+        self.crowded = len(found) > 1
+        return choose(found, self.choice, near)
+
+    def _landmarks(self, frames: list[Tensor], guesses: list[Box]) -> tuple[list[Found], bool]:
+        """Landmark boxes of frames that hold a face, and whether they form one smooth, confident track."""
+        regions = [PoseFrame.around(g) for g in guesses] if self.crowded else None
+        points, scores = faces.landmarks(self.pose, frames, regions)
+        boxes = [faces.face_box(p, g, self.shift) for p, g in zip(points, guesses, strict=True)]
+        smooth = all(a.iou(b) >= SMOOTH_IOU for a, b in zip(boxes, boxes[1:]))
+        inside = all(_centre_inside(b, g) for b, g in zip(boxes, guesses, strict=True))
+        self.score = max(self.score, float(scores.max()))
+        confident = float(scores.min()) >= SCORE_DROP * self.score
+        return [Found(b, g) for b, g in zip(boxes, guesses, strict=True)], smooth and inside and confident
+
+
+def choose(found: list[Detection], choice: str | int, near: Box | None) -> Box | None:
+    """One of several faces (best score first): the nearest to `near` once followed, else by `choice`.
+
+    An index counts from the left; beyond the last face there is none.
+    """
+    boxes = [d.box() for d in found]
+    if near is not None:
+        best = max(boxes, key=near.iou)
+        return best if near.iou(best) > 0 or len(boxes) == 1 else max(boxes, key=_area)
+    ordered = sorted(boxes, key=lambda b: b.x1 + b.x2)
+    if isinstance(choice, int):
+        return ordered[choice] if 0 <= choice < len(ordered) else None
+    if choice == "largest":
+        return boxes[0] if len(boxes) == 1 else max(boxes, key=_area)
+    return ordered[0] if choice == "leftmost" else ordered[-1]
+
+
+def _area(box: Box) -> int:
+    return box.width * box.height
+
+
+def _between(a: Box, b: Box, t: float) -> Box:
+    pairs = ((a.x1, b.x1), (a.y1, b.y1), (a.x2, b.x2), (a.y2, b.y2))
+    return Box(*(round(p + t * (q - p)) for p, q in pairs))
+
+
+def _centre_inside(box: Box, face: Box) -> bool:
+    """Whether a landmark box belongs to the detected face."""
+    x, y = (box.x1 + box.x2) / 2, (box.y1 + box.y2) / 2
+    w, h = 0.35 * face.width, 0.35 * face.height
+    return face.x1 - w <= x <= face.x2 + w and face.y1 - h <= y <= face.y2 + h
+
+
+def as_frame(image: object) -> Tensor:
+    """A numpy array or tensor (H, W, 3) uint8 RGB as a tensor."""
+    return torch.as_tensor(image)

@@ -1,0 +1,1 @@
+"""The worker around the model: requests, downloads, media, storage, metrics and the two front doors."""

@@ -1,0 +1,202 @@
+"""URLs -> files in the job's own folder: http(s) only, public addresses only, streamed, capped, retried with backoff."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import ipaddress
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urljoin, urlsplit
+
+import requests
+from requests_hardened import Config, HTTPSession
+from requests_hardened.ip_filter import InvalidIPAddress
+from urllib3.exceptions import HTTPError
+
+from pipeline import redact
+from pipeline.control import Control
+from pipeline.errors import BadMedia, BadRequest, DiskFull, SourceRefused, SourceUnavailable
+from pipeline.settings import Settings
+
+TRIES = 3
+CONNECT_SEC, IDLE_SEC = 10.0, 20.0
+REDIRECTS = 5
+RETRY_AFTER_MAX = 15.0  # seconds a source may make us wait
+CHUNK = 1 << 18
+RETRYABLE_STATUS = {408, 425, 429, 500, 502, 503, 504}
+REDIRECT_STATUS = {301, 302, 303, 307, 308}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A fetched input: its file, its sha256 and the redacted URL for messages."""
+
+    path: Path
+    sha256: str
+    shown: str
+
+
+class Downloader:
+    """Fetches inputs under the settings' limits."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.limit = int(settings.max_download_mb * 1_000_000)
+        self.root = settings.local_input_root
+        self.names = {h for h in settings.download_allow_hosts if "/" not in h}
+        self.networks = [ipaddress.ip_network(h, strict=False) for h in settings.download_allow_hosts if "/" in h]
+
+    def fetch(self, url: str, target: Path, field: str, control: Control) -> Source:
+        """Bring `url` (or a path under LOCAL_INPUT_ROOT) to a local file; raises a MediaError naming `field`."""
+        shown = redact.url(url)
+        redact.hide(*_signatures(url))
+        if "://" not in url and not url.lower().startswith(("data:", "file:")) and self.root is not None:
+            return self._local(url, field)
+        scheme = url.split(":", 1)[0].lower()
+        if scheme not in ("http", "https"):
+            raise BadRequest(f"{field}: only http and https URLs are fetched", stage="download", field=field, url=shown)
+        for attempt in range(TRIES):
+            control.check()
+            try:
+                return Source(target, self._get(url, target, field, control), shown)
+            except SourceUnavailable as e:
+                if attempt == TRIES - 1:
+                    raise
+                wait = min(float(e.details.pop("retry_after", 0) or 0.4 * 3**attempt), RETRY_AFTER_MAX)
+                control.sleep(wait * random.uniform(0.8, 1.2))
+        raise AssertionError("unreachable")
+
+    def _local(self, path: str, field: str) -> Source:
+        """A plain path, which must lie under LOCAL_INPUT_ROOT once all links are resolved."""
+        root = self.root.resolve() if self.root else Path()
+        try:
+            given = Path(path) if Path(path).is_absolute() else root / path
+            if not given.exists() and Path(path).exists():
+                given = Path(path)  # relative to the working folder, as people type it
+            file = given.resolve()
+            inside = file.is_relative_to(root)
+            found = inside and file.is_file()
+        except (ValueError, OSError):
+            raise BadRequest(f"{field}: not a usable path", stage="download", field=field) from None
+        if not inside:
+            raise BadRequest(f"{field}: paths must lie under LOCAL_INPUT_ROOT; use a URL", stage="download", field=field)
+        if not found:
+            raise BadRequest(f"{field}: no such file: {path[:200]}", stage="download", field=field)
+        size = file.stat().st_size
+        if size > self.limit:
+            raise _too_large(field, path, size, self.limit)
+        with file.open("rb") as f:
+            return Source(file, hashlib.file_digest(f, "sha256").hexdigest(), path)
+
+    def _allowed(self, host: str) -> bool:
+        """Whether the operator vouches for this host, by name or literal address."""
+        host = host.lower().rstrip(".")
+        if host in self.names:
+            return True
+        try:
+            address = ipaddress.ip_address(host)
+        except ValueError:
+            return False
+        return any(address in network for network in self.networks)
+
+    def _session(self, host: str) -> HTTPSession:
+        guarded = not self._allowed(host)
+        session = HTTPSession(Config(guarded, False, True, (CONNECT_SEC, IDLE_SEC), "musetalk-worker"))
+        session.trust_env = False  # a proxy from the environment would resolve names itself
+        return session
+
+    def _get(self, url: str, target: Path, field: str, control: Control) -> str:
+        """One try, redirects followed by hand so that each hop is checked; returns the sha256."""
+        shown = redact.url(url)
+        for _ in range(REDIRECTS + 1):
+            try:
+                parts = urlsplit(url)
+                host, _port = parts.hostname or "", parts.port
+            except ValueError:
+                raise BadRequest(f"{field}: not a valid URL", stage="download", field=field, url=shown) from None
+            if parts.scheme not in ("http", "https") or not host:
+                raise SourceRefused(f"{field}: redirected to a URL that is not http or https",
+                                    stage="download", field=field, url=redact.url(url))
+            with _translated(field, shown), self._session(host) as session:
+                with session.get(url, stream=True, headers={"Accept-Encoding": "identity"}) as response:
+                    if response.status_code in REDIRECT_STATUS and "location" in response.headers:
+                        url = urljoin(url, response.headers["location"])
+                        continue
+                    _check_status(response, field, shown)
+                    return self._save(response, target, field, shown, control)
+        raise SourceRefused(f"{field}: more than {REDIRECTS} redirects", stage="download", field=field, url=shown,
+                            limit=REDIRECTS)
+
+    def _save(self, response: requests.Response, target: Path, field: str, shown: str, control: Control) -> str:
+        announced = int(response.headers.get("content-length") or 0)
+        if announced > self.limit:
+            raise _too_large(field, shown, announced, self.limit)
+        digest, size, began = hashlib.sha256(), 0, time.monotonic()
+        with target.open("wb") as file:
+            for chunk in response.raw.stream(CHUNK, decode_content=True):
+                size += len(chunk)
+                if size > self.limit:
+                    raise _too_large(field, shown, size, self.limit)
+                digest.update(chunk)
+                file.write(chunk)
+                control.check()
+                if time.monotonic() - began > IDLE_SEC and size < 1000 * (time.monotonic() - began):
+                    raise SourceUnavailable(f"{field}: the source sends less than 1 kB/s", stage="download",
+                                            field=field, url=shown, timeout_seconds=IDLE_SEC)
+        if not size:
+            raise BadMedia(f"{field}: the file is empty", stage="download", field=field, url=shown, size=0)
+        return digest.hexdigest()
+
+
+def _too_large(field: str, shown: str, size: int, limit: int) -> BadMedia:
+    return BadMedia(f"{field}: the file has more than MAX_DOWNLOAD_MB={limit / 1e6:g}", stage="download", field=field,
+                    url=shown, size=size, limit=limit)
+
+
+def _signatures(url: str) -> list[str]:
+    """Query values and passwords of a URL, which must never be repeated."""
+    try:
+        parts = urlsplit(url)
+        values = [v for p in parts.query.split("&") if len(v := p.partition("=")[2]) >= 12]
+        return [*values, *([parts.password] if parts.password else [])]
+    except ValueError:
+        return []
+
+
+def _check_status(response: requests.Response, field: str, shown: str) -> None:
+    code = response.status_code
+    if 200 <= code < 300:
+        return
+    message = f"Download failed: {code} {response.reason or ''}".strip()
+    if code in RETRYABLE_STATUS:
+        after = response.headers.get("retry-after", "")
+        extra = {"retry_after": int(after)} if after.isdigit() else {}
+        raise SourceUnavailable(message, stage="download", url=shown, status_code=code, field=field, **extra)
+    raise SourceRefused(message, stage="download", url=shown, status_code=code, field=field)
+
+
+@contextmanager
+def _translated(field: str, shown: str) -> Iterator[None]:
+    """requests', urllib3's and the disk's exceptions -> the tree."""
+    where = {"stage": "download", "field": field, "url": shown}
+    try:
+        yield
+    except InvalidIPAddress as e:
+        raise SourceRefused(f"{field}: the host has no public address", reason="private_address", **where) from e  # type: ignore[arg-type]
+    except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema,
+            UnicodeError) as e:
+        raise BadRequest(f"{field}: not a valid URL", **where) from e  # type: ignore[arg-type]
+    except (requests.exceptions.Timeout, TimeoutError) as e:
+        raise SourceUnavailable(f"{field}: the source timed out", timeout_seconds=IDLE_SEC, **where) from e  # type: ignore[arg-type]
+    except requests.exceptions.SSLError as e:
+        raise SourceRefused(f"{field}: the source's TLS certificate is not valid", reason="tls", **where) from e  # type: ignore[arg-type]
+    except (requests.exceptions.RequestException, HTTPError) as e:
+        raise SourceUnavailable(f"{field}: the connection to the source failed ({type(e).__name__})", **where) from e  # type: ignore[arg-type]
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull("no space left for temporary files", stage="download") from e
+        raise

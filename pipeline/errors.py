@@ -1,0 +1,127 @@
+"""The failure tree. Every failure a caller sees is a leaf of it, translated once where the foreign error arises.
+
+JobError
+ |-- MediaError        422 media_error       the request or its media are at fault
+ |    |-- BadRequest         a field is missing or wrong           not retryable
+ |    |-- SourceRefused      address, scheme or status says no     not retryable
+ |    |-- SourceUnavailable  timeout, reset, 429, 5xx              retryable
+ |    |-- BadMedia           not media, damaged, too long          not retryable
+ |    `-- NoFaceFound        no frame holds a face                 not retryable
+ |-- ProcessingError   500 processing_error  the worker or its surroundings
+ |    |-- OutOfMemory        CUDA or host memory                   retryable
+ |    |-- DeviceLost         the GPU's context is gone             retryable
+ |    |-- ModelBroken        weights missing, damaged or foreign   not retryable
+ |    |-- FfmpegFailed       ffmpeg crashed or hung                retryable
+ |    |-- BadOutput          the networks produced NaN             retryable
+ |    |-- DiskFull           no room for temporary files           retryable
+ |    |-- StorageRejected    credentials, bucket, cap              not retryable
+ |    |-- StorageUnavailable outage, timeout, throttling           retryable
+ |    |-- DeadlineExceeded   the job took too long                 retryable
+ |    |-- Cancelled          the caller or the platform stopped it retryable
+ |    `-- Unfit              the worker can take no more jobs      retryable
+ `-- UnknownError      500 unknown_error     anything not foreseen  retryable
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+Stage = Literal["download", "validation", "preprocessing", "inference", "postprocessing", "upload", "unknown"]
+
+
+class JobError(Exception):
+    """Base: `message` for people, `details` for machines (JSON-safe), `stage` where it happened if known here."""
+
+    status = 500
+    error_type = "unknown_error"
+    retryable = True
+
+    def __init__(self, message: str, *, stage: Stage | None = None, **details: Any) -> None:
+        super().__init__(message)
+        self.message, self.stage, self.details = message, stage, details
+
+
+class MediaError(JobError):
+    """The request or its media are at fault."""
+
+    status, error_type, retryable = 422, "media_error", False
+
+
+class BadRequest(MediaError):
+    """A field of the request is missing or wrong."""
+
+
+class SourceRefused(MediaError):
+    """The source may not or cannot be fetched, and another try would not help."""
+
+
+class SourceUnavailable(MediaError):
+    """The source's host failed for now, after this worker's own tries."""
+
+    retryable = True
+
+
+class BadMedia(MediaError):
+    """The file is not usable media."""
+
+
+class NoFaceFound(MediaError):
+    """No frame holds a face."""
+
+
+class ProcessingError(JobError):
+    """The worker or its surroundings are at fault."""
+
+    error_type = "processing_error"
+
+
+class OutOfMemory(ProcessingError):
+    """Device or host memory ran out."""
+
+
+class DeviceLost(ProcessingError):
+    """The GPU's context is unusable; the process must be replaced."""
+
+
+class ModelBroken(ProcessingError):
+    """A weight file is missing, damaged or foreign."""
+
+    retryable = False
+
+
+class FfmpegFailed(ProcessingError):
+    """ffmpeg crashed or hung."""
+
+
+class BadOutput(ProcessingError):
+    """The networks produced no usable picture."""
+
+
+class DiskFull(ProcessingError):
+    """No room for temporary files."""
+
+
+class StorageRejected(ProcessingError):
+    """The storage refuses for good."""
+
+    retryable = False
+
+
+class StorageUnavailable(ProcessingError):
+    """The storage fails for now."""
+
+
+class DeadlineExceeded(ProcessingError):
+    """The job took longer than JOB_DEADLINE_SEC."""
+
+
+class Cancelled(ProcessingError):
+    """The job was stopped from outside."""
+
+
+class Unfit(ProcessingError):
+    """The worker can take no more jobs until it is replaced."""
+
+
+class UnknownError(JobError):
+    """Anything not foreseen."""

@@ -1,0 +1,488 @@
+"""The only caller of ffmpeg: probe, frames, PCM, MP4.
+
+Files come from strangers. Every child gets a container whitelist, a pixel limit, an environment without secrets, its own
+process group and a memory limit, reads one local file only, and is killed with its group when it is not wanted any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import IO, Any
+
+import imageio_ffmpeg
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import redact
+from pipeline.errors import BadMedia, FfmpegFailed
+
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,wav,mp3,flac,ogg,aac"
+IMAGES = {b"\x89PNG\r\n\x1a\n": "png_pipe", b"\xff\xd8\xff": "jpeg_pipe"}  # WebP: see sniff_image
+PIPE_BYTES = 1 << 20
+PROBE_SEC = 20
+MEMORY_LIMIT = 6 << 30  # bytes of address space a child may take
+KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES")
+MATRICES = {"bt709": "bt709", "smpte170m": "bt601", "bt470bg": "bt601", "bt2020nc": "bt2020", "bt2020c": "bt2020"}
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """The first real video stream; sizes in square pixels after rotation."""
+
+    index: int
+    codec: str
+    width: int
+    height: int
+    pix_fmt: str
+    fps: float | None
+    sar: Fraction = Fraction(1)
+    color_space: str = "unknown"
+    color_range: str = "unknown"
+    color_primaries: str = "unknown"
+    color_transfer: str = "unknown"
+
+    @property
+    def is_rgb(self) -> bool:
+        """Whether the frames are stored as RGB or grey-palette rather than Y'CbCr."""
+        return self.pix_fmt.startswith(("rgb", "bgr", "gbr", "argb", "abgr", "rgba", "pal8", "0rgb"))
+
+    @property
+    def matrix(self) -> str:
+        """Matrix of the decoded planes: the tag, or by custom BT.709 from 720 lines on and BT.601 below."""
+        if self.is_rgb:
+            return "bt709"
+        return MATRICES.get(self.color_space, "bt709" if min(self.width, self.height) >= 720 else "bt601")
+
+    @property
+    def full_range(self) -> bool:
+        """Whether luma uses 0..255."""
+        return not self.is_rgb and (self.color_range in ("pc", "jpeg") or self.pix_fmt.startswith("yuvj"))
+
+
+@dataclass(frozen=True)
+class AudioInfo:
+    """The first audio stream."""
+
+    index: int
+    codec: str
+    rate: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class MediaInfo:
+    """What a file holds."""
+
+    path: Path
+    format: str
+    duration: float | None
+    video: VideoInfo | None
+    audio: AudioInfo | None
+    image: str | None = None  # ffmpeg demuxer of a still image
+
+
+# -- children --------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def ffmpeg() -> str:
+    """Path of the ffmpeg to use (IMAGEIO_FFMPEG_EXE, else the packaged one)."""
+    return imageio_ffmpeg.get_ffmpeg_exe()
+
+
+def environment() -> dict[str, str]:
+    """What children may know."""
+    return {"LANG": "C.UTF-8", **{k: os.environ[k] for k in KEPT_VARIABLES if k in os.environ}}
+
+
+def spawn(command: Sequence[str], **pipes: Any) -> subprocess.Popen[bytes]:
+    """Start a child in a process group of its own with limits."""
+    child = subprocess.Popen(list(command), env=environment(), start_new_session=True, bufsize=0, **pipes)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        resource.prlimit(child.pid, resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+        resource.prlimit(child.pid, resource.RLIMIT_CORE, (0, 0))
+    return child
+
+
+def kill(child: subprocess.Popen[bytes]) -> None:
+    """End the child's whole group at once and collect it."""
+    if child.poll() is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    for pipe in (child.stdin, child.stdout, child.stderr):
+        if pipe:
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
+def run(command: Sequence[str], timeout: float) -> tuple[int, bytes, str]:
+    """Run to the end: exit code, stdout, stderr. Raises FfmpegFailed when it hangs."""
+    child = spawn(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        out, err = child.communicate(timeout=timeout)
+        return child.returncode, out, err.decode(errors="replace")
+    except subprocess.TimeoutExpired:
+        raise FfmpegFailed(f"{Path(command[0]).name} took more than {timeout:g} s", timeout_seconds=timeout) from None
+    finally:
+        kill(child)
+
+
+def guarded(path: Path, max_pixels: int, image: str | None = None) -> list[str]:
+    """Input options for a file nobody vouches for."""
+    kind = ["-f", image] if image else ["-format_whitelist", FORMATS]
+    return [*kind, "-protocol_whitelist", "file", "-max_pixels", str(max_pixels), "-i", f"file:{path}"]
+
+
+def tail(text: str, path: Path | None = None, limit: int = 400) -> str:
+    """The end of ffmpeg's complaints, without the file's local path."""
+    text = redact.text(text.replace(f"file:{path}", "input").replace(str(path), "input") if path else text)
+    return text.strip()[-limit:]
+
+
+# -- probing ---------------------------------------------------------------------------------------------------------
+
+
+def sniff_image(path: Path) -> str | None:
+    """The demuxer of a PNG, JPEG or WebP, told by its first bytes."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp_pipe"
+    return next((kind for magic, kind in IMAGES.items() if head.startswith(magic)), None)
+
+
+def probe(path: Path, max_pixels: int) -> MediaInfo:
+    """What the file holds, by ffprobe where it is installed, else by ffmpeg. Raises BadMedia."""
+    image = sniff_image(path)
+    source = guarded(path, max_pixels, image)
+    ffprobe = shutil.which("ffprobe")
+    if ffprobe:
+        command = [ffprobe, "-v", "error", *source, "-show_format", "-show_streams", "-of", "json"]
+        code, out, err = run(command, PROBE_SEC)
+        if code == 0:
+            return _from_ffprobe(path, json.loads(out), image)
+    else:
+        code, _, err = run([ffmpeg(), "-hide_banner", "-nostdin", *source], PROBE_SEC)
+        if "Input #0" in err:
+            return _from_log(path, err, image)
+    raise BadMedia(explain(path, err), ffprobe_stderr=tail(err, path))
+
+
+def explain(path: Path, err: str) -> str:
+    """Why ffmpeg could not open a file, in words for its sender."""
+    with path.open("rb") as file:
+        head = file.read(512).lstrip().lower()
+    if not head:
+        return "the file is empty"
+    if head.startswith((b"<!doctype html", b"<html")):
+        return "the URL gave a web page, not a media file"
+    if b"max_pixels" in err.encode() or "exceeds" in err or "Picture size" in err:
+        return "the picture is larger than MAX_PIXELS"
+    if "moov atom not found" in err:
+        return "the file is incomplete: its index (moov atom) is missing"
+    return "not a media file this worker reads (video: mp4, mov, mkv, webm, avi, ts; audio: wav, mp3, m4a, flac, ogg; image: png, jpeg, webp)"
+
+
+def _rational(value: str | None) -> float | None:
+    try:
+        number = float(Fraction(value or ""))
+    except (ValueError, ZeroDivisionError):
+        return None
+    return number or None
+
+
+def _from_ffprobe(path: Path, data: dict[str, Any], image: str | None) -> MediaInfo:
+    video = audio = None
+    for s in data.get("streams", []):
+        if s.get("codec_type") == "video" and video is None and not s.get("disposition", {}).get("attached_pic"):
+            turned = any(abs(int(float(d.get("rotation", 0)))) % 180 == 90 for d in s.get("side_data_list", []))
+            video = _video(s, turned)
+        elif s.get("codec_type") == "audio" and audio is None and int(s.get("sample_rate") or 0) > 0:
+            audio = AudioInfo(s["index"], s.get("codec_name", "?"), int(s["sample_rate"]), int(s.get("channels") or 1))
+    duration = data.get("format", {}).get("duration")
+    return MediaInfo(path, data.get("format", {}).get("format_name", "?"),
+                     float(duration) if duration and not image else None, video, audio, image)
+
+
+def _video(s: dict[str, Any], turned: bool) -> VideoInfo | None:
+    width, height = int(s.get("width") or 0), int(s.get("height") or 0)
+    if width <= 0 or height <= 0:
+        return None
+    sar = Fraction(1)
+    with contextlib.suppress(ValueError, ZeroDivisionError):
+        sar = Fraction(str(s.get("sample_aspect_ratio", "1:1")).replace(":", "/")) or Fraction(1)
+    shown = max(1, round(width * sar)) if Fraction(1, 8) <= sar <= 8 else width
+    size = (height, shown) if turned else (shown, height)
+    return VideoInfo(
+        s["index"], s.get("codec_name", "?"), *size, s.get("pix_fmt", "?"), _rational(s.get("avg_frame_rate")), sar,
+        *(str(s.get(f"color_{k}", "unknown")) for k in ("space", "range", "primaries", "transfer")))
+
+
+_STREAM = re.compile(r"^\s*Stream #0:(\d+)[^:]*(?:\([^)]*\))?: (Video|Audio): (.*)$")
+
+
+def _from_log(path: Path, log: str, image: str | None) -> MediaInfo:
+    """Read `ffmpeg -i`'s description; the same facts that ffprobe gives."""
+    video = audio = None
+    turned = bool(re.search(r"rotation of -?(90|270)", log))
+    for line in log.splitlines():
+        if not (match := _STREAM.match(line)):
+            continue
+        index, kind, text = int(match[1]), match[2], match[3]
+        if kind == "Video" and video is None and "(attached pic)" not in text:
+            video = _video(_video_line(index, text), turned)
+        elif kind == "Audio" and audio is None and (rate := re.search(r"(\d+) Hz", text)) and int(rate[1]) > 0:
+            layout = re.search(r"Hz, ([^,]+)", text)
+            audio = AudioInfo(index, text.split()[0].rstrip(","), int(rate[1]), _channels(layout[1] if layout else ""))
+    length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", log)
+    duration = int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3]) if length and not image else None
+    name = re.search(r"Input #0, (.+?), from", log)
+    return MediaInfo(path, name[1] if name else "?", duration, video, audio, image)
+
+
+def _video_line(index: int, text: str) -> dict[str, Any]:
+    size = re.search(r"\b(\d{1,5})x(\d{1,5})\b", text)
+    sar = re.search(r"SAR (\d+:\d+)", text)
+    fps = re.search(r"([\d.]+)k? fps", text)
+    fmt = re.search(r", (\w+)(?:\(([^)]*)\))?, \d+x\d+", text)
+    tags = [t.strip() for t in (fmt[2] or "").split(",")] if fmt else []
+    colours = next((t.split("/") for t in tags if "/" in t), None)
+    if colours is None:
+        colours = [t for t in tags if t in MATRICES] * 3 or ["unknown"] * 3
+    return {
+        "index": index, "codec_name": text.split()[0].rstrip(","), "pix_fmt": fmt[1] if fmt else "?",
+        "width": size[1] if size else 0, "height": size[2] if size else 0,
+        "sample_aspect_ratio": sar[1] if sar else "1:1", "avg_frame_rate": fps[1] if fps else None,
+        "color_space": colours[0], "color_primaries": colours[1], "color_transfer": colours[2],
+        "color_range": next((t for t in tags if t in ("tv", "pc")), "unknown"),
+    }
+
+
+def _channels(layout: str) -> int:
+    known = {"mono": 1, "stereo": 2, "2.1": 3, "quad": 4, "4.0": 4, "5.0": 5, "5.1": 6, "6.1": 7, "7.1": 8}
+    if count := re.match(r"(\d+) channels", layout):
+        return int(count[1])
+    return known.get(layout.split("(")[0].strip(), 2)
+
+
+# -- frames ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FrameSource:
+    """A clip as yuv420p frames of one size at one exact rate: frame i is what is shown at i / fps."""
+
+    info: MediaInfo
+    width: int
+    height: int
+    fps: Fraction
+    filters: tuple[str, ...]
+    max_pixels: int
+
+    @property
+    def frame_bytes(self) -> int:
+        return self.width * self.height * 3 // 2
+
+    def command(self, start: int, count: int) -> tuple[list[str], int]:
+        """ffmpeg's command for `count` frames from frame `start`, and how many leading frames to drop.
+
+        A seek lands up to a second early and keeps the file's own timestamps, so that the rate filter chooses the
+        same frames as in a run from the beginning.
+        """
+        info, video = self.info, self.info.video
+        if video is None:
+            raise BadMedia("no video stream")
+        lead = min(start, max(2, round(self.fps)))
+        seek = ["-copyts", "-start_at_zero", "-ss", f"{float((start - lead) / self.fps):.6f}"] if start > lead else []
+        drop = lead if seek else start
+        first = f":start_time={float((start - lead) / self.fps):.6f}" if seek else ":start_time=0"
+        rate = [f"fps={self.fps.numerator}/{self.fps.denominator}{first}"] if not info.image else []
+        square = [] if video.sar == 1 else [f"scale={video.width}:{video.height}", "setsar=1"]
+        colour = "scale=out_color_matrix=bt709:out_range=tv" if video.is_rgb else ""
+        if video.full_range:
+            colour = "scale=in_range=pc:out_range=pc"
+        chain = [*rate, *square, *self.filters, *([colour] if colour else []), "format=yuv420p"]
+        return [
+            ffmpeg(), "-nostdin", "-v", "error", "-threads", "2", *seek, *guarded(info.path, self.max_pixels, info.image),
+            "-map", f"0:{video.index}", "-an", "-sn", "-dn", "-vf", ",".join(chain), "-fps_mode", "passthrough",
+            "-frames:v", str(drop + count), "-f", "rawvideo", "-pix_fmt", "yuv420p", "pipe:1",
+        ], drop
+
+
+class FrameReader:
+    """Reads a FrameSource's frames one by one into buffers the caller owns."""
+
+    def __init__(self, source: FrameSource, start: int = 0, count: int = 1 << 30) -> None:
+        command, self._drop = source.command(start, min(count, (1 << 30) - start))
+        self._size = source.frame_bytes
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        self._child = spawn(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._log)
+        self._path = source.info.path
+        _widen(self._child.stdout)
+
+    def read_into(self, buffer: NDArray[np.uint8]) -> bool:
+        """Fill `buffer` with the next frame; False at the end of the clip."""
+        while self._drop:
+            if not self._fill(buffer):
+                return False
+            self._drop -= 1
+        return self._fill(buffer)
+
+    def _fill(self, buffer: NDArray[np.uint8]) -> bool:
+        view, got = memoryview(buffer).cast("B"), 0
+        out = self._child.stdout
+        while out is not None and got < self._size:
+            count = out.readinto(view[got:])  # type: ignore[attr-defined]
+            if not count:
+                return False
+            got += count
+        return True
+
+    def complaint(self) -> str:
+        """What ffmpeg said."""
+        self._log.seek(0)
+        return tail(self._log.read().decode(errors="replace"), self._path)
+
+    def close(self) -> None:
+        """End the child."""
+        kill(self._child)
+        if not self._log.closed:
+            self._log.close()
+
+
+def _widen(pipe: IO[bytes] | None) -> None:
+    """A larger pipe: fewer wake-ups for each frame."""
+    if pipe is not None:
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+
+
+# -- sound -----------------------------------------------------------------------------------------------------------
+
+
+def read_pcm(info: MediaInfo, max_seconds: float, timeout: float, max_pixels: int) -> NDArray[np.float32]:
+    """The first audio stream as mono float32 at 16 kHz: mean of the channels, then resampled (soxr where built in).
+
+    At most `max_seconds` and a little more, so that the caller can tell an overlong file. Raises BadMedia.
+    """
+    audio = info.audio
+    if audio is None:
+        raise BadMedia("no audio stream")
+    mean = "+".join(f"{1 / audio.channels:.9f}*c{i}" for i in range(audio.channels))
+    chain = f"pan=mono|c0={mean},aresample=16000:filter_size=64:cutoff=0.95"
+    command = [
+        ffmpeg(), "-nostdin", "-v", "error", *guarded(info.path, max_pixels), "-map", f"0:{audio.index}", "-vn", "-sn",
+        "-dn", "-af", chain, "-t", f"{max_seconds + 1:.3f}", "-f", "f32le", "-ar", "16000", "-ac", "1", "pipe:1",
+    ]
+    code, out, err = run(command, timeout)
+    pcm = np.frombuffer(out[: len(out) // 4 * 4], np.float32)
+    if not len(pcm):
+        raise BadMedia("the audio cannot be decoded" if code else "the audio is empty", ffprobe_stderr=tail(err, info.path))
+    return np.clip(np.nan_to_num(pcm), -1.0, 1.0)
+
+
+# -- encoding --------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def video_encoder() -> tuple[str, ...]:
+    """Encoder options: NVENC when a trial encode works here, else x264 with a preset that keeps up."""
+    nvenc = ("-c:v", "h264_nvenc", "-preset", "p4", "-rc", "vbr", "-cq", "19", "-b:v", "0")
+    trial = [ffmpeg(), "-nostdin", "-v", "error", "-f", "lavfi", "-i", "color=black:s=256x256:r=25:d=0.2", *nvenc,
+             "-f", "null", "-"]
+    if Path("/dev/nvidiactl").exists():
+        with contextlib.suppress(FfmpegFailed):
+            if run(trial, 15)[0] == 0:
+                return nvenc
+    return ("-c:v", "libx264", "-preset", "veryfast", "-crf", "18")
+
+
+class Mp4Writer:
+    """Encodes yuv420p frames and the speech into an MP4, once."""
+
+    def __init__(
+        self, path: Path, source: FrameSource, speech: MediaInfo, seconds: float, encoder: tuple[str, ...] | None = None
+    ) -> None:
+        video, audio = source.info.video, speech.audio
+        if video is None or audio is None:
+            raise BadMedia("a clip and a speech are needed")
+        rate = f"{source.fps.numerator}/{source.fps.denominator}"
+        sound_rate = audio.rate if audio.rate in (44100, 48000) else 48000
+        command = [
+            ffmpeg(), "-nostdin", "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "yuv420p",
+            "-s", f"{source.width}x{source.height}", "-r", rate, "-i", "pipe:0",
+            *guarded(speech.path, source.max_pixels),
+            "-map", "0:v", "-map", f"1:{audio.index}", "-map_metadata", "-1", *(encoder or video_encoder()),
+            *colour_tags(video), "-pix_fmt", "yuv420p", "-c:a", "aac", "-b:a", "160k", "-ar", str(sound_rate),
+            "-ac", str(min(audio.channels, 2)), "-t", f"{seconds:.6f}", "-movflags", "+faststart", "-f", "mp4", f"file:{path}",
+        ]
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        self._child = spawn(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._log)
+        self.path = path
+        _widen(self._child.stdin)
+
+    def write(self, frame: NDArray[np.uint8]) -> None:
+        """Add one frame. Raises FfmpegFailed when the encoder died."""
+        view = memoryview(frame).cast("B")
+        try:
+            while view:
+                view = view[self._child.stdin.write(view) :]  # type: ignore[union-attr]
+        except (BrokenPipeError, ValueError):
+            raise self._failure() from None
+
+    def finish(self, timeout: float) -> None:
+        """Close the stream and wait for the file."""
+        if self._child.stdin:
+            with contextlib.suppress(BrokenPipeError):
+                self._child.stdin.close()
+        try:
+            code = self._child.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise FfmpegFailed(f"the encoder did not finish within {timeout:g} s", timeout_seconds=timeout) from None
+        if code or not self.path.is_file() or not self.path.stat().st_size:
+            raise self._failure()
+
+    def _failure(self) -> Exception:
+        code = self._child.poll()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._child.wait(5)
+        self._log.seek(0)
+        log = tail(self._log.read().decode(errors="replace"), self.path)
+        if "No space left" in log:
+            return OSError(28, "No space left on device")
+        return FfmpegFailed(f"the encoder stopped (exit {code}): {log[-200:]}", ffprobe_stderr=log)
+
+    def close(self) -> None:
+        """End the child if it still runs."""
+        kill(self._child)
+        if not self._log.closed:
+            self._log.close()
+
+
+def colour_tags(video: VideoInfo) -> list[str]:
+    """The source's colour tags for the output; an untagged source stays untagged."""
+    if video.is_rgb:
+        return ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
+    tags = []
+    for option, value in (("-colorspace", video.color_space), ("-color_primaries", video.color_primaries),
+                          ("-color_trc", video.color_transfer)):
+        if value not in ("unknown", "reserved", "gbr", "N/A"):
+            tags += [option, value]
+    if video.full_range or video.color_range == "tv":
+        tags += ["-color_range", "pc" if video.full_range else "tv"]
+    return tags

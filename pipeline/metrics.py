@@ -1,0 +1,112 @@
+"""What a job cost: stage times, peak memory, the GPU's name."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+StageKey = Literal["download", "validation", "inference", "upload"]
+SAMPLE_SEC = 0.05
+PAGE_KB = os.sysconf("SC_PAGE_SIZE") // 1024
+
+
+class StageTimer:
+    """Times stages end to end: each begins where the one before ended, so they sum to the total."""
+
+    def __init__(self) -> None:
+        self.started = self._mark = time.perf_counter()
+        self.times: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def stage(self, name: StageKey) -> Iterator[None]:
+        """Record the stage when it finishes without an exception."""
+        yield
+        now = time.perf_counter()
+        self.times[name] = round(now - self._mark, 3)
+        self._mark = now
+
+    @property
+    def total(self) -> float:
+        """Seconds since the job arrived."""
+        return round(time.perf_counter() - self.started, 3)
+
+
+class PeakMemory:
+    """Peak resident kB of this process and its children while the context is open, sampled."""
+
+    def __init__(self) -> None:
+        self.peak_kb: int | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
+
+    def __enter__(self) -> PeakMemory:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self._sample()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._sample()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(SAMPLE_SEC):
+            self._sample()
+
+    def _sample(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self.peak_kb = max(self.peak_kb or 0, _resident_kb())
+
+    @property
+    def vram_mib(self) -> float | None:
+        """Peak MiB the tensor allocator held; None without a GPU."""
+        return round(torch.cuda.max_memory_allocated() / 2**20, 2) if torch.cuda.is_available() else None
+
+
+def _resident_kb() -> int:
+    pids = ["self"]
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            pids += (task / "children").read_text().split()
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_KB
+    return total
+
+
+@functools.lru_cache(maxsize=1)
+def gpu_name() -> str | None:
+    """The first device's marketing name through NVML; None where there is none."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return None
+    return name.decode() if isinstance(name, bytes) else str(name)
+
+
+def normalise(name: str) -> str:
+    """`NVIDIA GeForce RTX 3090` -> `RTX-3090`."""
+    name = re.sub(r"\b(NVIDIA|GeForce|Tesla|Quadro|Corporation)\b", " ", name)
+    return "-".join(name.split()) or "unknown"
+
+
+def gpu_class(override: str | None) -> str:
+    """The metric's value: the override, else the device, else `unknown`."""
+    name = override or gpu_name()
+    return (override or normalise(name)) if name else "unknown"

@@ -1,0 +1,190 @@
+"""Requests and responses. The bodies are the orchestrators' format: keys, order and types never change.
+
+`python -m pipeline.schema` prints the JSON Schema of the request and of both responses.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from fractions import Fraction
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pipeline.errors import BadRequest
+
+JOB_ID = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$"
+NTSC = {Fraction(f"{n}/1001"): n / 1001 for n in (24000, 30000, 48000, 60000, 120000)}
+
+
+def exact_rate(value: float) -> Fraction:
+    """A frame rate as a fraction: 29.97 and 23.976 mean 30000/1001 and 24000/1001."""
+    for rate, approximate in NTSC.items():
+        if abs(value - approximate) < 0.006 and value != round(value):
+            return rate
+    return Fraction(value).limit_denominator(1000)
+
+
+class Params(BaseModel):
+    """Tuning, all optional. An unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    fps: Annotated[float, Field(ge=1, le=120, description="output frame rate; 29.97 means 30000/1001")] = 25.0
+    batch_size: Annotated[int | None, Field(ge=1, le=64, description="frames generated at once; default BATCH_SIZE")] = None
+    seed: Annotated[int | None, Field(ge=0, le=2**63 - 1, description="sample the VAE's posterior with this seed, as upstream does unseeded; default: its mean")] = None
+    bbox_shift: Annotated[int, Field(ge=-200, le=200, description="MuseTalk 1.0 weights only: pixels by which the mask's middle is lowered")] = 0
+    extra_margin: Annotated[int, Field(ge=0, le=200, description="pixels of chin below the face box")] = 10
+    parsing_mode: Annotated[Literal["jaw", "raw", "neck"], Field(description="which parsed parts are replaced")] = "jaw"
+    left_cheek_width: Annotated[int, Field(ge=0, le=256, description="columns of the 512-pixel parse map, mode jaw")] = 90
+    right_cheek_width: Annotated[int, Field(ge=0, le=256, description="columns of the 512-pixel parse map, mode jaw")] = 90
+    audio_padding_left: Annotated[int, Field(ge=0, le=10, description="video frames heard before the own one")] = 2
+    audio_padding_right: Annotated[int, Field(ge=0, le=10, description="video frames heard after the own one")] = 2
+    loop: Annotated[Literal["pingpong", "repeat", "hold"], Field(description="what follows the clip's end")] = "pingpong"
+    face: Annotated[Literal["largest", "leftmost", "rightmost"] | Annotated[int, Field(ge=0, le=99)], Field(description="which of several faces speaks; a number counts from the left")] = "largest"
+    fit: Annotated[Literal["pad", "crop"], Field(description="how the source meets another aspect ratio")] = "pad"
+    upscale: Annotated[bool, Field(description="allow an output larger than the source")] = False
+    silence: Annotated[Literal["model", "rest"], Field(description="rest: keep the source's mouth where the speech is silent")] = "model"
+
+    @property
+    def rate(self) -> Fraction:
+        """The exact output frame rate."""
+        return exact_rate(self.fps)
+
+
+class JobRequest(BaseModel):
+    """One job."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    musetalk_job_id: Annotated[str, Field(pattern=JOB_ID, description="names the job and the output object")]
+    video_url: Annotated[str, Field(min_length=1, max_length=8192, description="the avatar: video or still image")]
+    audio_url: Annotated[str, Field(min_length=1, max_length=8192, description="the speech, or a video's sound track")]
+    aspect_ratio: Annotated[str, Field(description='"source" or "W:H"')] = "source"
+    resolution: Annotated[str, Field(description='"source", "720p" (short side) or "WxH"')] = "source"
+    params: Params = Params()
+
+    @field_validator("musetalk_job_id")
+    @classmethod
+    def _whole_id(cls, value: str) -> str:
+        if not re.fullmatch(JOB_ID[1:-1], value):  # `$` alone would let a trailing newline through
+            raise ValueError("use 1-128 of A-Z a-z 0-9 . _ -, not starting with a dot")
+        return value
+
+    @field_validator("aspect_ratio")
+    @classmethod
+    def _aspect(cls, value: str) -> str:
+        match = re.fullmatch(r"([0-9]{1,4}):([0-9]{1,4})", value)
+        if value != "source" and not (match and all(int(n) for n in match.groups())):
+            raise ValueError('use "source" or "W:H" such as "16:9"')
+        if match and not 0.1 <= int(match[1]) / int(match[2]) <= 10:
+            raise ValueError("the ratio must lie between 1:10 and 10:1")
+        return value
+
+    @field_validator("resolution")
+    @classmethod
+    def _resolution(cls, value: str) -> str:
+        match = re.fullmatch(r"([0-9]{2,4})p|([0-9]{2,4})x([0-9]{2,4})", value)
+        if value != "source" and not match:
+            raise ValueError('use "source", a short side such as "720p", or "WxH" such as "1280x720"')
+        if match and any(not 64 <= int(n) <= 4320 for n in match.groups() if n):
+            raise ValueError("sides must lie between 64 and 4320 pixels")
+        return value
+
+
+def parse(job_input: Any, job_id: str | None = None) -> JobRequest:
+    """The request of a job's input; `job_id` stands in for a missing musetalk_job_id.
+
+    Raises BadRequest naming the field, what is wrong and, for an unknown key, the nearest known one.
+    """
+    if not isinstance(job_input, dict):
+        raise BadRequest(f"the input must be a JSON object, not {type(job_input).__name__}", stage="validation", field="input")
+    values = dict(job_input)
+    if values.get("musetalk_job_id") is None and job_id is not None:
+        values["musetalk_job_id"] = job_id
+    for name in ("aspect_ratio", "resolution", "params"):
+        if values.get(name, ...) is None:
+            del values[name]  # null means the default, as orchestrators send it
+    try:
+        return JobRequest.model_validate(values)
+    except ValidationError as e:
+        raise _explain(e) from None
+    except RecursionError:
+        raise BadRequest("the input is nested too deeply", stage="validation", field="input") from None
+
+
+def _explain(error: ValidationError) -> BadRequest:
+    first = error.errors(include_url=False, include_context=False)[0]
+    path = [str(p) for p in first["loc"] if not str(p).startswith(("literal[", "constrained-"))]
+    path = [p for p in path if p not in ("int", "float", "str", "bool")]
+    field = ".".join(path)[:200]
+    if first["type"] == "extra_forbidden":
+        known = Params.model_fields if path[0] == "params" else JobRequest.model_fields
+        near = difflib.get_close_matches(path[-1][:64], known, 1, 0.4)
+        hint = f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}"
+        return BadRequest(f"{field}: unknown key{hint}", stage="validation", field=field)
+    message = first["msg"].removeprefix("Value error, ")
+    return BadRequest(f"{field}: {message}", stage="validation", field=field)
+
+
+# -- responses -------------------------------------------------------------------------------------------------------
+
+
+class StageTimes(BaseModel):
+    """Seconds of each stage; they sum to total_time within 2 %."""
+
+    download: float
+    validation: float
+    inference: float
+    upload: float
+
+
+class Metrics(BaseModel):
+    """What the orchestrator stores. Keys may be added at the end, never changed."""
+
+    GENERATION_TIME_SEC: float
+    SCRIPT_WALL_TIME_SEC: float
+    PEAK_VRAM_MIB: float | None
+    PEAK_RAM_KB: int | None
+    gpu_class: str
+    stage_times: StageTimes
+    total_time: float
+    frames: int = Field(description="frames of the output")
+    avatar_cached: bool = Field(description="whether the source clip's preparation came from the cache")
+
+
+class Success(BaseModel):
+    """HTTP 200, and `output` of a COMPLETED RunPod job."""
+
+    status: Literal["success"] = "success"
+    output_url: str
+    musetalk_job_id: str
+    metrics: Metrics
+
+
+class Failure(BaseModel):
+    """HTTP 422 or 500, and `output` of a FAILED RunPod job. `stack_trace` only with a 500."""
+
+    status: Literal["failed"] = "failed"
+    error_type: Literal["media_error", "processing_error", "unknown_error"]
+    error_message: str
+    stage: Literal["download", "validation", "preprocessing", "inference", "postprocessing", "upload", "unknown"]
+    details: dict[str, Any]
+    stack_trace: str | None = None
+    retryable: bool
+    stage_times: dict[Literal["download", "validation", "inference", "upload"], float]
+
+    def body(self) -> dict[str, Any]:
+        """The JSON body: no stack_trace key when there is none."""
+        return {k: v for k, v in self.model_dump().items() if k != "stack_trace" or v is not None}
+
+
+def schemas() -> dict[str, Any]:
+    """JSON Schema of everything that crosses the wire."""
+    return {m.__name__: m.model_json_schema() for m in (JobRequest, Success, Failure)}
+
+
+if __name__ == "__main__":
+    print(json.dumps(schemas(), indent=2))

@@ -1,0 +1,113 @@
+"""Every setting of the worker, read from the environment once; a bad one stops the worker with a clear message.
+
+`python -m pipeline.settings` prints the table of the README.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+class BadSetting(ValueError):
+    """An environment variable is wrong; the message names it and what it accepts."""
+
+
+class Settings(BaseModel):
+    """Field names are the variables in lower case."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    model_dir: Path = Field(REPOSITORY / "models" / "demo", description="folder of weights, official or converted layout; required on RunPod (off it: `models/demo`)")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes the GPU where there is one")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of UNet and VAE; `auto`: float16 on a GPU, bfloat16 on CPUs that have it")
+    batch_size: int = Field(8, ge=1, le=64, description="frames generated at once, unless `params.batch_size` says otherwise")
+    storage: Literal["b2", "local"] = Field("local", description="where results go; `local` is the default only off RunPod with no B2 variable set")
+    local_storage_dir: Path = Field(Path("outputs"), description="folder for `local`")
+    b2_key_id: str | None = Field(None, description="Backblaze B2 application key id")
+    b2_app_key: str | None = Field(None, description="Backblaze B2 application key")
+    b2_bucket_name: str | None = Field(None, description="bucket for results")
+    b2_prefix: str = Field("avatar/outputs", description="folder in the bucket")
+    b2_realm: str = Field("production", description="B2 realm, or the URL of another native-API server")
+    b2_public_url_base: str | None = Field(None, description="CDN base in front of the bucket")
+    gpu_class_name: str | None = Field(None, description="overrides `gpu_class` in the metrics")
+    download_allow_hosts: tuple[str, ...] = Field((), description="host names and CIDRs exempt from the private-address refusal, comma-separated")
+    local_input_root: Path | None = Field(None, description="folder under which inputs may be plain paths (off RunPod: `samples`)")
+    cache_dir: Path = Field(Path(tempfile.gettempdir()) / "musetalk-cache", description="avatar cache; a RunPod volume makes it shared and lasting")
+    cache_max_gb: float = Field(10, ge=0, description="size of the avatar cache; 0 switches it off")
+    job_deadline_sec: float = Field(540, gt=0, description="whole job; below RunPod's 600 s so that the failure body still gets out")
+    max_download_mb: float = Field(512, gt=0, description="largest input file")
+    max_video_sec: float = Field(600, gt=0, description="longest clip")
+    max_audio_sec: float = Field(600, gt=0, description="longest speech")
+    max_pixels: int = Field(8_847_360, ge=4096, description="largest picture, width x height")
+    host: str = Field("127.0.0.1", description="address of the HTTP door")
+    port: int = Field(8000, ge=0, le=65535, description="port of the HTTP door")
+    http_queue_max: int = Field(8, ge=0, description="jobs waiting at the HTTP door; beyond it 503 with Retry-After")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="of the JSON log lines")
+
+    @field_validator("download_allow_hosts", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        hosts = tuple(h.strip().lower() for h in value.split(",") if h.strip()) if isinstance(value, str) else value
+        for host in hosts:
+            if "/" in host:
+                ipaddress.ip_network(host, strict=False)
+        return hosts
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
+        """Read and check; raises BadSetting naming the variable and what it accepts."""
+        env = dict(os.environ if environ is None else environ)
+        on_runpod = bool(env.get("RUNPOD_ENDPOINT_ID") or env.get("RUNPOD_POD_ID"))
+        values: dict[str, Any] = {n: env[n.upper()] for n in cls.model_fields if env.get(n.upper(), "") != ""}
+        has_b2 = any(values.get(n) for n in ("b2_key_id", "b2_app_key", "b2_bucket_name"))
+        values.setdefault("storage", "b2" if on_runpod or has_b2 else "local")
+        if not on_runpod:
+            values.setdefault("local_input_root", REPOSITORY / "samples")
+        elif "model_dir" not in values:
+            raise BadSetting("MODEL_DIR is not set: on RunPod it must name the folder of weights, e.g. /models/v15")
+        try:
+            settings = cls(**values)
+        except ValidationError as e:
+            first = e.errors()[0]
+            name = str(first["loc"][0])
+            shown = "(hidden)" if "key" in name else repr(values.get(name))
+            raise BadSetting(f"{name.upper()}={shown}: {first['msg']} ({cls.model_fields[name].description})") from None
+        settings._check_storage(on_runpod)
+        return settings
+
+    def _check_storage(self, on_runpod: bool) -> None:
+        if self.storage == "local":
+            return
+        missing = [n.upper() for n in ("b2_key_id", "b2_app_key", "b2_bucket_name") if not getattr(self, n)]
+        if missing:
+            where = " (a result must not stay on a machine that vanishes)" if on_runpod else ""
+            raise BadSetting(f"{', '.join(missing)} not set: storage is b2{where}; set them, or STORAGE=local")
+
+
+def table() -> str:
+    """The README's configuration table in Markdown."""
+    rows = ["| variable | default | meaning |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        default = field.default
+        if name == "model_dir":
+            default = "models/demo"
+        elif name == "cache_dir":
+            default = "temporary folder"
+        elif name == "local_input_root":
+            default = "samples"
+        shown = "none" if default is None or default == () else f"`{default}`"
+        rows.append(f"| `{name.upper()}` | {shown} | {field.description} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    print(table())

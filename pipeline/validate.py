@@ -1,0 +1,77 @@
+"""Files -> media within limits, or a 422 that names the field, the limit and what was found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline import media
+from pipeline.control import Control
+from pipeline.download import Source
+from pipeline.errors import BadMedia, JobError
+from pipeline.media import MediaInfo
+from pipeline.settings import Settings
+
+SMALLEST_SIDE = 32  # pixels
+SAMPLE_RATE = 16_000
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What inference works on: the clip, the speech's file and its samples (S,) float32 at 16 kHz."""
+
+    clip: MediaInfo
+    speech: MediaInfo
+    pcm: NDArray[np.float32]
+
+
+def validate(video: Source, audio: Source, settings: Settings, control: Control) -> Inputs:
+    """Probe both files and decode the speech; raises BadMedia."""
+    clip = _named(video, "video_url", lambda: media.probe(video.path, settings.max_pixels))
+    _check_clip(clip, settings)
+    control.check()
+    speech = _named(audio, "audio_url", lambda: media.probe(audio.path, settings.max_pixels))
+    if speech.audio is None:
+        raise BadMedia("audio_url: the file has no sound track", field="audio_url", reason="no_audio")
+    if speech.duration and speech.duration > settings.max_audio_sec:
+        raise _too_long("audio_url", speech.duration, settings.max_audio_sec, "MAX_AUDIO_SEC")
+    control.check()
+    pcm = _named(audio, "audio_url", lambda: media.read_pcm(
+        speech, settings.max_audio_sec, min(120.0, control.remaining), settings.max_pixels))
+    seconds = len(pcm) / SAMPLE_RATE
+    if seconds > settings.max_audio_sec + 0.5:
+        raise _too_long("audio_url", seconds, settings.max_audio_sec, "MAX_AUDIO_SEC")
+    return Inputs(clip, speech, pcm)
+
+
+def _named(source: Source, field: str, work):  # type: ignore[no-untyped-def]
+    """Run `work`, putting the field's name before its complaint."""
+    try:
+        return work()
+    except BadMedia as e:
+        raise BadMedia(f"{field}: {e.message}", **{"field": field, "url": source.shown, **e.details}) from e
+    except JobError as e:
+        e.details.setdefault("field", field)
+        raise
+
+
+def _check_clip(clip: MediaInfo, settings: Settings) -> None:
+    video = clip.video
+    if video is None:
+        raise BadMedia("video_url: the file has no picture (cover art does not count)", field="video_url", reason="no_video")
+    pixels = video.width * video.height
+    if pixels > settings.max_pixels:
+        raise BadMedia(f"video_url: {video.width}x{video.height} is more than MAX_PIXELS={settings.max_pixels}",
+                       field="video_url", size=pixels, limit=settings.max_pixels)
+    if min(video.width, video.height) < SMALLEST_SIDE:
+        raise BadMedia(f"video_url: {video.width}x{video.height} is smaller than {SMALLEST_SIDE} pixels",
+                       field="video_url", size=min(video.width, video.height), limit=SMALLEST_SIDE)
+    if clip.duration and clip.duration > settings.max_video_sec:
+        raise _too_long("video_url", clip.duration, settings.max_video_sec, "MAX_VIDEO_SEC")
+
+
+def _too_long(field: str, seconds: float, limit: float, name: str) -> BadMedia:
+    return BadMedia(f"{field}: {seconds:.1f} s is longer than {name}={limit:g}", field=field, size=round(seconds, 3),
+                    limit=limit)

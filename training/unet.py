@@ -1,0 +1,133 @@
+"""Train the demo UNet: python -m training.unet [--steps N], after training.vae and training.whisper.
+
+A pair is one frame drawn twice: with any mouth (what the worker is given) and with the mouth of a moment of speech
+(what it must paint). Both are encoded once; the UNet learns the second latent from the first and the audio tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from fractions import Fraction
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from musetalk import audio, generate
+from musetalk.nets.unet import UNet, UNetConfig, audio_positions
+from musetalk.nets.vae import Vae
+from musetalk.nets.whisper import WhisperEncoder
+from training import common, data, speech, vae, whisper
+from training.presenter import Identity, Mouth
+
+CONFIG = UNetConfig(
+    block_out_channels=(32, 64, 128), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    layers_per_block=1, attention_head_dim=4, cross_attention_dim=whisper.CONFIG.d_model, norm_num_groups=8)
+RATES = tuple(Fraction(r) for r in ("24", "25", "30000/1001", "30", "60"))
+VOICES_HEARD = 3  # copies of the training speech, two of them disguised
+
+
+def moments(count: int) -> NDArray[np.int64]:
+    """(count, 3): utterance, frame rate (index into RATES) and frame number of every pair."""
+    r, utterances = np.random.default_rng(11), speech.training_set()
+    out = np.empty((count, 3), np.int64)
+    for i in range(count):
+        u, rate = int(r.integers(len(utterances))), int(r.integers(len(RATES)))
+        out[i] = u, rate, int(r.integers(int(utterances[u].seconds * RATES[rate]) - 1))
+    return out
+
+
+def pictures(seed: int, count: int) -> NDArray[np.uint8]:
+    """Pairs number seed * count onwards: (count, 2, CROP, CROP, 3), source and target."""
+    torch.set_num_threads(1)
+    r, utterances, when = np.random.default_rng([seed, 13]), speech.training_set(), moments((seed + 1) * count)
+    out = np.empty((count, 2, data.CROP, data.CROP, 3), np.uint8)
+    for i, (u, rate, frame) in enumerate(when[seed * count :]):
+        rest = data.random_mouth(r) if r.random() < 0.5 else Mouth(float(r.uniform(0, 0.28)))
+        place = data.scene(r, Identity.random(int(r.integers(data.TRAIN_IDENTITIES))), rest)
+        out[i] = place.crop(rest), place.crop(utterances[u].mouth(float(frame / RATES[rate])))
+    return out
+
+
+@torch.no_grad()
+def encode(images: NDArray[np.uint8], device: torch.device) -> NDArray[np.float16]:
+    """Pairs -> (N, 12, h, w) half precision: masked and reference latents of the source, latent of the target."""
+    net = Vae(vae.CONFIG).to(device, memory_format=torch.channels_last).eval()
+    if not common.resume(net, "vae"):
+        raise SystemExit("training.vae must run first")
+    out = []
+    for part in common.parts(len(images), 32):
+        pair = torch.from_numpy(np.asarray(images[part]))
+        source, target = generate.latents(net, pair[:, 0]), generate.latents(net, pair[:, 1])
+        out.append(torch.cat([source, target[:, 4:]], dim=1).half().cpu().numpy())
+    return np.concatenate(out)
+
+
+@torch.no_grad()
+def hear(device: torch.device) -> Tensor:
+    """Hidden states (VOICES_HEARD, utterances, 1500, 5, width) half precision."""
+    net = WhisperEncoder(whisper.CONFIG).to(device).eval()
+    if not common.resume(net, "whisper"):
+        raise SystemExit("training.whisper must run first")
+    mels, _ = whisper.examples()
+    copies = []
+    for copy in range(VOICES_HEARD):
+        heard = [net((mel if copy == 0 else whisper.disguise(mel)).to(device)).half() for mel in mels.split(1)]
+        copies.append(torch.cat(heard))
+    return torch.stack(copies)
+
+
+def prompts(states: Tensor, seconds: NDArray[np.float64], moment: NDArray[np.int64], positions: Tensor) -> Tensor:
+    """Audio tokens (N, 50, width) of the given moments, from a random copy of the speech."""
+    out = []
+    for u, rate, frame in moment:
+        copy = int(torch.randint(0, len(states), ()))
+        fps, steps = RATES[rate], audio.step_count(round(seconds[u] * audio.SAMPLE_RATE))
+        out.append(audio.windows(states[copy, u], range(frame, frame + 1), fps, steps))
+    return torch.cat(out).float() + positions
+
+
+def main() -> None:
+    """Draw and encode the pairs, train, write the checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--pairs", type=int, default=14000)
+    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--draw-only", action="store_true", help="stop once the pairs are drawn")
+    options = parser.parse_args()
+    device = common.setup(9)
+    images = common.cached("pairs", lambda: np.concatenate(
+        data.in_parallel(pictures, range(options.pairs // 500), 500)))
+    if options.draw_only:
+        return
+    latents = common.cached("latents", lambda: encode(images, device))
+    when, seconds = moments(len(latents)), np.array([u.seconds for u in speech.training_set()])
+    states = hear(device)
+    net = UNet(CONFIG).to(device, memory_format=torch.channels_last)
+    common.resume(net, "unet")
+    schedule, r, began = common.Schedule(net, options.steps, options.rate), np.random.default_rng(10), time.time()
+    size = latents.shape[-1]
+    weight = F.adaptive_avg_pool2d(vae.mouth_weight(vae.CONFIG.crop_size), size).to(device)
+    weight[..., int(0.62 * size) : int(0.95 * size), int(0.25 * size) : int(0.75 * size)] *= 2
+    positions = audio_positions(50, CONFIG.cross_attention_dim).to(device)
+    for step in range(options.steps):
+        pick = np.sort(r.integers(len(latents), size=32))
+        batch = torch.from_numpy(np.asarray(latents[pick])).to(device).float()
+        tokens = prompts(states, seconds, when[pick], positions)
+        with torch.autocast(device.type, torch.bfloat16):
+            out = net(batch[:, :8].contiguous(memory_format=torch.channels_last), tokens).float()
+        error = (out - batch[:, 8:]).abs()
+        schedule.step((error * weight).mean())
+        if step % 50 == 0 or step == options.steps - 1:
+            lips = slice(int(0.65 * size), int(0.92 * size)), slice(int(0.3 * size), int(0.7 * size))
+            spread = (batch[:, 4:8] - batch[:, 8:]).abs()[..., lips[0], lips[1]].mean()
+            common.log("unet", step, began, error=float(error.detach().mean()),
+                       lips=float(error.detach()[..., lips[0], lips[1]].mean()), lips_if_copied=float(spread))
+            common.save(net, "unet")
+
+
+if __name__ == "__main__":
+    main()
