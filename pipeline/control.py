@@ -18,6 +18,10 @@ class Control:
         self._cancelled = threading.Event()
         self._progress = progress
 
+    def restart(self) -> None:
+        """Count the deadline from now."""
+        self.started = time.monotonic()
+
     def cancel(self) -> None:
         """Ask the job to stop; it does at its next check."""
         self._cancelled.set()

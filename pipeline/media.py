@@ -29,13 +29,13 @@ from numpy.typing import NDArray
 
 from pipeline import redact
 from pipeline.errors import BadMedia, FfmpegFailed
+from pipeline.settings import child_environment
 
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,wav,mp3,flac,ogg,aac"
 IMAGES = {b"\x89PNG\r\n\x1a\n": "png_pipe", b"\xff\xd8\xff": "jpeg_pipe"}  # WebP: see sniff_image
 PIPE_BYTES = 1 << 20
 PROBE_SEC = 20
 MEMORY_LIMIT = 6 << 30  # bytes of address space a child may take
-KEPT_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES")
 MATRICES = {"bt709": "bt709", "smpte170m": "bt601", "bt470bg": "bt601", "bt2020nc": "bt2020", "bt2020c": "bt2020"}
 
 
@@ -104,25 +104,25 @@ def ffmpeg() -> str:
     return imageio_ffmpeg.get_ffmpeg_exe()
 
 
-def environment() -> dict[str, str]:
-    """What children may know."""
-    return {"LANG": "C.UTF-8", **{k: os.environ[k] for k in KEPT_VARIABLES if k in os.environ}}
-
-
 def spawn(command: Sequence[str], **pipes: Any) -> subprocess.Popen[bytes]:
     """Start a child in a process group of its own with limits."""
-    child = subprocess.Popen(list(command), env=environment(), start_new_session=True, bufsize=0, **pipes)
+    child = subprocess.Popen(list(command), env=child_environment(), start_new_session=True, bufsize=0, **pipes)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         resource.prlimit(child.pid, resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
         resource.prlimit(child.pid, resource.RLIMIT_CORE, (0, 0))
     return child
 
 
-def kill(child: subprocess.Popen[bytes]) -> None:
-    """End the child's whole group at once and collect it."""
-    if child.poll() is None:
+def signal_group(child: subprocess.Popen[bytes]) -> None:
+    """Kill the child's whole group; safe from any thread, closes nothing."""
+    if child.returncode is None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)
+
+
+def kill(child: subprocess.Popen[bytes]) -> None:
+    """End the child's whole group at once, collect it and close its pipes."""
+    signal_group(child)
     child.wait()
     for pipe in (child.stdin, child.stdout, child.stderr):
         if pipe:
@@ -358,6 +358,10 @@ class FrameReader:
         self._log.seek(0)
         return tail(self._log.read().decode(errors="replace"), self._path)
 
+    def abort(self) -> None:
+        """Make a read in another thread end at once."""
+        signal_group(self._child)
+
     def close(self) -> None:
         """End the child."""
         kill(self._child)
@@ -466,6 +470,10 @@ class Mp4Writer:
         if "No space left" in log:
             return OSError(28, "No space left on device")
         return FfmpegFailed(f"the encoder stopped (exit {code}): {log[-200:]}", ffprobe_stderr=log)
+
+    def abort(self) -> None:
+        """Make a write in another thread end at once."""
+        signal_group(self._child)
 
     def close(self) -> None:
         """End the child if it still runs."""

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+CHILD_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES",
+                   "NVIDIA_DRIVER_CAPABILITIES")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -91,6 +93,11 @@ class Settings(BaseModel):
         if missing:
             where = " (a result must not stay on a machine that vanishes)" if on_runpod else ""
             raise BadSetting(f"{', '.join(missing)} not set: storage is b2{where}; set them, or STORAGE=local")
+
+
+def child_environment() -> dict[str, str]:
+    """What child processes may know: how to find libraries and devices, no credentials."""
+    return {"LANG": "C.UTF-8", **{k: os.environ[k] for k in CHILD_VARIABLES if k in os.environ}}
 
 
 def table() -> str:

@@ -27,8 +27,10 @@ class Inputs:
     pcm: NDArray[np.float32]
 
 
-def validate(video: Source, audio: Source, settings: Settings, control: Control) -> Inputs:
-    """Probe both files and decode the speech; raises BadMedia."""
+def validate(
+    video: Source, audio: Source, settings: Settings, control: Control, first_seconds: float | None = None
+) -> Inputs:
+    """Probe both files and decode the speech (only its `first_seconds`, if given); raises BadMedia."""
     clip = _named(video, "video_url", lambda: media.probe(video.path, settings.max_pixels))
     _check_clip(clip, settings)
     control.check()
@@ -43,6 +45,8 @@ def validate(video: Source, audio: Source, settings: Settings, control: Control)
     seconds = len(pcm) / SAMPLE_RATE
     if seconds > settings.max_audio_sec + 0.5:
         raise _too_long("audio_url", seconds, settings.max_audio_sec, "MAX_AUDIO_SEC")
+    if first_seconds is not None:
+        pcm = pcm[: round(first_seconds * SAMPLE_RATE)]
     return Inputs(clip, speech, pcm)
 
 

@@ -1,0 +1,96 @@
+"""The RunPod queue's front door. `python handler.py` alone runs test_input.json once, as the SDK does off RunPod."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+os.environ.setdefault("RUNPOD_DEBUG_LEVEL", "INFO")  # the SDK's default, DEBUG, prints whole inputs with signed URLs
+
+import runpod
+
+from pipeline import logs
+from pipeline.control import Control
+from pipeline.run import Service
+from pipeline.settings import BadSetting, Settings
+
+log = logging.getLogger("musetalk.handler")
+LAST_PROGRESS = 0.95  # updates travel in unordered threads: none may overtake the result
+
+
+def read_settings() -> Settings:
+    """The settings, or exit 1 with one clear line."""
+    try:
+        return Settings.from_env()
+    except BadSetting as e:
+        sys.exit(f"musetalk-worker: {e}")
+
+
+settings = read_settings()
+logs.setup(settings.log_level)
+service = Service(settings)
+executor = ThreadPoolExecutor(1, thread_name_prefix="job")
+
+
+@runpod.serverless.register_fitness_check  # type: ignore[untyped-decorator]
+def model_works() -> None:
+    """Load the model and run every network once, so that a worker that cannot work never takes a job."""
+    service.engine.warm_up()
+    log.info("ready", extra={"device": str(service.engine.device)})
+
+
+def reporter(job: dict[str, Any]) -> Callable[[str, float], None] | None:
+    """Sends a job's progress to the platform in steps of ten per cent."""
+    if job.get("id") in (None, "local_test"):
+        return None
+    told = -1
+
+    def report(stage: str, share: float) -> None:
+        nonlocal told
+        tenth = int(share * 10)
+        if stage == "inference" and tenth != told and share < LAST_PROGRESS:
+            told = tenth
+            runpod.serverless.progress_update(job, {"stage": stage, "progress": tenth / 10})
+
+    return report
+
+
+def answer(body: dict[str, Any]) -> dict[str, Any]:
+    """A body as the SDK must get it: JSON-safe, and with a non-empty `error` string on failure.
+
+    The SDK lifts `error` out and marks the job FAILED; the rest stays as `output`. Without it a failure would look
+    like a success.
+    """
+    if body["status"] == "failed":
+        keys = ("error_type", "stage", "error_message", "retryable")
+        body = {**body, "error": json.dumps({k: body[k] for k in keys}, allow_nan=False)}
+        if service.engine.lost:
+            body["refresh_worker"] = True
+    return json.loads(json.dumps(body, allow_nan=False))
+
+
+async def handler(job: dict[str, Any]) -> dict[str, Any]:
+    """Run one job in a thread; when the platform cancels it, stop the work before giving way to the next."""
+    control = Control(settings.job_deadline_sec, reporter(job))
+    loop = asyncio.get_running_loop()
+    work = loop.run_in_executor(executor, lambda: service.run_job(
+        job.get("input"), job_id=job.get("id"), control=control))
+    try:
+        body = answer(await asyncio.shield(work))
+    except asyncio.CancelledError:
+        control.cancel()
+        await work
+        raise
+    if job.get("id") == "local_test":  # the SDK's local run shows a dict's repr, and of a failure only the error text
+        print(json.dumps(body, indent=2), flush=True)
+    return body
+
+
+if __name__ == "__main__":
+    runpod.serverless.start({"handler": handler})

@@ -1,0 +1,40 @@
+"""Structured logs: one JSON object a line on standard error, secrets cut."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+
+from pipeline import redact
+
+FIELDS = ("job_id", "stage", "seconds", "error_type", "error_message", "retryable", "device", "url")
+
+
+class JsonFormatter(logging.Formatter):
+    """A record as one line of JSON."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Time, level, logger, message, known extras, trace."""
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname, "logger": record.name, "message": record.getMessage(),
+        }
+        line.update({name: getattr(record, name) for name in FIELDS if hasattr(record, name)})
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return json.dumps(redact.clean(line), ensure_ascii=False)
+
+
+def setup(level: str) -> None:
+    """Send all logs of this project, and other libraries' warnings, to standard error as JSON."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel("WARNING")
+    logging.getLogger("musetalk").setLevel(level)
+    # they log every download URL's host or every B2 call
+    for name in ("requests_hardened", "urllib3", "b2sdk"):
+        logging.getLogger(name).setLevel("ERROR")
