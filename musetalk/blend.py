@@ -74,31 +74,41 @@ def jaw_kernel() -> Tensor:
 def _dilate_jaw(skin: Tensor) -> Tensor:
     """Maximum over the cone anchored at its centre: (N, 512, 512) bool -> same.
 
-    Rows of the cone are runs, so each row is a box maximum of its own width; the 13 full rows share one.
+    Each row of the cone is the row below it narrowed by one column on both sides, so the maximum nests: start with
+    the 13 full rows as a column, then ten times widen by one, move up a row and join the skin.
     """
-    image = skin.float()[:, None]
-    out = torch.zeros_like(image)
-    for half in range(11):
-        wide = F.max_pool2d(image, (1, 2 * half + 1), 1, (0, half))
-        rows = [10 + half] if half < 10 else list(range(20, 33))
-        for row in rows:
-            out = torch.maximum(out, _shift_rows(wide, row - 16))
-    return out[:, 0] > 0
+    height = skin.shape[1]
+    skin = F.pad(skin, (0, 0, 6, 0))  # the cone reaches six rows up
+    out = skin
+    for by in (1, 2, 4, 5):  # 1 + 1 + 2 + 4 + 5 = 13 rows
+        out = out | _shift_rows(out, by)
+    for _ in range(10):
+        wide = out.clone()
+        wide[..., 1:] |= out[..., :-1]
+        wide[..., :-1] |= out[..., 1:]
+        out = skin | _shift_rows(wide, 1)
+    return out[:, :height]
 
 
 def _shift_rows(image: Tensor, by: int) -> Tensor:
     """out(y) = image(y + by), zero outside."""
     if by >= 0:
-        return F.pad(image[:, :, by:], (0, 0, 0, by))
-    return F.pad(image[:, :, :by], (0, 0, -by, 0))
+        return F.pad(image[:, by:], (0, 0, 0, by))
+    return F.pad(image[:, :by], (0, 0, -by, 0))
 
 
 def _erode_cheeks(skin: Tensor) -> Tensor:
     """Two minima over a cross: 35 columns wide, 3 rows high; outside counts as skin. (N, 512, 512) bool."""
-    hole = (~skin).float()[:, None]
+    hole = ~skin
     for _ in range(2):
-        hole = torch.maximum(F.max_pool2d(hole, (1, 35), 1, (0, 17)), F.max_pool2d(hole, (3, 1), 1, (1, 0)))
-    return hole[:, 0] == 0
+        wide = hole
+        for by in (1, 2, 4, 8, 2):  # 17 columns to the right, then 17 to the left
+            wide = wide | F.pad(wide[..., :-by], (by, 0))
+        left = hole
+        for by in (1, 2, 4, 8, 2):
+            left = left | F.pad(left[..., by:], (0, by))
+        hole = wide | left | _shift_rows(hole, 1) | _shift_rows(hole, -1)
+    return ~hole
 
 
 def label_mask(labels: Tensor, mode: ParsingMode, left_cheek: int = 90, right_cheek: int = 90) -> Tensor:

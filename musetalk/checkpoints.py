@@ -256,6 +256,20 @@ def version_of(folder: Path) -> str:
     return "v1" if find(folder, UNET15.files) is None and find(folder, UNET10.files) else "v15"
 
 
+def builders(folder: Path, version: str) -> list[tuple[Part, Callable[[], nn.Module]]]:
+    """Every part of a version with a function that builds its network from the folder's config."""
+    kinds: dict[str, tuple[type[nn.Module], type[Any]]] = {
+        "unet": (UNet, UNetConfig), "vae": (Vae, VaeConfig), "whisper": (WhisperEncoder, WhisperConfig),
+        "pose": (RtmPose, RtmPoseConfig), "parser": (BiSeNet, BiSeNetConfig), "detector": (S3fd, S3fdConfig),
+    }
+
+    def builder(part: Part) -> Callable[[], nn.Module]:
+        net, config = kinds[part.name]
+        return lambda: net(config_from(config, *read_config(folder, part)))
+
+    return [(part, builder(part)) for part in PARTS[version]]
+
+
 def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Networks:
     """All six networks on `device`: UNet and VAE in `dtype` (default_dtype if None), the others in float32.
 
@@ -266,25 +280,19 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
         raise BadCheckpoint(f"{folder}: no such folder of weights; {HELP}", file=str(folder))
     dtype = dtype or default_dtype(device)
     version = version_of(folder)
-    unet_part = PARTS[version][0]
     identity = verify(folder)
 
-    def fast(net: Net, to: torch.dtype) -> Net:
-        return net.to(device=device, dtype=to, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    def fast(net: Any, to: torch.dtype) -> Any:
+        return net.to(device=device, dtype=to, memory_format=torch.channels_last)
 
-    unet = load_part(folder, unet_part, lambda: UNet(config_from(UNetConfig, *read_config(folder, unet_part))))
-    vae = load_part(folder, VAE, lambda: Vae(config_from(VaeConfig, *read_config(folder, VAE))))
-    whisper = load_part(
-        folder, WHISPER, lambda: WhisperEncoder(config_from(WhisperConfig, *read_config(folder, WHISPER))))
-    pose = load_part(folder, POSE, lambda: RtmPose(config_from(RtmPoseConfig, *read_config(folder, POSE))))
-    parser = load_part(folder, PARSER, lambda: BiSeNet(config_from(BiSeNetConfig, *read_config(folder, PARSER))))
-    detector = load_part(folder, DETECTOR, lambda: S3fd(config_from(S3fdConfig, *read_config(folder, DETECTOR))))
-    unet.fold_time()
-    fold_batch_norm(pose)
-    fold_batch_norm(parser)
-    f32 = torch.float32
-    return Networks(fast(unet, dtype), fast(vae, dtype), whisper.to(device, f32), fast(pose, f32), fast(parser, f32),
-                    fast(detector, f32), version, identity, device, dtype)
+    nets: dict[str, Any] = {part.name: load_part(folder, part, build) for part, build in builders(folder, version)}
+    nets["unet"].fold_time()
+    fold_batch_norm(nets["pose"].float())
+    fold_batch_norm(nets["parser"].float())
+    for name, net in nets.items():
+        nets[name] = net.to(device, torch.float32) if name == "whisper" else fast(
+            net, dtype if name in ("unet", "vae") else torch.float32)
+    return Networks(**nets, version=version, identity=identity, device=device, dtype=dtype)
 
 
 # -- manifest --------------------------------------------------------------------------------------------------------

@@ -44,20 +44,24 @@ def _lanczos4_matrix(n_in: int, n_out: int) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _pillow_matrix(n_in: int, n_out: int, support: float, bicubic: bool) -> Tensor:
-    """(n_out, n_in) weights in 2^-22 of Pillow's antialiasing resampler."""
+def _pillow_taps(n_in: int, n_out: int, support: float, bicubic: bool) -> tuple[Tensor, Tensor]:
+    """Pillow's antialiasing resampler: source indices (taps, n_out) and weights in 2^-22, int32."""
     scale = n_in / n_out
     stretch = max(scale, 1.0)
     kernel: Callable[[Floats], Floats] = _cubic if bicubic else (lambda x: np.clip(1 - np.abs(x), 0, None))
-    matrix = np.zeros((n_out, n_in))
-    for row in range(n_out):
-        centre = (row + 0.5) * scale
+    count = int(np.ceil(support * stretch)) * 2 + 1
+    index = np.zeros((count, n_out), np.int64)
+    fixed = np.zeros((count, n_out), np.int32)
+    for i in range(n_out):
+        centre = (i + 0.5) * scale
         low = max(int(centre - support * stretch + 0.5), 0)
         high = min(int(centre + support * stretch + 0.5), n_in)
-        weights = kernel((np.arange(low, high) - centre + 0.5) / stretch)
+        weights: Floats = kernel((np.arange(low, high) - centre + 0.5) / stretch)
         weights /= weights.sum()
-        matrix[row, low:high] = np.trunc(weights * (1 << 22) + np.copysign(0.5, weights))
-    return torch.from_numpy(matrix)
+        index[: high - low, i] = np.arange(low, high)
+        fixed[: high - low, i] = np.trunc(weights * (1 << 22) + np.copysign(0.5, weights))
+    used = int(np.flatnonzero(fixed.any(axis=1))[-1]) + 1
+    return torch.from_numpy(index[:used]), torch.from_numpy(fixed[:used])
 
 
 def _cubic(x: Floats) -> Floats:
@@ -128,10 +132,16 @@ def lanczos4(image: Tensor, height: int, width: int) -> Tensor:
 def pillow_resize(image: Tensor, height: int, width: int, bicubic: bool = False) -> Tensor:
     """Image.resize(BILINEAR or BICUBIC): (H, W[, C]) uint8 -> (height, width[, C]) uint8; rounds between passes."""
     support = 2.0 if bicubic else 1.0
-    rx = _pillow_matrix(image.shape[1], width, support, bicubic).to(image.device)
-    ry = _pillow_matrix(image.shape[0], height, support, bicubic).to(image.device)
-    half = torch.floor((_columns(rx, _as_3d(image)) + 2**21) / 2**22).clamp(0, 255)
-    return _finish(torch.floor((_rows(ry, half) + 2**21) / 2**22), image)
+    pixels = image.int()
+    for dim, size in ((1, width), (0, height)):
+        index, weights = (t.to(image.device) for t in _pillow_taps(pixels.shape[dim], size, support, bicubic))
+        shape = [1] * pixels.ndim
+        shape[dim] = size
+        total = torch.full((), 1 << 21, dtype=torch.int32, device=image.device)
+        for taps, weight in zip(index, weights, strict=True):
+            total = total + pixels.index_select(dim, taps) * weight.view(shape)
+        pixels = (total >> 22).clamp_(0, 255)
+    return pixels.to(torch.uint8)
 
 
 def gaussian_blur(mask: Tensor, kernel: int) -> Tensor:

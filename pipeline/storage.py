@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import random
@@ -61,7 +62,8 @@ class LocalStorage:
             shutil.copyfile(path, partial)
             partial.replace(target)
         except OSError as e:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink()
             if e.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFull("LOCAL_STORAGE_DIR: no space left", stage="upload") from e
             raise StorageRejected(f"LOCAL_STORAGE_DIR cannot be written: {e.strerror}", stage="upload",
@@ -121,7 +123,11 @@ class B2Storage:
             config = B2HttpApiConfig(http_session_factory=_Session)
             api = B2Api(InMemoryAccountInfo(), api_config=config)
             s = self.settings
-            api.authorize_account(s.b2_key_id, s.b2_app_key, realm=s.b2_realm)
+            try:
+                api.authorize_account(s.b2_key_id, s.b2_app_key, realm=s.b2_realm)
+            except InvalidAuthToken as e:  # here it means a wrong key, elsewhere an expired token
+                raise StorageRejected("Upload refused: B2_KEY_ID and B2_APP_KEY are not valid", stage="upload",
+                                      bucket=s.b2_bucket_name, reason="Unauthorized") from e
             self._bucket = api.get_bucket_by_name(s.b2_bucket_name)
             self._api = api
         return self._bucket

@@ -96,10 +96,10 @@ class ResnetBlock(nn.Module):
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
     def fold_time(self, time: Tensor) -> None:
-        """Add the constant time projection to conv1's bias and drop the projection."""
+        """Add the constant time projection to conv1's bias, in float32, and drop the projection."""
         if self.time_emb_proj is not None and self.conv1.bias is not None:
-            shift = self.time_emb_proj(time)[0]
-            self.conv1.bias = nn.Parameter(self.conv1.bias + shift, requires_grad=False)
+            shift = self.time_emb_proj.float()(time.float())[0]
+            self.conv1.bias = nn.Parameter(self.conv1.bias.float() + shift, requires_grad=False)
             self.time_emb_proj = None
 
 

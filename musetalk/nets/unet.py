@@ -224,11 +224,12 @@ class UNet(nn.Module):
     @torch.no_grad()
     def fold_time(self) -> None:
         """Fold the constant time embedding into the resnets' biases: exact up to rounding, and irreversible."""
-        time = self.time()
-        if time is None:
+        if self.time_embedding is None:
             return
+        self.time_embedding.float()
+        time = self.time()
         for module in self.modules():
-            if isinstance(module, ResnetBlock):
+            if isinstance(module, ResnetBlock) and time is not None:
                 module.fold_time(time)
         self.time_embedding = None
 

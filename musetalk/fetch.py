@@ -1,0 +1,243 @@
+"""Get, convert and check the published weights: python -m musetalk.checkpoints fetch|verify|convert.
+
+The only module of the library that knows URLs. Files are downloaded in parallel, resumed where they broke off, checked
+against their published size and sha256, and converted to half-precision safetensors with only what inference needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import requests
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from musetalk import checkpoints
+from musetalk.checkpoints import PARTS, Part, find, read_state, sha256, write_manifest
+from musetalk.errors import BadCheckpoint
+
+HUB = "https://huggingface.co"
+CHUNK = 1 << 20
+TRIES = 5
+WORKERS = 4
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published file: where it goes, where it comes from, and what it must be (sha256 may be a prefix)."""
+
+    path: str
+    url: str
+    size: int
+    sha256: str
+
+
+def _hub(repo: str, name: str, base: str) -> str:
+    return f"{base}/{repo}/resolve/main/{name}"
+
+
+def published(version: str, mirrors: Mapping[str, str] | None = None) -> list[Published]:
+    """The files of a version. `mirrors` maps the start of a URL to its replacement."""
+    v15 = [
+        Published("musetalkV15/musetalk.json", _hub("TMElyralab/MuseTalk", "musetalkV15/musetalk.json", HUB), 748,
+                  "5b6923aee04d71692e0e9846c471e0a4ea07a4f686d39545e472bd4ba17e1b47"),
+        Published("musetalkV15/unet.pth", _hub("TMElyralab/MuseTalk", "musetalkV15/unet.pth", HUB), 3400074924,
+                  "7ebf6c98c181e20838e4c0054e96e944ac60d5d692cc01db42839fe11b787007"),
+    ]
+    v1 = [  # sizes and digests of MuseTalk 1.0 are not pinned: strict loading checks names and shapes
+        Published("musetalk/musetalk.json", _hub("TMElyralab/MuseTalk", "musetalk/musetalk.json", HUB), 0, ""),
+        Published("musetalk/pytorch_model.bin", _hub("TMElyralab/MuseTalk", "musetalk/pytorch_model.bin", HUB), 0, ""),
+    ]
+    common = [
+        Published("sd-vae/config.json", _hub("stabilityai/sd-vae-ft-mse", "config.json", HUB), 547,
+                  "92d3dfb746fca211a2c9e019e285f8597412211728dce3c5bcf4eda0f2d62e7e"),
+        Published("sd-vae/diffusion_pytorch_model.bin",
+                  _hub("stabilityai/sd-vae-ft-mse", "diffusion_pytorch_model.bin", HUB), 334707217,
+                  "1b4889b6b1d4ce7ae320a02dedaeff1780ad77d415ea0d744b476155c6377ddc"),
+        Published("whisper/config.json", _hub("openai/whisper-tiny", "config.json", HUB), 1983,
+                  "ffdccec4f3211f4c63310f2b7098f309fe70f3952cedc5e4d11e43f5b2379b98"),
+        Published("whisper/pytorch_model.bin", _hub("openai/whisper-tiny", "pytorch_model.bin", HUB), 151095027,
+                  "9607f98a2b22d9e229ae43c52ecea79dcede9e0c5cfae67e8da6eda86d8aac1d"),
+        Published("dwpose/dw-ll_ucoco_384.pth", _hub("yzd-v/DWPose", "dw-ll_ucoco_384.pth", HUB), 406878486,
+                  "0d9408b13cd863c4e95a149dd31232f88f2a12aa6cf8964ed74d7d97748c7a07"),
+        Published("face-parse-bisent/79999_iter.pth",
+                  _hub("ManyOtherFunctions/face-parse-bisent", "79999_iter.pth", HUB), 53289463,
+                  "468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567"),
+        Published("s3fd-619a316812.pth",
+                  "https://www.adrianbulat.com/downloads/python-fan/s3fd-619a316812.pth", 89843225, "619a316812"),
+    ]
+    files = [*(v15 if version == "v15" else v1), *common]
+    return [Published(f.path, _mirrored(f.url, mirrors or {}), f.size, f.sha256) for f in files]
+
+
+def _mirrored(url: str, mirrors: Mapping[str, str]) -> str:
+    for start, replacement in mirrors.items():
+        if url.startswith(start):
+            return replacement + url.removeprefix(start)
+    return url
+
+
+# -- downloading -----------------------------------------------------------------------------------------------------
+
+
+def check(path: Path, file: Published) -> str | None:
+    """What is wrong with a downloaded file; None when it is the published one."""
+    size = path.stat().st_size
+    if file.size and size != file.size:
+        return f"{size} bytes, expected {file.size}"
+    if file.sha256 and not (digest := sha256(path)).startswith(file.sha256):
+        return f"sha256 {digest[:12]}..., expected {file.sha256[:12]}..."
+    return None
+
+
+def download(file: Published, folder: Path, tell: Callable[[int], None]) -> None:
+    """Bring one file; resumes a partial one; raises BadCheckpoint when it is not the published file."""
+    target = folder / file.path
+    partial = target.with_name(target.name + ".part")
+    if target.is_file() and check(target, file) is None:
+        tell(file.size)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    problem = "no answer"
+    for attempt in range(TRIES):
+        try:
+            _resume(file, partial, tell)
+        except (requests.RequestException, OSError) as e:
+            problem = f"{type(e).__name__}"
+            time.sleep(min(0.5 * 2**attempt, 10))
+            continue
+        wrong = check(partial, file)
+        if wrong is None:
+            partial.replace(target)
+            return
+        problem = wrong
+        if not file.size or partial.stat().st_size >= file.size:
+            partial.unlink()  # whole but wrong: start again
+    raise BadCheckpoint(f"{file.url}: {problem}; try again, or set a mirror", file=str(target))
+
+
+def _resume(file: Published, partial: Path, tell: Callable[[int], None]) -> None:
+    """Append what is missing."""
+    have = partial.stat().st_size if partial.exists() else 0
+    if file.size and have >= file.size:
+        return
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    with requests.get(file.url, headers=headers, stream=True, timeout=(10, 60)) as response:
+        response.raise_for_status()
+        appending = response.status_code == 206
+        with partial.open("ab" if appending else "wb") as out:
+            for chunk in response.iter_content(CHUNK):
+                out.write(chunk)
+                tell(len(chunk))
+
+
+class Bar:
+    """Bytes of all downloads together, on standard error."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self._lock, self._shown = total, 0, threading.Lock(), 0.0
+
+    def __call__(self, count: int) -> None:
+        with self._lock:
+            self.done += count
+            if time.monotonic() - self._shown > 0.2 or self.done >= self.total:
+                self._shown = time.monotonic()
+                print(f"\r{self.done / 1e6:8.0f} of {self.total / 1e6:.0f} MB", end="", file=sys.stderr, flush=True)
+
+
+# -- converting ------------------------------------------------------------------------------------------------------
+
+
+def halved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Half precision for weights; running statistics and counters as they are."""
+    return {k: (v if "running_" in k or not v.is_floating_point() else v.half()).contiguous() for k, v in state.items()}
+
+
+def convert(folder: Path, version: str, keep: bool = False) -> None:
+    """Official files -> half-precision safetensors beside them, which loading prefers; then the manifest.
+
+    The official weight files are removed unless `keep`.
+    """
+    builders = checkpoints.builders(folder, version)
+    for part, build in builders:
+        source = find(folder, part.files)
+        if source is None:
+            raise BadCheckpoint(f"{folder / part.files[-1]}: no such file", file=str(folder / part.files[-1]))
+        if source.suffix == ".safetensors":
+            continue
+        with torch.device("meta"):
+            net = build()
+        state = checkpoints.check_state(net, part.rename(dict(read_state(source))), source)
+        target = folder / _converted_name(part, source.relative_to(folder))
+        save_file(halved(state), target.with_suffix(".part"))
+        target.with_suffix(".part").replace(target)
+        if not keep:
+            source.unlink()
+    write_manifest(folder, version)
+
+
+def _converted_name(part: Part, source: Path) -> str:
+    return next(n for n in part.files if n.endswith(".safetensors") and Path(n).parent == source.parent)
+
+
+def fetch(folder: Path, version: str, mirrors: Mapping[str, str], keep: bool = False) -> None:
+    """Download, check and convert everything a version needs."""
+    if not missing(folder, version) and (folder / checkpoints.MANIFEST).is_file():
+        checkpoints.verify(folder)
+        return
+    files = [f for f in published(version, mirrors) if not _is_converted(folder, version, f.path)]
+    bar = Bar(sum(f.size for f in files))
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for done in [pool.submit(download, f, folder, bar) for f in files]:
+            done.result()
+    print(file=sys.stderr)
+    convert(folder, version, keep)
+
+
+def _is_converted(folder: Path, version: str, path: str) -> bool:
+    """Whether a published weight file's converted form is there already."""
+    for part in PARTS[version]:
+        if path in part.files:
+            return any((folder / n).is_file() for n in part.files if n.endswith(".safetensors"))
+    return False
+
+
+def missing(folder: Path, version: str) -> list[str]:
+    """Parts whose weights are not in the folder."""
+    return [part.name for part in PARTS[version] if find(folder, part.files) is None]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; 0 when all is well, 1 with one clear line otherwise."""
+    parser = argparse.ArgumentParser(prog="python -m musetalk.checkpoints", description=__doc__)
+    parser.add_argument("command", choices=("fetch", "verify", "convert"))
+    parser.add_argument("--dir", type=Path, required=True, help="folder of weights")
+    parser.add_argument("--version", choices=tuple(PARTS), default="v15", help="MuseTalk 1.5 or 1.0")
+    parser.add_argument("--mirror", action="append", default=[], metavar="FROM=TO", help="replace the start of URLs")
+    parser.add_argument("--keep", action="store_true", help="keep the official files beside the converted ones")
+    options = parser.parse_args(argv)
+    mirrors = dict(m.split("=", 1) for m in options.mirror if "=" in m)
+    try:
+        if options.command == "fetch":
+            fetch(options.dir, options.version, mirrors, options.keep)
+        elif options.command == "convert":
+            convert(options.dir, options.version, options.keep)
+        else:
+            if not (options.dir / checkpoints.MANIFEST).is_file():
+                raise BadCheckpoint(f"{options.dir / checkpoints.MANIFEST}: no such file; run convert first")
+            checkpoints.verify(options.dir)
+    except BadCheckpoint as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    size = sum(f.stat().st_size for f in options.dir.rglob("*") if f.is_file())
+    print(json.dumps({"dir": str(options.dir), "version": options.version, "bytes": size}))
+    return 0

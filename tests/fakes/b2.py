@@ -1,0 +1,186 @@
+"""A small Backblaze B2 on loopback: enough of the native API v4 for the real b2sdk, with faults to order."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import unquote
+
+Fault = Callable[[http.server.BaseHTTPRequestHandler], bool]  # True when it has answered (or hung up)
+
+
+class B2:
+    """Objects by name (all versions kept). `faults` are taken one for each upload, first come first served."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, list[bytes]] = {}
+        self.faults: deque[Fault] = deque()
+        self.calls: list[str] = []
+        self.bucket = "talking-avatar"
+        self.key_id, self.key = "key-id", "canary-app-key"
+        b2 = self
+
+        class Routes(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: Any) -> None:
+                """Say nothing."""
+
+            def do_GET(self) -> None:
+                self._api(b"")
+
+            def do_POST(self) -> None:
+                self._api(self.rfile.read(int(self.headers.get("content-length") or 0)))
+
+            def do_HEAD(self) -> None:
+                self._download()
+
+            def _api(self, body: bytes) -> None:
+                name = self.path.split("?")[0].rsplit("/", 1)[-1]
+                b2.calls.append(name)
+                if self.path.startswith("/upload"):
+                    return self._upload(body)
+                if self.path.startswith("/file/"):
+                    return self._download()
+                route = getattr(self, f"_{name}", None)
+                return route(json.loads(body or b"{}")) if route else self.error(404, "not_found")
+
+            def _b2_authorize_account(self, _: Any) -> None:
+                import base64
+
+                given = base64.b64decode(self.headers["Authorization"].removeprefix("Basic ")).decode()
+                if given != f"{b2.key_id}:{b2.key}":
+                    return self.error(401, "bad_auth_token")
+                storage = {
+                    "apiUrl": b2.url, "downloadUrl": b2.url, "s3ApiUrl": b2.url, "recommendedPartSize": 10**8,
+                    "absoluteMinimumPartSize": 5 * 10**6, "infoType": "storageApi", "bucketId": None, "bucketName": None,
+                    "namePrefix": None, "allowed": ALLOWED,
+                    "capabilities": ALLOWED["capabilities"],
+                }
+                return self.answer({
+                    "accountId": "acct", "authorizationToken": "canary-token", "apiInfo": {"storageApi": storage},
+                    "applicationKeyExpirationTimestamp": None,
+                })
+
+            def _b2_list_buckets(self, q: Any) -> None:
+                found = q.get("bucketName") in (None, b2.bucket)
+                self.answer({"buckets": [BUCKET | {"bucketName": b2.bucket}] if found else []})
+
+            def _b2_get_upload_url(self, _: Any) -> None:
+                self.answer({"bucketId": "b1", "uploadUrl": f"{b2.url}/upload", "authorizationToken": "canary-upload"})
+
+            def _upload(self, body: bytes) -> None:
+                if b2.faults and b2.faults.popleft()(self):
+                    return None
+                name = unquote(self.headers["X-Bz-File-Name"])
+                sha1 = self.headers["X-Bz-Content-Sha1"]
+                if sha1 == "hex_digits_at_end":
+                    body, sha1 = body[:-40], body[-40:].decode()
+                if hashlib.sha1(body).hexdigest() != sha1:
+                    return self.error(400, "bad_request", "Checksum did not match data received")
+                b2.objects.setdefault(name, []).append(body)
+                return self.answer(self._file(name, body))
+
+            def _file(self, name: str, body: bytes) -> dict[str, Any]:
+                return {
+                    "accountId": "acct", "action": "upload", "bucketId": "b1", "contentLength": len(body),
+                    "contentSha1": hashlib.sha1(body).hexdigest(), "contentType": "video/mp4", "fileId": "f1", "fileInfo": {},
+                    "fileName": name, "uploadTimestamp": int(time.time() * 1000), "contentMd5": None,
+                    "serverSideEncryption": {"mode": "none"}, "legalHold": {"isClientAuthorizedToRead": False, "value": None},
+                    "fileRetention": {"isClientAuthorizedToRead": False, "value": None}, "replicationStatus": None,
+                }
+
+            def _download(self) -> None:
+                name = unquote(self.path.split("?")[0].removeprefix(f"/file/{b2.bucket}/"))
+                if name not in b2.objects:
+                    return self.error(404, "not_found")
+                body = b2.objects[name][-1]
+                self.send_response(200)
+                for key, value in {
+                    "Content-Length": str(len(body)), "Content-Type": "video/mp4", "x-bz-file-id": "f1",
+                    "x-bz-file-name": name, "x-bz-content-sha1": hashlib.sha1(body).hexdigest(),
+                    "X-Bz-Upload-Timestamp": "1700000000000",
+                }.items():
+                    self.send_header(key, value)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+                return None
+
+            def answer(self, value: Any, code: int = 200, headers: dict[str, str] | None = None) -> None:
+                data = json.dumps(value).encode()
+                self.send_response(code)
+                own = {"Content-Type": "application/json", "Content-Length": str(len(data))}
+                for key, header in {**own, **(headers or {})}.items():
+                    self.send_header(key, header)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(data)
+
+            def error(self, code: int, name: str, message: str = "no", headers: dict[str, str] | None = None) -> None:
+                self.answer({"status": code, "code": name, "message": message}, code, headers)
+
+        class Server(http.server.ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *_: Any) -> None:
+                """Clients that hang up are part of the test."""
+
+        self.server = Server(("127.0.0.1", 0), Routes)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def environment(self) -> dict[str, str]:
+        """What a worker needs to use this storage."""
+        return {"B2_KEY_ID": self.key_id, "B2_APP_KEY": self.key, "B2_BUCKET_NAME": self.bucket, "B2_REALM": self.url}
+
+    def close(self) -> None:
+        """Shut down."""
+        self.server.shutdown()
+        self.server.server_close()
+
+
+ALLOWED: dict[str, Any] = {
+    "buckets": None, "capabilities": ["listBuckets", "readFiles", "writeFiles", "listFiles"], "namePrefix": None,
+}
+BUCKET: dict[str, Any] = {
+    "accountId": "acct", "bucketId": "b1", "bucketInfo": {}, "bucketType": "allPublic", "corsRules": [], "lifecycleRules": [],
+    "revision": 1, "options": [], "defaultServerSideEncryption": {"isClientAuthorizedToRead": False, "value": None},
+    "fileLockConfiguration": {"isClientAuthorizedToRead": False, "value": None},
+    "replicationConfiguration": {"isClientAuthorizedToRead": False, "value": None},
+}
+
+
+def status(code: int, name: str, message: str = "no", headers: dict[str, str] | None = None) -> Fault:
+    """Answer with an error."""
+    def fault(routes: Any) -> bool:
+        routes.error(code, name, message, headers)
+        return True
+    return fault
+
+
+def reset(routes: Any) -> bool:
+    """Hang up without an answer."""
+    routes.close_connection = True
+    routes.connection.close()
+    return True
+
+
+def wrong_checksum(routes: Any) -> bool:
+    """Say that another file was stored."""
+    routes.answer({**routes._file("x", b"other"), "fileName": unquote(routes.headers["X-Bz-File-Name"])})
+    return True
+
+
+def hang(seconds: float) -> Fault:
+    """Say nothing for a while, then hang up."""
+    def fault(routes: Any) -> bool:
+        time.sleep(seconds)
+        return reset(routes)
+    return fault

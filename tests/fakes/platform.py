@@ -1,0 +1,115 @@
+"""A small RunPod platform on loopback: hands out jobs by long poll, collects results, progress and pings, stops jobs."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import queue
+import threading
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+POLL_SEC = 1.0
+
+
+class Platform:
+    """Start it, `submit` jobs, `wait` for their results; `environment` makes the real SDK talk to it."""
+
+    def __init__(self) -> None:
+        self.jobs: queue.Queue[dict[str, Any]] = queue.Queue()
+        self.stops: queue.Queue[str] = queue.Queue()
+        self.results: dict[str, Any] = {}
+        self.raw: dict[str, str] = {}
+        self.progress: list[Any] = []
+        self.pings: list[str] = []
+        self.taken: dict[str, float] = {}
+        self._changed = threading.Condition()
+        platform = self
+
+        class Routes(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: Any) -> None:
+                """Say nothing."""
+
+            def do_GET(self) -> None:
+                path = urlsplit(self.path).path
+                if path.startswith("/job-take/"):
+                    self._poll(platform.jobs, lambda job: (platform._took(job["id"]), job)[1])
+                elif path.startswith("/job-stop/"):
+                    self._poll(platform.stops, lambda job_id: {"jobsToStop": [job_id]})
+                else:
+                    platform.pings.append(self.path)
+                    self._answer(200, {})
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"])).decode()
+                kind, job_id = urlsplit(self.path).path.split("/")[1:3]
+                value = json.loads(body)
+                if kind == "job-done" and not (isinstance(value, dict) and value.get("status") == "IN_PROGRESS"):
+                    platform._done(job_id, value, body)
+                else:
+                    platform.progress.append((job_id, value, time.monotonic()))
+                self._answer(200, {})
+
+            def _poll(self, source: queue.Queue[Any], shape: Any) -> None:
+                try:
+                    self._answer(200, shape(source.get(timeout=POLL_SEC)))
+                except queue.Empty:
+                    self._answer(204, None)
+
+            def _answer(self, code: int, value: Any) -> None:
+                data = b"" if value is None else json.dumps(value).encode()
+                self.send_response(code)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Routes)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        base = f"http://127.0.0.1:{self.server.server_port}"
+        return {
+            "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID?gpu=x", "RUNPOD_WEBHOOK_PING": f"{base}/ping/$RUNPOD_POD_ID",
+            "RUNPOD_WEBHOOK_POST_OUTPUT": f"{base}/job-done/$ID?gpu=x",
+            "RUNPOD_WEBHOOK_POST_STREAM": f"{base}/job-stream/$ID?gpu=x", "RUNPOD_AI_API_KEY": "canary-api-key",
+            "RUNPOD_POD_ID": "pod1", "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true", "RUNPOD_SKIP_GPU_CHECK": "true",
+        }
+
+    def submit(self, job_id: str, job_input: Any) -> None:
+        """Queue a job."""
+        self.jobs.put({"id": job_id, "input": job_input})
+
+    def stop(self, job_id: str) -> None:
+        """Cancel a job."""
+        self.stops.put(job_id)
+
+    def wait(self, job_id: str, timeout: float = 90) -> Any:
+        """What the worker posted for a job."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: job_id in self.results, timeout), f"no result for {job_id}"
+            return self.results[job_id]
+
+    def wait_taken(self, job_id: str, timeout: float = 90) -> None:
+        """Until the worker holds the job."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: job_id in self.taken, timeout), f"{job_id} was not taken"
+
+    def _took(self, job_id: str) -> None:
+        with self._changed:
+            self.taken[job_id] = time.monotonic()
+            self._changed.notify_all()
+
+    def _done(self, job_id: str, value: Any, raw: str) -> None:
+        with self._changed:
+            self.results[job_id], self.raw[job_id] = value, raw
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Shut down."""
+        self.server.shutdown()
+        self.server.server_close()
