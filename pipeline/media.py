@@ -186,14 +186,14 @@ def probe(path: Path, max_pixels: int) -> MediaInfo:
 def explain(path: Path, err: str) -> str:
     """Why ffmpeg could not open a file, in words for its sender."""
     with path.open("rb") as file:
-        head = file.read(512).lstrip().lower()
+        head = file.read(512).lstrip(b" \t\r\n\xef\xbb\xbf").lower()
     if not head:
         return "the file is empty"
     if head.startswith((b"<!doctype html", b"<html")):
         return "the URL gave a web page, not a media file"
     if b"max_pixels" in err.encode() or "exceeds" in err or "Picture size" in err:
         return "the picture is larger than MAX_PIXELS"
-    if "moov atom not found" in err:
+    if "moov atom not found" in err and head[4:8] == b"ftyp":
         return "the file is incomplete: its index (moov atom) is missing"
     return "not a media file this worker reads (video: mp4, mov, mkv, webm, avi, ts; audio: wav, mp3, m4a, flac, ogg; image: png, jpeg, webp)"
 
@@ -301,24 +301,28 @@ class FrameSource:
     def command(self, start: int, count: int) -> tuple[list[str], int]:
         """ffmpeg's command for `count` frames from frame `start`, and how many leading frames to drop.
 
-        A seek lands up to a second early and keeps the file's own timestamps, so that the rate filter chooses the
-        same frames as in a run from the beginning.
+        The rate filter must choose the same frames after a seek as in a run from the beginning. So timestamps stay
+        the file's own, the seek begins at a key frame, the filter's origin is a moment that lies on the output's grid
+        and on the microsecond, and every timestamp is moved by 7 us, so that no frame lies exactly between two output
+        frames, where rounding could go either way.
         """
         info, video = self.info, self.info.video
         if video is None:
             raise BadMedia("no video stream")
-        lead = min(start, max(2, round(self.fps)))
-        seek = ["-copyts", "-start_at_zero", "-ss", f"{float((start - lead) / self.fps):.6f}"] if start > lead else []
-        drop = lead if seek else start
-        first = f":start_time={float((start - lead) / self.fps):.6f}" if seek else ":start_time=0"
-        rate = [f"fps={self.fps.numerator}/{self.fps.denominator}{first}"] if not info.image else []
+        a, b = self.fps.numerator, self.fps.denominator
+        unit = Fraction(b, 1000) if b > 1 and a % 1000 == 0 else Fraction(b)  # seconds that are whole frames
+        origin = max(0, int(start / self.fps / unit) - 1) * unit
+        drop = start - int(origin * self.fps)
+        seek = ["-noaccurate_seek", "-ss", f"{float(origin):.6f}"] if origin else []
+        rate = [f"settb=1/1000000,setpts=PTS+7,fps={a}/{b}:start_time={float(origin):.6f}"] if not info.image else []
         square = [] if video.sar == 1 else [f"scale={video.width}:{video.height}", "setsar=1"]
         colour = "scale=out_color_matrix=bt709:out_range=tv" if video.is_rgb else ""
         if video.full_range:
             colour = "scale=in_range=pc:out_range=pc"
         chain = [*rate, *square, *self.filters, *([colour] if colour else []), "format=yuv420p"]
         return [
-            ffmpeg(), "-nostdin", "-v", "error", "-threads", "2", *seek, *guarded(info.path, self.max_pixels, info.image),
+            ffmpeg(), "-nostdin", "-v", "error", "-threads", "2", "-copyts", "-start_at_zero", *seek,
+            *guarded(info.path, self.max_pixels, info.image),
             "-map", f"0:{video.index}", "-an", "-sn", "-dn", "-vf", ",".join(chain), "-fps_mode", "passthrough",
             "-frames:v", str(drop + count), "-f", "rawvideo", "-pix_fmt", "yuv420p", "pipe:1",
         ], drop

@@ -1,0 +1,1 @@
+"""Measurements: each module ends with one line of JSON and states hardware, batch and dtype."""

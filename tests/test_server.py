@@ -1,0 +1,151 @@
+"""The HTTP door as a live process: bodies, health while a job runs, the orchestrator's own parsing, the queue's bound."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from examples import orchestrator
+from pipeline.settings import REPOSITORY
+from tests.conftest import DEMO
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serving(folder: Path, **changes: str) -> Iterator[str]:
+    """`python -m pipeline.server` as a process; yields its base URL once /ping says ready."""
+    port = free_port()
+    environment = {
+        "PATH": os.environ["PATH"], "MODEL_DIR": str(DEMO), "PORT": str(port), "STORAGE": "local", "TMPDIR": str(folder),
+        "LOCAL_STORAGE_DIR": str(folder / "outputs"), "CACHE_DIR": str(folder / "cache"),
+        "DOWNLOAD_ALLOW_HOSTS": "127.0.0.0/8", **changes,
+    }
+    process = subprocess.Popen([sys.executable, "-m", "pipeline.server"], cwd=REPOSITORY, env=environment,
+                               stdout=subprocess.DEVNULL, stderr=(folder / "log").open("w"))
+    base = f"http://127.0.0.1:{port}"
+    try:
+        seen = set()
+        for _ in range(600):
+            with contextlib.suppress(requests.ConnectionError):
+                seen.add(requests.get(f"{base}/ping", timeout=5).status_code)
+            if 200 in seen:
+                break
+            time.sleep(0.1)
+        assert 200 in seen, (folder / "log").read_text()
+        assert seen <= {200, 204}
+        yield base
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving(tmp_path_factory.mktemp("server")) as base:
+        yield base
+
+
+def job(samples_url: str, **changes: Any) -> dict[str, Any]:
+    return {"musetalk_job_id": "http-1", "video_url": f"{samples_url}/still.png", "resolution": "480p",
+            "audio_url": f"{samples_url}/speech.wav", **changes}
+
+
+def test_generate_and_health_while_it_runs(door: str, samples_url: str) -> None:
+    assert requests.get(f"{door}/hc", timeout=5).json() == {"status": "ok"}
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        running = pool.submit(requests.post, f"{door}/generate", json=job(samples_url), timeout=300)
+        waits = []
+        while not running.done():
+            began = time.monotonic()
+            assert requests.get(f"{door}/hc", timeout=5).status_code == 200
+            waits.append(time.monotonic() - began)
+            time.sleep(0.05)
+    response = running.result()
+    assert response.status_code == 200, response.text
+    # the orchestrator's own parsing
+    data = response.json()
+    assert data["output_url"]
+    assert data["musetalk_job_id"] == "http-1"
+    metrics = data["metrics"]
+    assert metrics.get("stage_times", {})
+    assert metrics.get("total_time")
+    assert metrics.get("gpu_class")
+    assert metrics.get("GENERATION_TIME_SEC")
+    assert "PEAK_VRAM_MIB" in metrics
+    print(f"health while a job ran: {len(waits)} answers, slowest {max(waits) * 1000:.0f} ms")
+
+
+def test_failures_have_their_status(door: str, samples_url: str) -> None:
+    missing = requests.post(f"{door}/generate", json=job(samples_url, video_url=f"{samples_url}/none.mp4"), timeout=60)
+    assert missing.status_code == 422
+    assert missing.json()["details"]["status_code"] == 404
+    no_id = {k: v for k, v in job(samples_url).items() if k != "musetalk_job_id"}
+    assert requests.post(f"{door}/generate", json=no_id, timeout=60).json()["details"]["field"] == "musetalk_job_id"
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"a":NaN}', b"x" * (2 << 20)])
+def test_malformed_bodies_are_422(door: str, body: bytes) -> None:
+    response = requests.post(f"{door}/generate", data=body, timeout=60)
+    assert response.status_code == 422
+    assert list(response.json()) == ["status", "error_type", "error_message", "stage", "details", "retryable", "stage_times"]
+
+
+def test_orchestrator_example_retries_and_stores(door: str, samples_url: str) -> None:
+    body = orchestrator.run(orchestrator.http_door(door), job(samples_url, musetalk_job_id="http-2"))
+    assert body["status"] == "success"
+    with pytest.raises(orchestrator.JobFailed) as e:
+        orchestrator.run(orchestrator.http_door(door), job(samples_url, video_url="ftp://x/y"))
+    assert e.value.body["retryable"] is False
+    url = os.environ.get("TEST_DATABASE_URL")
+    if not url:
+        pytest.skip("TEST_DATABASE_URL is not set: storing into PostgreSQL was not tried")
+    import psycopg2
+
+    connection = psycopg2.connect(url)
+    orchestrator.store(connection, body)
+    orchestrator.store(connection, body)  # the same job again is the same row
+    with connection, connection.cursor() as cursor:
+        cursor.execute("SELECT output_url, stage_times_json FROM job_results WHERE job_id = 'http-2'")
+        rows = cursor.fetchall()
+    assert rows == [(body["output_url"], body["metrics"]["stage_times"])]
+
+
+def test_retryable_failures_are_tried_again() -> None:
+    answers = [{"status": "failed", "retryable": True}, {"status": "success"}]
+    assert orchestrator.run(lambda _: answers.pop(0), {}, wait=lambda _: None)["status"] == "success"
+
+
+def test_prometheus_metrics(door: str) -> None:
+    text = requests.get(f"{door}/metrics", timeout=5).text
+    assert 'musetalk_jobs_total{outcome="success"}' in text
+    assert "musetalk_ready 1" in text
+
+
+def test_queue_is_bounded(tmp_path: Path, samples_url: str) -> None:
+    with serving(tmp_path, HTTP_QUEUE_MAX="2") as base, concurrent.futures.ThreadPoolExecutor(12) as pool:
+        sent = [pool.submit(requests.post, f"{base}/generate", json=job(samples_url, musetalk_job_id=f"q-{i}"), timeout=300)
+                for i in range(12)]
+        answers = [s.result() for s in sent]
+    codes = [a.status_code for a in answers]
+    assert codes.count(200) >= 3
+    assert codes.count(503) >= 1
+    assert set(codes) == {200, 503}
+    refused = next(a for a in answers if a.status_code == 503)
+    assert int(refused.headers["Retry-After"]) > 0
+    assert refused.json()["retryable"] is True
