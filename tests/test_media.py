@@ -132,7 +132,7 @@ def test_any_common_sound(media: Make, prober: str, name: str, rate: int, channe
 
 
 def test_mono_is_the_mean_of_the_channels(media: Make) -> None:
-    path = media("lr.wav", "-f", "lavfi", "-i", "sine=440:d=1:r=16000", "-f", "lavfi", "-i", "anullsrc=r=16000:d=1",
+    path = media("lr.wav", "-f", "lavfi", "-i", "sine=440:d=1:r=16000", "-f", "lavfi", "-i", "anullsrc=r=16000:cl=mono:d=1",
                  "-filter_complex", "[0][1]join=inputs=2:channel_layout=stereo")
     mono = media("l.wav", "-f", "lavfi", "-i", "sine=440:d=1:r=16000")
     both, one = (m.read_pcm(m.probe(p, PIXELS), 9, 9, PIXELS) for p in (path, mono))

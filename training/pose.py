@@ -19,6 +19,7 @@ from training.presenter import Identity, Pose, draw
 CONFIG = RtmPoseConfig(
     widths=(16, 32, 64, 96, 128), blocks=(1, 2, 2, 1), hidden=64, gate=128, key=32, flip_test=False)
 SIZES = ((640, 360), (360, 640), (480, 480), (512, 384), (384, 512))
+LARGE = ((1280, 720), (720, 1280))  # as sharply aliased by the network's picture as real clips are
 SIGMA = 4.0  # bins, width of the SimCC targets
 
 
@@ -31,13 +32,18 @@ def frame_pose(r: np.random.Generator, width: int, height: int) -> Pose:
                 float(r.choice([0.0, r.random(), 1.0], p=[0.75, 0.15, 0.1])), (float(u(-0.6, 0.6)), float(u(-0.3, 0.3))))
 
 
-def pictures(seed: int, count: int) -> NDArray[np.float32]:
+def large(seed: int, count: int) -> NDArray[np.float16]:
+    """Like `pictures`, drawn at full size."""
+    return pictures(seed + 1000, count, LARGE)
+
+
+def pictures(seed: int, count: int, sizes: tuple[tuple[int, int], ...] = SIZES) -> NDArray[np.float16]:
     """`count` rows of picture (384 * 288 * 3 levels) and 68 * 2 input-pixel landmarks, packed as float16-safe floats."""
     torch.set_num_threads(1)
     r = np.random.default_rng([seed, 3])
     out = np.empty((count, 384 * 288 * 3 + 136), np.float16)
     for i in range(count):
-        width, height = SIZES[r.integers(len(SIZES))]
+        width, height = sizes[r.integers(len(sizes))]
         pose, who = frame_pose(r, width, height), Identity.random(int(r.integers(data.TRAIN_IDENTITIES)))
         drawn = draw(width, height, who, pose, data.random_mouth(r))
         where = PoseFrame.whole(width, height)
@@ -67,15 +73,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--images", type=int, default=3000)
+    parser.add_argument("--large", type=int, default=500, help="pictures drawn at full size")
+    parser.add_argument("--rate", type=float, default=2e-3)
     options = parser.parse_args()
     device = common.setup(3)
     rows = common.cached("poses", lambda: np.concatenate(
         data.in_parallel(pictures, range(options.images // 250), 250)))
+    sharp = common.cached("poses_large", lambda: np.concatenate(
+        data.in_parallel(large, range(options.large // 50), 50)))
     net = RtmPose(CONFIG).to(device, memory_format=torch.channels_last).train()
-    schedule, r, began = common.Schedule(net, options.steps, 2e-3), np.random.default_rng(4), time.time()
+    common.resume(net, "pose")
+    schedule, r, began = common.Schedule(net, options.steps, options.rate), np.random.default_rng(4), time.time()
     for step in range(options.steps):
-        batch = torch.from_numpy(np.sort(r.integers(len(rows), size=16)))
-        chosen = torch.from_numpy(np.asarray(rows[batch.numpy()], np.float32)).to(device)
+        mixed = [rows[np.sort(r.integers(len(rows), size=10))], sharp[np.sort(r.integers(len(sharp), size=6))]]
+        chosen = torch.from_numpy(np.concatenate(mixed).astype(np.float32)).to(device)
         image = pose_input(vary(chosen[:, :-136].view(-1, 384, 288, 3))).contiguous(memory_format=torch.channels_last)
         points = chosen[:, -136:].view(-1, 68, 2)
         x, y = net(image)

@@ -1,0 +1,131 @@
+"""The avatar store and its cache: chunks, atomic files, eviction, damage, several writers."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from musetalk.avatar import CHUNK, Avatar, AvatarCache, Face, cache_key
+from musetalk.box import Box
+
+
+def face(i: int) -> Face:
+    return Face(Box(i, i, i + 10, i + 12), torch.full((512, 64), i % 256, dtype=torch.uint8), torch.full((8, 4, 4), float(i)).half())
+
+
+def filled(count: int) -> Avatar:
+    avatar = Avatar.new()
+    for i in range(count):
+        avatar.append(None if i % 7 == 3 else face(i))
+    avatar.finish()
+    return avatar
+
+
+def same(avatar: Avatar, count: int) -> bool:
+    for i in range(count):
+        got, want = avatar[i], None if i % 7 == 3 else face(i)
+        if (got is None) != (want is None):
+            return False
+        if got and want and not (got.box == want.box and torch.equal(got.mask, want.mask) and torch.equal(got.latents, want.latents)):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("count", [1, CHUNK - 1, CHUNK, 5 * CHUNK + 3])
+def test_what_goes_in_comes_out(count: int, tmp_path: Path) -> None:
+    avatar = filled(count)
+    assert len(avatar) == count
+    assert same(avatar, count)
+    avatar.save(tmp_path / "a", "key")
+    read = Avatar.open(tmp_path / "a", "key")
+    assert read
+    assert (len(read), read.complete, read.faces) == (count, True, avatar.faces)
+    assert same(read, count)
+
+
+def test_entries_can_be_read_while_more_are_added() -> None:
+    avatar = Avatar.new()
+    for i in range(3 * CHUNK):
+        avatar.append(face(i))
+        for j in (0, i // 2, i):
+            entry = avatar[j]
+            assert entry
+            assert entry.box.x1 == j
+    with pytest.raises(IndexError):
+        avatar[3 * CHUNK]
+
+
+def test_damage_and_foreign_files_are_misses(tmp_path: Path) -> None:
+    cache = AvatarCache(tmp_path, 10**9)
+    assert cache.put("key", filled(50))
+    assert cache.get("key")
+    assert cache.get("other") is None
+    path = cache.path("key")
+    assert path
+    whole = path.read_bytes()
+    assert Avatar.open(path, "another key") is None
+    for damage in (b"", whole[:-1], whole[: len(whole) // 2], whole[:100] + b"x" + whole[101:], b"\xff" * 64):
+        path.write_bytes(damage)
+        assert cache.get("key") is None
+    path.write_bytes(whole)
+    assert cache.get("key")
+
+
+def test_size_is_bounded_and_the_least_recent_go_first(tmp_path: Path) -> None:
+    size = 0
+    for i, key in enumerate("abcd"):
+        cache = AvatarCache(tmp_path, 10**9)
+        cache.put(key, filled(20))
+        path = cache.path(key)
+        assert path
+        size = path.stat().st_size
+        os.utime(path, (i, i))
+    assert AvatarCache(tmp_path, 10**9).get("a"), "reading marks it as used"
+    AvatarCache(tmp_path, int(3.5 * size)).put("e", filled(20))
+    assert sorted(p.stem for p in tmp_path.glob("*.avatar")) == ["a", "d", "e"]
+
+
+def test_a_read_avatar_survives_its_eviction(tmp_path: Path) -> None:
+    cache = AvatarCache(tmp_path, 10**9)
+    cache.put("key", filled(100))
+    avatar = cache.get("key")
+    assert avatar
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert same(avatar, 100)
+
+
+def test_many_writers_and_readers(tmp_path: Path) -> None:
+    wrong: list[str] = []
+
+    def work() -> None:
+        cache = AvatarCache(tmp_path, 10**9)
+        for _ in range(5):
+            cache.put("key", filled(40))
+            avatar = cache.get("key")
+            if avatar is None or not same(avatar, 40):
+                wrong.append("torn")
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert [p.name for p in tmp_path.iterdir()] == ["key.avatar"]
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert AvatarCache(blocked / "cache", 10**9).put("key", filled(3)) is False
+    assert AvatarCache(None, 10**9).get("key") is None
+
+
+def test_keys_depend_on_every_part() -> None:
+    keys = {cache_key("clip", 25, {"a": 1}), cache_key("clip", 25, {"a": 2}), cache_key("clip", 24, {"a": 1}), cache_key("c", 25, {"a": 1})}
+    assert len(keys) == 4

@@ -1,0 +1,254 @@
+"""Weight files in every published form load strictly and safely; anything else is refused by name. Fetching, too."""
+
+from __future__ import annotations
+
+import collections
+import http.server
+import json
+import os
+import pickle
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from musetalk import LipSync, checkpoints, fetch
+from musetalk.checkpoints import read_state
+from musetalk.errors import BadCheckpoint
+from tests.conftest import DEMO
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the demo weights without its manifest, so that files may be changed."""
+    target = tmp_path / "weights"
+    shutil.copytree(DEMO, target)
+    (target / "manifest.json").unlink()
+    return target
+
+
+def speaks_alike(a: LipSync, b: LipSync) -> bool:
+    side = a.crop_size // a.nets.vae.cfg.stride
+    latents = torch.randn(1, 8, side, side, generator=torch.Generator().manual_seed(1))
+    tokens = torch.randn(1, 50, a.nets.unet.cfg.cross_attention_dim, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        return torch.equal(a.generate(latents, tokens), b.generate(latents, tokens))
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Tensor]], Any], **options: Any) -> None:
+    torch.save(change(torch.load(path, weights_only=True)), path, **options)
+
+
+UNET, VAE = "musetalkV15/unet.pth", "sd-vae/diffusion_pytorch_model.bin"
+WHISPER, POSE = "whisper/pytorch_model.bin", "dwpose/dw-ll_ucoco_384.pth"
+
+
+class Custom:
+    """A class that an mmengine checkpoint might name; loading must not run it."""
+
+    ran = False
+
+    def __reduce__(self) -> Any:
+        return (_mark, ("ran",))
+
+
+def _mark(_: str) -> int:
+    Custom.ran = True
+    return 1
+
+
+@pytest.mark.parametrize("form", ["older pickle", "newer attention names", "mmengine", "whisper decoder beside", "bare whisper"])
+def test_published_forms_load(folder: Path, form: str) -> None:
+    if form == "older pickle":
+        for name in (UNET, WHISPER, "face-parse-bisent/79999_iter.pth", "s3fd-619a316812.pth"):
+            rewrite(folder / name, lambda s: s, _use_new_zipfile_serialization=False)
+    elif form == "newer attention names":
+        names = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+
+        def rename(state: dict[str, Tensor]) -> dict[str, Tensor]:
+            out = {}
+            for key, value in state.items():
+                for old, new in names.items():
+                    key = key.replace(old, new)
+                out[key] = value
+            return out
+
+        rewrite(folder / VAE, rename)
+    elif form == "mmengine":
+        rewrite(folder / POSE, lambda s: {
+            "meta": {"x": Custom(), "date": collections.Counter(a=1)}, "state_dict": collections.OrderedDict(s["state_dict"]),
+            "message_hub": {"log": Custom()}, "ema_state_dict": {"steps": torch.zeros(1)}})
+    elif form == "whisper decoder beside":
+        rewrite(folder / WHISPER, lambda s: {**s, "model.decoder.x": torch.zeros(3), "proj_out.weight": torch.zeros(2)})
+    else:
+        rewrite(folder / WHISPER, lambda s: {k.removeprefix("model."): v for k, v in s.items()})
+    Custom.ran = False
+    assert speaks_alike(LipSync.load(folder), LipSync.load(DEMO))
+    assert not Custom.ran, "code from the file was run"
+
+
+def test_a_malicious_pickle_does_not_run(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (os.system, (f"touch {marker}",))
+
+    path = tmp_path / "w.pth"
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "x": Evil()}, path)
+    assert torch.equal(read_state(path)["state_dict"]["a"], torch.zeros(1))
+    (tmp_path / "raw.pth").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(BadCheckpoint):
+        read_state(tmp_path / "raw.pth")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda s: {k: v for k, v in s.items() if k != "conv_out.bias"}, "key 'conv_out.bias' is missing"),
+    (lambda s: {**s, "conv_out.bias": torch.zeros(9)}, r"key 'conv_out.bias' has shape \(9,\), expected \(4,\)"),
+    (lambda s: {**s, "more": torch.zeros(1)}, "unknown key 'more'"),
+    (lambda s: [1, 2], "holds a list"),
+])
+def test_wrong_contents_are_named(folder: Path, change: Any, words: str) -> None:
+    rewrite(folder / UNET, change)
+    with pytest.raises(BadCheckpoint, match=words) as e:
+        LipSync.load(folder)
+    assert "unet.pth" in str(e.value)
+    assert "fetch" in str(e.value)
+
+
+@pytest.mark.parametrize("name", [UNET, VAE, WHISPER, POSE, "s3fd-619a316812.pth"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
+def test_truncated_files_are_named(folder: Path, name: str, share: float) -> None:
+    path = folder / name
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(BadCheckpoint) as e:
+        LipSync.load(folder)
+    assert path.name in str(e.value)
+
+
+def test_missing_files_and_configs_are_named(folder: Path) -> None:
+    with pytest.raises(BadCheckpoint, match="no such folder"):
+        LipSync.load(folder / "none")
+    (folder / "sd-vae/config.json").write_text("{")
+    with pytest.raises(BadCheckpoint, match=r"sd-vae/config\.json: not JSON"):
+        LipSync.load(folder)
+    (folder / "sd-vae/config.json").write_text('{"layers_per_block": "two"}')
+    with pytest.raises(BadCheckpoint, match="layers_per_block"):
+        LipSync.load(folder)
+    (folder / UNET).unlink()
+    with pytest.raises(BadCheckpoint, match=r"unet\.pth"):
+        LipSync.load(folder)
+
+
+def test_the_manifest_finds_one_changed_byte(tmp_path: Path) -> None:
+    target = tmp_path / "weights"
+    shutil.copytree(DEMO, target)
+    assert checkpoints.verify(target) == checkpoints.verify(DEMO)
+    path = target / VAE
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BadCheckpoint, match="sha256"):
+        LipSync.load(target)
+
+
+def test_version_one_loads(folder: Path) -> None:
+    (folder / "musetalk").mkdir()
+    (folder / UNET).rename(folder / "musetalk/pytorch_model.bin")
+    (folder / "musetalkV15/musetalk.json").rename(folder / "musetalk/musetalk.json")
+    (folder / "sd-vae").rename(folder / "sd-vae-ft-mse")
+    assert LipSync.load(folder).nets.version == "v1"
+
+
+# -- fetching ----------------------------------------------------------------------------------------------------------
+
+
+class Files(http.server.BaseHTTPRequestHandler):
+    """Serves a folder with ranges; breaks off the first answer of each file named in `break_off`."""
+
+    root = Path()
+    break_off: set[str] = set()
+    tamper: set[str] = set()
+    ranges: list[str] = []
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+    def do_GET(self) -> None:
+        name = self.path.rsplit("/", 1)[-1]
+        found = next((p for p in self.root.rglob(name) if "config" not in name or p.parent.name in self.path), None)
+        if found is None:
+            self.send_error(404)
+            return
+        data = found.read_bytes()
+        if name in self.tamper:
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        start = 0
+        if value := self.headers.get("range"):
+            self.ranges.append(name)
+            start = int(value.removeprefix("bytes=").split("-")[0])
+        self.send_response(206 if value else 200)
+        self.send_header("Content-Length", str(len(data) - start))
+        self.end_headers()
+        if name in self.break_off:
+            self.break_off.discard(name)
+            self.wfile.write(data[start : start + len(data) // 2])
+            self.connection.close()
+            return
+        self.wfile.write(data[start:])
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Files]]:
+    """The demo weights served as if they were the published ones."""
+    Files.root, Files.break_off, Files.tamper, Files.ranges = DEMO, set(), set(), []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Files)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    base = f"http://127.0.0.1:{server.server_port}"
+
+    def published(version: str, mirrors: Any = None) -> list[fetch.Published]:  # noqa: ARG001
+        names = [p for part in checkpoints.PARTS["v15"] for p in (*part.files, *part.configs) if (DEMO / p).is_file()]
+        return [fetch.Published(n, f"{base}/{n}", (DEMO / n).stat().st_size, checkpoints.sha256(DEMO / n)) for n in names]
+
+    monkeypatch.setattr(fetch, "published", published)
+    monkeypatch.setattr(fetch.time, "sleep", lambda _: None)
+    yield Files
+    server.shutdown()
+    server.server_close()
+
+
+def test_fetch_resumes_converts_and_verifies(hub: type[Files], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hub.break_off = {"unet.pth", "79999_iter.pth"}
+    arguments = ["fetch", "--dir", str(tmp_path / "w")]
+    assert fetch.main(arguments) == 0
+    assert set(hub.ranges) == {"unet.pth", "79999_iter.pth"}, "broken downloads continue where they stopped"
+    assert json.loads(capsys.readouterr().out)["version"] == "v15"
+    assert not list((tmp_path / "w").rglob("*.part"))
+    assert not list((tmp_path / "w").rglob("*.pth")), "only the converted files stay"
+    assert speaks_alike(LipSync.load(tmp_path / "w"), LipSync.load(DEMO))
+    assert fetch.main(["verify", "--dir", str(tmp_path / "w")]) == 0
+    hub.ranges.clear()
+    assert fetch.main(arguments) == 0, "a second fetch finds everything there"
+
+
+def test_tampered_downloads_are_refused(hub: type[Files], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hub.tamper = {"79999_iter.pth"}
+    assert fetch.main(["fetch", "--dir", str(tmp_path)]) == 1
+    assert "79999_iter.pth: sha256" in capsys.readouterr().err
+    assert not (tmp_path / "face-parse-bisent/79999_iter.pth").exists()
+
+
+def test_published_list_matches_the_reference_table() -> None:
+    rows = (Path(__file__).parent / "names_shapes" / "published_files.tsv").read_text().splitlines()[1:]
+    table = {r.split("\t")[0]: r.split("\t")[1:3] for r in rows}
+    for file in fetch.published("v15"):
+        size, digest = table[file.path]
+        assert file.size == int(size)
+        assert not digest or digest == file.sha256
+    assert fetch.published("v15", {"https://huggingface.co": "http://mirror"})[0].url.startswith("http://mirror/")

@@ -1,0 +1,347 @@
+"""The streaming engine on the demo weights: lengths, order, untouched pixels, reuse, stopping, faults of model and device."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from musetalk import LipSync, Options, checkpoints, generate
+from musetalk.colour import Colour, Planes, paste, to_rgb
+from pipeline import inference, media
+from pipeline.control import Control
+from pipeline.inference import Engine
+from pipeline.media import FrameReader, FrameSource
+from pipeline.run import Service, remove_stale
+from pipeline.settings import Settings
+from tests.conftest import SAMPLES
+
+Make = Callable[..., Path]
+
+
+def run(service: Service, video: Path, audio: Path, job_id: str = "engine", **changes: Any) -> dict[str, Any]:
+    return service.run_job({"musetalk_job_id": job_id, "video_url": str(video), "audio_url": str(audio), **changes})
+
+
+def decode(path: Path, fps: Fraction = Fraction(25)) -> np.ndarray:
+    """All frames of a file, (N, H * W * 3 / 2)."""
+    info = media.probe(path, 10**7)
+    assert info.video
+    source = FrameSource(info, info.video.width, info.video.height, fps, (), 10**7)
+    reader, out = FrameReader(source), []
+    while reader.read_into(buffer := np.empty(source.frame_bytes, np.uint8)):
+        out.append(buffer)
+    reader.close()
+    return np.stack(out)
+
+
+def output(body: dict[str, Any]) -> Path:
+    assert body["status"] == "success", body
+    return Path(body["output_url"].removeprefix("file://"))
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+    """Every frame as it reaches the encoder."""
+    frames: list[np.ndarray] = []
+    original = media.Mp4Writer.write
+
+    def write(self: media.Mp4Writer, frame: np.ndarray) -> None:
+        frames.append(frame.copy())
+        original(self, frame)
+
+    monkeypatch.setattr(media.Mp4Writer, "write", write)
+    return frames
+
+
+def test_output_is_as_long_as_the_speech(service: Service, short_clip: Path, short_speech: Path) -> None:
+    body = run(service, short_clip, short_speech)
+    info = media.probe(output(body), 10**7)
+    assert body["metrics"]["frames"] == 40
+    assert info.duration == pytest.approx(1.6, abs=0.05)
+    assert len(decode(output(body))) == 40
+
+
+@pytest.mark.parametrize(("loop", "order"), [
+    ("pingpong", [*range(25), *range(24, 9, -1)]), ("repeat", [*range(25), *range(15)]), ("hold", [*range(25), *[24] * 15]),
+])
+def test_loops_and_untouched_pixels(
+    service: Service, short_clip: Path, short_speech: Path, written: list[np.ndarray], loop: str, order: list[int]
+) -> None:
+    """Outside the face box every frame is its source's exact planes, forwards and backwards."""
+    run(service, short_clip, short_speech, params={"loop": loop})
+    source = decode(short_clip)
+    assert len(source) == 25
+    assert len(written) == len(order)
+    width, height = 640, 360
+    changed = 0
+    for frame, i in zip(written, order, strict=True):
+        got, want = (x[: width * height].reshape(height, width) for x in (frame, source[i]))
+        different = np.argwhere(got != want)
+        changed += len(different)
+        if len(different):
+            (top, left), (bottom, right) = different.min(0), different.max(0)
+            assert top > 120
+            assert bottom < 300
+            assert left > 200
+            assert right < 440
+    assert changed > 1000 * len(order), "the mouth was painted"
+
+
+def test_a_still_image_speaks(service: Service, short_speech: Path) -> None:
+    body = run(service, SAMPLES / "still.png", short_speech, resolution="480p")
+    assert len(decode(output(body))) == 40
+
+
+def test_shape_and_rate(service: Service, short_clip: Path, short_speech: Path) -> None:
+    body = run(service, short_clip, short_speech, aspect_ratio="1:1", resolution="240p",
+               params={"fit": "crop", "fps": 29.97})
+    info = media.probe(output(body), 10**7)
+    assert info.video
+    assert (info.video.width, info.video.height) == (240, 240)
+    assert info.video.fps == pytest.approx(29.97, abs=0.01)
+    assert body["metrics"]["frames"] == 48
+
+
+def test_frames_without_a_face_pass_through(
+    service: Service, short_clip: Path, short_speech: Path, media: Make, written: list[np.ndarray]
+) -> None:
+    path = media("leaves.mp4", "-i", str(short_clip), "-f", "lavfi", "-i", "color=gray:s=640x360:r=25:d=0.4",
+                 "-filter_complex", "[0:v]trim=0:0.6,setpts=PTS-STARTPTS[a];[a][1:v]concat=n=2", "-c:v", "libx264", "-crf", "16")
+    assert len(decode(path)) == 25
+    run(service, path, short_speech)
+    source = decode(path)
+    for i in range(16, 25):
+        np.testing.assert_array_equal(written[i], source[i])
+    assert any((written[i] != source[i]).any() for i in range(8))
+
+
+def test_no_face_at_all_is_named(service: Service, short_speech: Path, media: Make) -> None:
+    path = media("nobody.mp4", "-f", "lavfi", "-i", "testsrc2=s=640x360:r=25:d=1", "-c:v", "libx264")
+    body = run(service, path, short_speech)
+    assert (body["error_type"], body["stage"], body["details"]["reason"]) == ("media_error", "preprocessing", "no_face")
+    assert "video_url" in body["error_message"]
+
+
+def test_the_second_job_prepares_nothing_and_gives_the_same_bytes(
+    service: Service, short_clip: Path, short_speech: Path, written: list[np.ndarray], settings: Settings
+) -> None:
+    for file in settings.cache_dir.glob("*.avatar"):
+        file.unlink()
+    first = run(service, short_clip, short_speech)
+    fresh, written[:] = list(written), []
+    second = run(service, short_clip, short_speech)
+    assert (first["metrics"]["avatar_cached"], second["metrics"]["avatar_cached"]) == (False, True)
+    assert all(np.array_equal(a, b) for a, b in zip(fresh, written, strict=True))
+    file = next(settings.cache_dir.glob("*.avatar"))
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    file.write_bytes(damaged)
+    written.clear()
+    third = run(service, short_clip, short_speech)
+    assert third["metrics"]["avatar_cached"] is False, "a damaged entry is rebuilt"
+    assert all(np.array_equal(a, b) for a, b in zip(fresh, written, strict=True))
+
+
+def test_parameters_do_something(service: Service, short_clip: Path, short_speech: Path, written: list[np.ndarray]) -> None:
+    def frames(**params: Any) -> np.ndarray:
+        written.clear()
+        run(service, short_clip, short_speech, params=params)
+        return np.stack(written)
+
+    base = frames()
+    for params in ({"parsing_mode": "raw"}, {"extra_margin": 30}, {"left_cheek_width": 20}, {"audio_padding_left": 4,
+                   "audio_padding_right": 0}, {"seed": 5}, {"silence": "rest"}):
+        assert (frames(**params) != base).any(), params
+    assert np.abs(frames(batch_size=3).astype(int) - base).mean() < 0.02, "the batch size only rounds differently"
+    assert (frames(seed=5) == frames(seed=5)).all()
+
+
+def test_bbox_shift_needs_the_older_weights(service: Service, short_clip: Path, short_speech: Path) -> None:
+    body = run(service, short_clip, short_speech, params={"bbox_shift": 5})
+    assert body["details"]["field"] == "params.bbox_shift"
+
+
+# -- colour ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("colour", [Colour("bt709"), Colour("bt601"), Colour("bt2020", True)])
+def test_colour_round_trip(colour: Colour) -> None:
+    from musetalk.blend import Region
+    from musetalk.box import Box
+
+    generator = torch.Generator().manual_seed(1)
+    buffer = torch.randint(60, 190, (64 * 48 * 3 // 2,), dtype=torch.uint8, generator=generator)
+    planes, before = Planes.of(buffer, 64, 48), buffer.clone()
+    face = torch.full((16, 16, 3), 200, dtype=torch.uint8)
+    empty = Region(Box(8, 8, 40, 40), torch.zeros(32, 32, dtype=torch.uint8))
+    paste(planes, face, Box(8, 8, 40, 40), empty, colour)
+    assert torch.equal(buffer, before), "an empty mask changes nothing"
+    paste(planes, face, Box(8, 8, 40, 40), Region(empty.box, torch.full_like(empty.mask, 255)), colour)
+    inner = to_rgb(planes, colour)[10:38, 10:38].float()
+    assert float((inner - 200).abs().mean()) < 12, "the colour arrives, but for chroma's subsampling"
+    rest = Planes.of(buffer, 64, 48).y.clone()
+    rest[8:40, 8:40] = Planes.of(before, 64, 48).y[8:40, 8:40]
+    assert torch.equal(rest, Planes.of(before, 64, 48).y)
+
+
+# -- stopping ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(inference.tempfile if hasattr(inference, "tempfile") else media.tempfile, "tempdir", str(tmp_path))
+    before = {t.ident for t in threading.enumerate()}
+    yield
+    time.sleep(0.3)
+    left = [t for t in threading.enumerate() if t.ident not in before and t.name in ("decode", "encode", "peak-memory")]
+    assert not left
+    assert not list(tmp_path.glob("musetalk-job-*"))
+    children = [c for task in Path("/proc/self/task").iterdir() for c in (task / "children").read_text().split()]
+    names = [Path(f"/proc/{c}/comm").read_text() for c in children if Path(f"/proc/{c}/comm").exists()]
+    assert not [n for n in names if "ffmpeg" in n]
+
+
+@pytest.mark.usefixtures("no_leftovers")
+@pytest.mark.parametrize("after", [0.0, 0.2, 0.6, 1.2])
+def test_cancel_stops_promptly_and_leaves_nothing(service: Service, media: Make, after: float) -> None:
+    speech = media("minute.wav", "-f", "lavfi", "-i", "sine=200:d=60")
+    control = Control(120)
+    threading.Timer(after, control.cancel).start()
+    began = time.monotonic()
+    body = service.run_job({"musetalk_job_id": "c", "video_url": str(SAMPLES / "presenter.mp4"), "audio_url": str(speech)},
+                           control=control)
+    assert body["error_message"] == "the job was cancelled"
+    assert body["retryable"] is True
+    assert time.monotonic() - began < after + 6
+
+
+@pytest.mark.usefixtures("no_leftovers")
+def test_deadline(service: Service, media: Make) -> None:
+    speech = media("minute.wav", "-f", "lavfi", "-i", "sine=200:d=60")
+    body = service.run_job({"musetalk_job_id": "d", "video_url": str(SAMPLES / "presenter.mp4"), "audio_url": str(speech)},
+                           control=Control(1.5))
+    assert "JOB_DEADLINE_SEC" in body["error_message"]
+    assert (body["error_type"], body["retryable"]) == ("processing_error", True)
+
+
+# -- model and device --------------------------------------------------------------------------------------------------
+
+
+def test_out_of_memory_halves_the_batch(
+    service: Service, short_clip: Path, short_speech: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Injects the exception torch raises; the batch is halved until it fits."""
+    lipsync = service.engine.load()
+    original, seen = generate.faces, []
+
+    def faces(unet: Any, vae: Any, latent: torch.Tensor, prompts: torch.Tensor) -> Any:
+        seen.append(len(latent))
+        if len(latent) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(unet, vae, latent, prompts)
+
+    monkeypatch.setattr("musetalk.generate.faces", faces)
+    monkeypatch.setattr(lipsync, "largest_batch", 1 << 30)
+    assert run(service, short_clip, short_speech)["status"] == "success"
+    assert max(seen) == 8
+    assert seen[-1] <= 2
+
+
+@pytest.mark.parametrize(("error", "leaf", "retryable"), [
+    (torch.OutOfMemoryError("CUDA out of memory"), "processing_error", True),
+    (MemoryError(), "processing_error", True),
+    (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "processing_error", True),
+])
+def test_device_errors_injected(
+    settings: Settings, service: Service, short_clip: Path, short_speech: Path, monkeypatch: pytest.MonkeyPatch,
+    error: BaseException, leaf: str, retryable: bool,
+) -> None:
+    fresh = Service(settings)
+    fresh.engine._lipsync = LipSync(service.engine.load().nets)
+
+    def faces(*_: Any) -> Any:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("musetalk.generate.faces", faces)
+        body = run(fresh, short_clip, short_speech)
+    assert (body["error_type"], body["retryable"]) == (leaf, retryable)
+    if isinstance(error, torch.OutOfMemoryError):
+        assert body["details"]["is_oom"] is True
+    again = run(fresh, short_clip, short_speech)
+    if isinstance(error, torch.AcceleratorError):
+        assert fresh.engine.lost
+        assert "replaced" in again["error_message"]
+    else:
+        assert again["status"] == "success"
+
+
+def test_nan_is_an_error_not_a_black_video(
+    service: Service, short_clip: Path, short_speech: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = service.engine.load().nets.vae.decoder.conv_out.bias
+    saved = weight.clone()
+    try:
+        weight.fill_(float("nan"))
+        body = run(service, short_clip, short_speech)
+    finally:
+        weight.copy_(saved)
+    assert (body["error_type"], body["details"]["frame_number"]) == ("processing_error", 0)
+
+
+def test_broken_weights_are_named(settings: Settings, tmp_path: Path, short_clip: Path, short_speech: Path) -> None:
+    body = run(Service(settings.model_copy(update={"model_dir": tmp_path})), short_clip, short_speech)
+    assert (body["error_type"], body["retryable"]) == ("processing_error", False)
+    assert "musetalk" in body["error_message"]
+
+
+def test_stale_folders_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media.tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "musetalk-job-old").mkdir()
+    assert remove_stale() == 0, "a folder in use stays"
+    assert remove_stale(time.time() + 7200) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_error_of_each_dtype_against_float32(dtype: torch.dtype, settings: Settings) -> None:
+    nets = checkpoints.load(settings.model_dir, "cpu", torch.float32)
+    other = checkpoints.load(settings.model_dir, "cpu", dtype)
+    cfg = nets.vae.cfg
+    side = cfg.crop_size // cfg.stride
+    generator = torch.Generator().manual_seed(3)
+    latents = torch.randn(2, 8, side, side, generator=generator)
+    tokens = torch.randn(2, 50, nets.unet.cfg.cross_attention_dim, generator=generator)
+    with torch.inference_mode():
+        want = LipSync(nets).generate(latents, tokens).int()
+        got = LipSync(other).generate(latents, tokens).int()
+    difference = (want - got).abs().float()
+    print(f"{dtype}: mean {float(difference.mean()):.3f}, max {float(difference.max()):.0f} grey levels")
+    assert float(difference.mean()) <= (0.01 if dtype == torch.float32 else 2.0)
+
+
+def test_library_speaks(settings: Settings) -> None:
+    """The few lines of the package's docstring."""
+    lipsync = LipSync.load(settings.model_dir)
+    source = decode(SAMPLES / "presenter.mp4")[:4]
+    frames = [to_rgb(Planes.of(torch.from_numpy(f), 1280, 720), Colour()).numpy() for f in source]
+    avatar = lipsync.prepare(frames)
+    spoken = list(lipsync.speak(avatar, frames, np.zeros(8000, np.float32), Fraction(24), Options(batch_size=5)))
+    assert len(spoken) == 12
+    assert spoken[0].shape == (720, 1280, 3)
+    assert (spoken[0] != frames[0]).any()
+
+
+def test_engine_reports_ready(settings: Settings) -> None:
+    engine = Engine(settings)
+    assert not engine.ready
+    engine.warm_up()
+    assert engine.ready

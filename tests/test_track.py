@@ -1,0 +1,74 @@
+"""Gated face tracking against detection in every frame, on moving, leaving and returning faces (the demo networks)."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from musetalk import LipSync
+from musetalk.box import Box
+from musetalk.faces import Detection
+from musetalk.track import Tracker, choose
+from pipeline.run import Service
+from training.presenter import Identity, Mouth, Pose, draw
+
+WHO = Identity.random(10_003)
+
+
+def picture(x: float, y: float = 170.0, scale: float = 60.0) -> torch.Tensor:
+    return torch.from_numpy(draw(480, 360, WHO, Pose(x, y, scale), Mouth()).image)
+
+
+def empty() -> torch.Tensor:
+    return torch.full((360, 480, 3), 90, dtype=torch.uint8)
+
+
+CLIPS = {
+    "still": [picture(240)] * 30,
+    "moving": [picture(160 + 6 * i, 170 + 10 * np.sin(i / 4)) for i in range(30)],
+    "leaves": [picture(240 + 2 * i) if i < 17 else empty() for i in range(30)],
+    "returns": [empty() if i < 13 else picture(240 - 2 * i) for i in range(30)],
+    "blinks out": [empty() if 14 <= i < 17 else picture(240) for i in range(30)],
+    "jumps": [picture(150) if i < 20 else picture(330) for i in range(30)],
+}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_gated_tracking_gives_the_boxes_of_per_frame_detection(service: Service, name: str) -> None:
+    lipsync: LipSync = service.engine.load()
+    gated = Tracker(lipsync.nets.detector, lipsync.nets.pose)
+    each = Tracker(lipsync.nets.detector, lipsync.nets.pose, window=1)
+    with torch.inference_mode():
+        got = [found for _, found in gated.run(CLIPS[name])]
+        want = [found for _, found in each.run(CLIPS[name])]
+    assert len(got) == 30
+    assert [f is None for f in got] == [f is None for f in want]
+    for a, b in zip(got, want, strict=True):
+        if a and b:
+            assert a.box == b.box
+    if name in ("still", "moving"):
+        assert gated.detections <= 5, "one look a window"
+
+
+def test_one_of_several_faces_is_chosen_and_followed() -> None:
+    faces = [Detection(300, 10, 360, 80, 0.9), Detection(10, 10, 110, 130, 0.8), Detection(180, 10, 230, 70, 0.95)]
+    assert choose(faces, "largest", None) == Box(10, 10, 110, 130)
+    assert choose(faces, "leftmost", None) == Box(10, 10, 110, 130)
+    assert choose(faces, "rightmost", None) == Box(300, 10, 360, 80)
+    assert choose(faces, 1, None) == Box(180, 10, 230, 70)
+    assert choose(faces, 3, None) is None
+    assert choose(faces, "largest", Box(185, 12, 233, 70)) == Box(180, 10, 230, 70)
+
+
+def test_the_chosen_of_two_faces_speaks(service: Service) -> None:
+    lipsync: LipSync = service.engine.load()
+    left, right = picture(120), picture(360)
+    both = torch.cat([left[:, :240], right[:, 240:]], dim=1)
+    with torch.inference_mode():
+        for choice, side in (("leftmost", 0), ("rightmost", 1), (1, 1)):
+            tracker = Tracker(lipsync.nets.detector, lipsync.nets.pose, choice)
+            found = [f for _, f in tracker.run([both] * 5)]
+            for face in found:
+                assert face
+                assert (face.detection.x1 + face.detection.x2) / 2 // 240 == side
