@@ -54,7 +54,7 @@ def whisper_states(net: WhisperEncoder, pcm: Tensor) -> Tensor:
     """PCM (S,) float32 at 16 kHz -> hidden states (1500 * pieces, layers + 1, width) float32 on the net's device."""
     weight = net.conv1.weight
     states = []
-    for piece in pcm.float().split(PIECE):
+    for piece in torch.split(pcm.float(), PIECE):
         mel = log_mel(F.pad(piece.to(weight.device), (0, PIECE - len(piece))), net.cfg.num_mel_bins)
         states.append(net(mel[None].to(weight.dtype))[0].float())
     return torch.cat(states)

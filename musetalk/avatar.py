@@ -62,7 +62,7 @@ class Avatar:
     @classmethod
     def new(cls, folder: Path | None = None) -> Avatar:
         """An empty avatar, backed by an unnamed temporary file."""
-        return cls(tempfile.TemporaryFile(dir=folder), [], 0)  # noqa: SIM115 - closed by close()
+        return cls(tempfile.TemporaryFile(dir=folder), [], 0)
 
     def __len__(self) -> int:
         """Source frames so far."""

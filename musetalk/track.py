@@ -8,10 +8,10 @@ all of them. When both ends hold the face and the landmarks move smoothly in bet
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from musetalk import faces
@@ -93,9 +93,8 @@ class Tracker:
     def _detect(self, frame: Tensor, near: Box | None) -> Box | None:
         """The followed face in a frame: nearest to `near`, else by choice. An unchanged empty picture is not searched."""
         thumb = frame[::16, ::16].float()
-        if self.empty is not None and thumb.shape == self.empty.shape:
-            if float((thumb - self.empty).abs().mean()) < STILL:
-                return None
+        if self.empty is not None and thumb.shape == self.empty.shape and float((thumb - self.empty).abs().mean()) < STILL:
+            return None
         self.detections += 1
         found = faces.detect(self.detector, frame)
         if not found:
@@ -110,7 +109,7 @@ class Tracker:
         regions = [PoseFrame.around(g) for g in guesses] if self.crowded else None
         points, scores = faces.landmarks(self.pose, frames, regions)
         boxes = [faces.face_box(p, g, self.shift) for p, g in zip(points, guesses, strict=True)]
-        smooth = all(a.iou(b) >= SMOOTH_IOU for a, b in zip(boxes, boxes[1:]))
+        smooth = all(a.iou(b) >= SMOOTH_IOU for a, b in itertools.pairwise(boxes))
         inside = all(_centre_inside(b, g) for b, g in zip(boxes, guesses, strict=True))
         self.score = max(self.score, float(scores.max()))
         confident = float(scores.min()) >= SCORE_DROP * self.score
@@ -148,8 +147,3 @@ def _centre_inside(box: Box, face: Box) -> bool:
     x, y = (box.x1 + box.x2) / 2, (box.y1 + box.y2) / 2
     w, h = 0.35 * face.width, 0.35 * face.height
     return face.x1 - w <= x <= face.x2 + w and face.y1 - h <= y <= face.y2 + h
-
-
-def as_frame(image: object) -> Tensor:
-    """A numpy array or tensor (H, W, 3) uint8 RGB as a tensor."""
-    return torch.as_tensor(image)

@@ -121,13 +121,16 @@ class Downloader:
             if parts.scheme not in ("http", "https") or not host:
                 raise SourceRefused(f"{field}: redirected to a URL that is not http or https",
                                     stage="download", field=field, url=redact.url(url))
-            with _translated(field, shown), self._session(host) as session:
-                with session.get(url, stream=True, headers={"Accept-Encoding": "identity"}) as response:
-                    if response.status_code in REDIRECT_STATUS and "location" in response.headers:
-                        url = urljoin(url, response.headers["location"])
-                        continue
-                    _check_status(response, field, shown)
-                    return self._save(response, target, field, shown, control)
+            headers = {"Accept-Encoding": "identity"}
+            with (
+                _translated(field, shown), self._session(host) as session,
+                session.get(url, stream=True, headers=headers) as response,
+            ):
+                if response.status_code in REDIRECT_STATUS and "location" in response.headers:
+                    url = urljoin(url, response.headers["location"])
+                    continue
+                _check_status(response, field, shown)
+                return self._save(response, target, field, shown, control)
         raise SourceRefused(f"{field}: more than {REDIRECTS} redirects", stage="download", field=field, url=shown,
                             limit=REDIRECTS)
 

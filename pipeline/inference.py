@@ -29,7 +29,6 @@ from musetalk.avatar import Avatar, cache_key
 from musetalk.colour import Colour, Planes, paste, to_rgb
 from musetalk.generate import source_index
 from musetalk.lipsync import Slot, speech_weights
-from pipeline import media
 from pipeline.control import Control
 from pipeline.errors import (
     BadMedia,
@@ -174,7 +173,7 @@ class Worker(threading.Thread):
         """Thread body."""
         try:
             self._work(self)
-        except BaseException as e:  # noqa: BLE001 - handed to the thread that waits for it
+        except BaseException as e:
             self.error = e
         finally:
             self.stopped.set()
@@ -352,7 +351,7 @@ class _Run:
         """(source index, pixels) of every output frame: the clip once, then as the loop mode says."""
         outputs = len(self.prompts)
         count = 0
-        for count, buffer in enumerate(self._first_pass(avatar, cached), start=1):  # noqa: B007
+        for count, buffer in enumerate(self._first_pass(avatar, cached), start=1):
             yield count - 1, buffer
         if not count:
             raise BadMedia(f"video_url: no frame can be decoded {self.complaint}".strip(), stage="preprocessing",

@@ -195,7 +195,8 @@ def explain(path: Path, err: str) -> str:
         return "the picture is larger than MAX_PIXELS"
     if "moov atom not found" in err and head[4:8] == b"ftyp":
         return "the file is incomplete: its index (moov atom) is missing"
-    return "not a media file this worker reads (video: mp4, mov, mkv, webm, avi, ts; audio: wav, mp3, m4a, flac, ogg; image: png, jpeg, webp)"
+    return ("not a media file this worker reads (video: mp4, mov, mkv, webm, avi, ts; "
+            "audio: wav, mp3, m4a, flac, ogg; image: png, jpeg, webp)")
 
 
 def _rational(value: str | None) -> float | None:
@@ -348,7 +349,7 @@ class FrameReader:
         return self._fill(buffer)
 
     def _fill(self, buffer: NDArray[np.uint8]) -> bool:
-        view, got = memoryview(buffer).cast("B"), 0
+        view, got = buffer.data.cast("B"), 0
         out = self._child.stdout
         while out is not None and got < self._size:
             count = out.readinto(view[got:])  # type: ignore[attr-defined]
@@ -446,7 +447,7 @@ class Mp4Writer:
 
     def write(self, frame: NDArray[np.uint8]) -> None:
         """Add one frame. Raises FfmpegFailed when the encoder died."""
-        view = memoryview(frame).cast("B")
+        view = frame.data.cast("B")
         try:
             while view:
                 view = view[self._child.stdin.write(view) :]  # type: ignore[union-attr]

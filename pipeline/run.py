@@ -53,7 +53,7 @@ class Service:
                 request = parse(job_input, job_id)
                 url, result = self._stages(request, timer, control, preview)
             return self._success(request, url, result, timer, memory)
-        except Exception as e:  # noqa: BLE001 - every failure becomes a body
+        except Exception as e:
             return failure(e, timer)
 
     def _stages(

@@ -62,7 +62,8 @@ def _mark(_: str) -> int:
     return 1
 
 
-@pytest.mark.parametrize("form", ["older pickle", "newer attention names", "mmengine", "whisper decoder beside", "bare whisper"])
+@pytest.mark.parametrize("form", ["older pickle", "newer attention names", "mmengine", "whisper decoder beside",
+                                  "bare whisper"])
 def test_published_forms_load(folder: Path, form: str) -> None:
     if form == "older pickle":
         for name in (UNET, WHISPER, "face-parse-bisent/79999_iter.pth", "s3fd-619a316812.pth"):
@@ -81,7 +82,8 @@ def test_published_forms_load(folder: Path, form: str) -> None:
         rewrite(folder / VAE, rename)
     elif form == "mmengine":
         rewrite(folder / POSE, lambda s: {
-            "meta": {"x": Custom(), "date": collections.Counter(a=1)}, "state_dict": collections.OrderedDict(s["state_dict"]),
+            "meta": {"x": Custom(), "date": collections.Counter(a=1)},
+            "state_dict": collections.OrderedDict(s["state_dict"]),
             "message_hub": {"log": Custom()}, "ema_state_dict": {"steps": torch.zeros(1)}})
     elif form == "whisper decoder beside":
         rewrite(folder / WHISPER, lambda s: {**s, "model.decoder.x": torch.zeros(3), "proj_out.weight": torch.zeros(2)})
@@ -212,7 +214,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Files]]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     base = f"http://127.0.0.1:{server.server_port}"
 
-    def published(version: str, mirrors: Any = None) -> list[fetch.Published]:  # noqa: ARG001
+    def published(version: str, mirrors: Any = None) -> list[fetch.Published]:
         names = [p for part in checkpoints.PARTS["v15"] for p in (*part.files, *part.configs) if (DEMO / p).is_file()]
         return [fetch.Published(n, f"{base}/{n}", (DEMO / n).stat().st_size, checkpoints.sha256(DEMO / n)) for n in names]
 

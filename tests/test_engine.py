@@ -70,7 +70,8 @@ def test_output_is_as_long_as_the_speech(service: Service, short_clip: Path, sho
 
 
 @pytest.mark.parametrize(("loop", "order"), [
-    ("pingpong", [*range(25), *range(24, 9, -1)]), ("repeat", [*range(25), *range(15)]), ("hold", [*range(25), *[24] * 15]),
+    ("pingpong", [*range(25), *range(24, 9, -1)]), ("repeat", [*range(25), *range(15)]),
+    ("hold", [*range(25), *[24] * 15]),
 ])
 def test_loops_and_untouched_pixels(
     service: Service, short_clip: Path, short_speech: Path, written: list[np.ndarray], loop: str, order: list[int]
@@ -114,7 +115,8 @@ def test_frames_without_a_face_pass_through(
     service: Service, short_clip: Path, short_speech: Path, media: Make, written: list[np.ndarray]
 ) -> None:
     path = media("leaves.mp4", "-i", str(short_clip), "-f", "lavfi", "-i", "color=gray:s=640x360:r=25:d=0.4",
-                 "-filter_complex", "[0:v]trim=0:0.6,setpts=PTS-STARTPTS[a];[a][1:v]concat=n=2", "-c:v", "libx264", "-crf", "16")
+                 "-filter_complex", "[0:v]trim=0:0.6,setpts=PTS-STARTPTS[a];[a][1:v]concat=n=2", "-c:v", "libx264",
+                 "-crf", "16")
     assert len(decode(path)) == 25
     run(service, path, short_speech)
     source = decode(path)

@@ -80,7 +80,8 @@ def test_any_rate_becomes_the_output_rate(media: Make, rate: str, fps: str, coun
     ("-f", "lavfi", "-i", MOVING.format(rate=25), "-c:v", "libx264", "-g", "12"),
     ("-f", "lavfi", "-i", MOVING.format(rate=60), "-c:v", "libx264", "-bf", "3"),
     ("-f", "lavfi", "-i", MOVING.format(rate="30000/1001"), "-c:v", "libx264"),
-    ("-f", "lavfi", "-i", MOVING.format(rate=30), "-vf", "select='not(mod(n,3))+gt(n,30)'", "-fps_mode", "vfr", "-c:v", "libx264"),
+    ("-f", "lavfi", "-i", MOVING.format(rate=30), "-vf", "select='not(mod(n,3))+gt(n,30)'", "-fps_mode", "vfr",
+     "-c:v", "libx264"),
     ("-f", "lavfi", "-i", MOVING.format(rate=25), "-c:v", "libx264", "-output_ts_offset", "5"),
 ], ids=["short groups", "60 fps", "ntsc", "vfr", "late start"])
 @pytest.mark.parametrize("fps", ["25", "30000/1001"])

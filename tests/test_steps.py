@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 from typing import Any
 
@@ -190,10 +191,9 @@ def test_label_masks() -> None:
     g = golden("parsing_masks")
     np.testing.assert_array_equal(blend.jaw_kernel().numpy(), g["jaw_kernel"] > 0)
     for key in (k for k in g if k.startswith("mask_")):
-        name, mode, *cheeks = key.removeprefix("mask_").replace("_raw", "|raw").replace("_neck", "|neck").replace(
-            "_jaw_", "|jaw|").replace("|", " ").split() + [""]
+        name, mode, cheeks = re.fullmatch(r"mask_(.+?)_(raw|neck|jaw)(?:_(\d+_\d+))?", key).groups()  # type: ignore[union-attr]
         labels = t(g[f"labels_{name}"])[None]
-        left, right = (int(v) for v in cheeks[0].split("_")) if cheeks[0] else (90, 90)
+        left, right = (int(v) for v in cheeks.split("_")) if cheeks else (90, 90)
         want = np.unpackbits(g[key]).reshape(512, 512) > 0
         np.testing.assert_array_equal(blend.label_mask(labels, mode, left, right)[0].numpy(), want, err_msg=key)
 

@@ -8,12 +8,13 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+Net = TypeVar("Net", bound=nn.Module)
 WORK = Path(__file__).parent / "work"  # data and checkpoints under way; not part of the repository
 
 
@@ -35,6 +36,12 @@ def cached(name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
         np.save(partial, make())
         partial.rename(path)
     return np.load(path, mmap_mode="r")
+
+
+def on(net: Net, device: torch.device) -> Net:
+    """The network on the device, channels last."""
+    moved: Any = net
+    return moved.to(device, memory_format=torch.channels_last)
 
 
 def save(net: nn.Module, name: str) -> None:
@@ -85,6 +92,3 @@ class Schedule:
 def parts(count: int, size: int) -> list[slice]:
     """Slices of at most `size` that cover `count`."""
     return [slice(i, min(i + size, count)) for i in range(0, count, size)]
-
-
-Json = dict[str, Any]

@@ -97,7 +97,7 @@ def main() -> None:
     device = common.setup(5)
     rows = common.cached("faces", lambda: np.concatenate(
         data.in_parallel(pictures, range(options.images // 200), 200)))
-    net = S3fd(CONFIG).to(device, memory_format=torch.channels_last).train()
+    net = common.on(S3fd(CONFIG), device).train()
     for name, p in net.named_parameters():
         if name.endswith("mbox_loc.weight"):
             torch.nn.init.normal_(p, std=0.01)

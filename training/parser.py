@@ -47,7 +47,7 @@ def main() -> None:
     device = common.setup(7)
     rows = common.cached("squares", lambda: np.concatenate(
         data.in_parallel(pictures, range(options.images // 100), 100)))
-    net = BiSeNet(CONFIG).to(device, memory_format=torch.channels_last).train()
+    net = common.on(BiSeNet(CONFIG), device).train()
     schedule, r, began = common.Schedule(net, options.steps, 4e-3), np.random.default_rng(8), time.time()
     for step in range(options.steps):
         chosen = torch.from_numpy(np.asarray(rows[np.sort(r.integers(len(rows), size=6))])).to(device)

@@ -81,7 +81,7 @@ def main() -> None:
         data.in_parallel(pictures, range(options.images // 250), 250)))
     sharp = common.cached("poses_large", lambda: np.concatenate(
         data.in_parallel(large, range(options.large // 50), 50)))
-    net = RtmPose(CONFIG).to(device, memory_format=torch.channels_last).train()
+    net = common.on(RtmPose(CONFIG), device).train()
     common.resume(net, "pose")
     schedule, r, began = common.Schedule(net, options.steps, options.rate), np.random.default_rng(4), time.time()
     for step in range(options.steps):

@@ -7,8 +7,10 @@ audio it makes is free to use.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +37,8 @@ TABLE = np.array(list(VISEMES.values()), np.float64)
 # first characters of espeak's phoneme mnemonics; longer keys are tried first
 PHONEMES = {
     "tS": "CH", "dZ": "CH", "aI": "AA II", "aU": "AA UU", "eI": "EE II", "oU": "OO UU", "OI": "OO II", "I@": "II EE",
-    "e@": "EE EE", "U@": "UU EE", "ts": "SS", "pf": "FF", "ai": "AA II", "au": "AA UU", "ei": "EE II", "OY": "OO II", "oI": "OO II",
+    "e@": "EE EE", "U@": "UU EE", "ts": "SS", "pf": "FF", "ai": "AA II", "au": "AA UU", "ei": "EE II", "OY": "OO II",
+    "oI": "OO II",
     "p": "PP", "b": "PP", "m": "PP", "f": "FF", "v": "FF", "T": "TH", "D": "TH", "t": "DD", "d": "DD", "n": "DD",
     "l": "DD", "k": "KK", "g": "KK", "N": "KK", "h": "KK", "x": "KK", "X": "KK", "Q": "KK", "C": "CH", "S": "CH",
     "Z": "CH", "s": "SS", "z": "SS", "r": "RR", "R": "RR", "*": "DD", "j": "II", "w": "UU", "a": "AA", "A": "AA",
@@ -182,11 +185,11 @@ def synthesize(text: str, voice: str, speed: int = 165, pitch: int = 50) -> tupl
     lib.espeak_Synchronize()
     wave = np.concatenate(audio).astype(np.float32) / 32768
     times = [(name, at / 22050) for name, at in events] + [("", len(wave) / 22050)]
-    phonemes = [Phoneme(n, a, b) for (n, a), (_, b) in zip(times, times[1:]) if b > a]
+    phonemes = [Phoneme(n, a, b) for (n, a), (_, b) in itertools.pairwise(times) if b > a]
     return resample(wave, 22050, RATE), phonemes
 
 
-def resample(wave: NDArray[np.float32], old: int, new: int) -> NDArray[np.float32]:
+def resample(wave: NDArray[Any], old: int, new: int) -> NDArray[np.float32]:
     """Windowed-sinc resampling through the Fourier domain."""
     count = int(np.ceil(len(wave) * new / old))
     spectrum = np.fft.rfft(wave)

@@ -55,7 +55,7 @@ def pictures(seed: int, count: int) -> NDArray[np.uint8]:
 @torch.no_grad()
 def encode(images: NDArray[np.uint8], device: torch.device) -> NDArray[np.float16]:
     """Pairs -> (N, 12, h, w) half precision: masked and reference latents of the source, latent of the target."""
-    net = Vae(vae.CONFIG).to(device, memory_format=torch.channels_last).eval()
+    net = common.on(Vae(vae.CONFIG), device).eval()
     if not common.resume(net, "vae"):
         raise SystemExit("training.vae must run first")
     out = []
@@ -75,7 +75,7 @@ def hear(device: torch.device) -> Tensor:
     mels, _ = whisper.examples()
     copies = []
     for copy in range(VOICES_HEARD):
-        heard = [net((mel if copy == 0 else whisper.disguise(mel)).to(device)).half() for mel in mels.split(1)]
+        heard = [net((mel if copy == 0 else whisper.disguise(mel)).to(device)).half() for mel in torch.split(mels, 1)]
         copies.append(torch.cat(heard))
     return torch.stack(copies)
 
@@ -106,7 +106,7 @@ def main() -> None:
     latents = common.cached("latents", lambda: encode(images, device))
     when, seconds = moments(len(latents)), np.array([u.seconds for u in speech.training_set()])
     states = hear(device)
-    net = UNet(CONFIG).to(device, memory_format=torch.channels_last)
+    net = common.on(UNet(CONFIG), device)
     common.resume(net, "unet")
     schedule, r, began = common.Schedule(net, options.steps, options.rate), np.random.default_rng(10), time.time()
     size = latents.shape[-1]

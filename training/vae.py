@@ -49,7 +49,7 @@ def main() -> None:
     device = common.setup(1)
     images = common.cached("crops", lambda: np.concatenate(
         data.in_parallel(data.crops, range(options.images // 500), 500)))
-    net = Vae(CONFIG).to(device, memory_format=torch.channels_last)
+    net = common.on(Vae(CONFIG), device)
     common.resume(net, "vae")
     schedule = common.Schedule(net, options.steps, 2e-3)
     weight, r, began = mouth_weight(CONFIG.crop_size).to(device), np.random.default_rng(2), time.time()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,7 +45,8 @@ def start_local(net: WhisperEncoder) -> None:
     rates = torch.exp(-math.log(10000) / (half - 1) * torch.arange(n))
     net.embed_positions.weight.copy_(positions(net.cfg.max_source_positions, width))
     for layer in net.layers:
-        q, k = layer.self_attn.q_proj.weight.mul_(0.1), layer.self_attn.k_proj.weight.mul_(0.1)
+        attention: Any = layer.self_attn
+        q, k = attention.q_proj.weight.mul_(0.1), attention.k_proj.weight.mul_(0.1)
         for head, offset in enumerate(OFFSETS):
             rows, i = head * size, torch.arange(n)
             c, s = (rates * offset).cos(), (rates * offset).sin()
@@ -105,7 +107,7 @@ def main() -> None:
         mel = disguise(mels[pick][:, :, 2 * first : 2 * (first + SPAN)])
         states, target = hear(net, mel, first), tracks[pick, first : first + SPAN]
         losses = [((head(states[:, :, i]) - target).abs() * scale)[:, 16:-16].mean() for i, head in enumerate(read)]
-        schedule.step(losses[-1] + 0.3 * sum(losses[:-1]))  # type: ignore[arg-type]
+        schedule.step(losses[-1] + 0.3 * sum(losses[:-1]))
         if step % 50 == 0 or step == options.steps - 1:
             with torch.no_grad():
                 got, want = read[-1](states[:, 16:-16, -1])[..., 0].flatten(), target[:, 16:-16, 0].flatten()

@@ -161,7 +161,7 @@ class GatedAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, K, hidden) -> (N, K, hidden)."""
-        u, v, base = F.silu(self.uv(self.ln(x))).split(self.sizes, dim=-1)
+        u, v, base = torch.split(F.silu(self.uv(self.ln(x))), self.sizes, dim=-1)
         q, k = (base[..., None, :] * self.gamma + self.beta).unbind(dim=-2)
         attention = F.relu(q @ k.transpose(1, 2) / self.sizes[2] ** 0.5).square()
         return cast(Tensor, x * self.res_scale.scale + self.o(u * (attention @ v)))
