@@ -66,8 +66,8 @@ def decode_s3fd(levels: list[tuple[Tensor, Tensor]], item: int = 0) -> list[Dete
     order = all_scores.argsort(descending=True, stable=True)
     order = order[all_scores[order] > FACE_SCORE]
     kept = suppress(all_boxes[order].cpu())
-    rows = torch.cat([all_boxes[order], all_scores[order, None]], dim=1).tolist()
-    return [Detection(*rows[i]) for i in kept]
+    found = torch.cat([all_boxes[order], all_scores[order, None]], dim=1).tolist()
+    return [Detection(*found[i]) for i in kept]
 
 
 def suppress(boxes: Tensor) -> list[int]:
