@@ -1,8 +1,8 @@
 """Everything about a source clip that does not depend on the speech, and a cache of it by content.
 
-An avatar is one entry per source frame: the face box, the packed parse mask and the UNet's input latents, or None for
-a frame without a face. Entries are kept in half precision, in chunks, so a long clip costs disk, not memory, and a
-fresh and a cached avatar give the same bytes.
+An avatar is one entry per source frame: the face box, the region that blending may change with its soft mask, and the
+UNet's input latents; None for a frame without a face. Entries are kept in half precision, in chunks, so a long clip
+costs disk, not memory, and a fresh and a cached avatar give the same bytes.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
-from musetalk.box import Box
+from musetalk.box import Box, Region
 
 CHUNK = 32  # source frames
 HELD = 4  # chunks kept in memory while reading
-FORMAT = 1
+FORMAT = 2
 SUFFIX = ".avatar"
 STALE_SEC = 24 * 3600  # partial files of workers that died are removed after this
 
 
 @dataclass(frozen=True)
 class Face:
-    """One source frame's face: box with the chin margin, mask (512, 64) uint8 packed, latents (8, h, w) float16."""
+    """One source frame's face: box with the chin margin, blended region, latents (8, h, w) float16."""
 
     box: Box
-    mask: Tensor
+    region: Region
     latents: Tensor
 
 
@@ -173,25 +173,34 @@ def _copy(source: BinaryIO, target: BinaryIO, length: int) -> None:
 
 
 def _pack(faces: list[Face | None]) -> bytes:
+    """Boxes and regions (K, 4) int32 of the K frames with a face, their masks' bytes end to end, latents (K, 8, h, w)."""
     present = [f for f in faces if f is not None]
-    boxes = torch.full((len(faces), 4), -1, dtype=torch.int32)
-    for i, face in enumerate(faces):
-        if face is not None:
-            boxes[i] = torch.tensor([face.box.x1, face.box.y1, face.box.x2, face.box.y2])
-    tensors = {"present": torch.tensor([f is not None for f in faces]), "boxes": boxes}
+    tensors = {"present": torch.tensor([f is not None for f in faces])}
     if present:
-        tensors["masks"] = torch.stack([f.mask for f in present])
+        tensors["boxes"] = torch.tensor([_corners(f.box) for f in present], dtype=torch.int32)
+        tensors["regions"] = torch.tensor([_corners(f.region.box) for f in present], dtype=torch.int32)
+        tensors["masks"] = torch.cat([f.region.mask.cpu().flatten() for f in present])
         tensors["latents"] = torch.stack([f.latents.half().cpu().contiguous() for f in present])
     return save_bytes(tensors)
+
+
+def _corners(box: Box) -> list[int]:
+    return [box.x1, box.y1, box.x2, box.y2]
 
 
 def _unpack(blob: bytes) -> list[Face | None]:
     tensors = load_bytes(blob)
     out: list[Face | None] = []
-    at = 0
-    for present, box in zip(tensors["present"].tolist(), tensors["boxes"].tolist(), strict=True):
-        out.append(Face(Box(*box), tensors["masks"][at], tensors["latents"][at]) if present else None)
-        at += present
+    at = byte = 0
+    for present in tensors["present"].tolist():
+        if not present:
+            out.append(None)
+            continue
+        region = Box(*tensors["regions"][at].tolist())
+        size = region.width * region.height
+        mask = tensors["masks"][byte : byte + size].view(region.height, region.width)
+        out.append(Face(Box(*tensors["boxes"][at].tolist()), Region(region, mask), tensors["latents"][at]))
+        at, byte = at + 1, byte + size
     return out
 
 

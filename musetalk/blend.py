@@ -6,16 +6,14 @@ once. Source: upstream's get_image and get_image_prepare_material.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from musetalk.box import Box
+from musetalk.box import Box, Region
 from musetalk.imaging import blend_u8, gaussian_blur, linear, pillow_resize
 from musetalk.nets.bisenet import BiSeNet
 
@@ -150,24 +148,17 @@ def soft_mask(mask512: Tensor, square: Box, box: Box, share: float = 0.05) -> Te
 # -- paste -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Region:
-    """The rectangle of a frame that blending may change, and the mask in it (H, W) uint8."""
-
-    box: Box
-    mask: Tensor
-
-
-def region_of(mask: Tensor, square: Box, width: int, height: int) -> Region | None:
-    """Trim a soft mask (side, side) to its non-zero part inside the frame, even-aligned for 4:2:0; None if empty."""
+def region_of(mask: Tensor, square: Box, width: int, height: int) -> Region:
+    """Trim a soft mask (side, side) to its non-zero part inside the frame, even-aligned for 4:2:0; may be empty."""
+    nothing = Region(Box(0, 0, 0, 0), mask[:0, :0])
     rows = torch.nonzero(mask.any(dim=1)).flatten()
     columns = torch.nonzero(mask.any(dim=0)).flatten()
     if not len(rows):
-        return None
+        return nothing
     tight = Box(square.x1 + int(columns[0]), square.y1 + int(rows[0]),
                 square.x1 + int(columns[-1]) + 1, square.y1 + int(rows[-1]) + 1).clipped(width, height)
     if tight.width <= 0 or tight.height <= 0:
-        return None
+        return nothing
     box = Box(tight.x1 & ~1, tight.y1 & ~1, min((tight.x2 + 1) & ~1, width), min((tight.y2 + 1) & ~1, height))
     out = mask.new_zeros(box.height, box.width)
     inside = box.clipped(square.x2, square.y2)
@@ -198,13 +189,3 @@ def paste(frame: Tensor, face: Tensor, box: Box, region: Region) -> Tensor:
     out = frame.clone()
     out[b.y1 : b.y2, b.x1 : b.x2] = blend_u8(under, face_in_region(face, box, under, b), region.mask[..., None])
     return out
-
-
-def pack_mask(mask512: Tensor) -> Tensor:
-    """Bool (512, 512) -> (512, 64) uint8, eight pixels a byte, for the avatar cache."""
-    return torch.from_numpy(np.packbits(mask512.cpu().numpy(), axis=1))
-
-
-def unpack_mask(packed: Tensor) -> Tensor:
-    """Inverse of pack_mask."""
-    return torch.from_numpy(np.unpackbits(packed.cpu().numpy(), axis=1).astype(bool))

@@ -1,8 +1,10 @@
-"""The rectangle that all steps speak of."""
+"""The rectangles that all steps speak of."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -37,3 +39,11 @@ class Box:
         overlap = max(w, 0) * max(h, 0)
         union = self.width * self.height + other.width * other.height - overlap
         return overlap / union if union > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Region:
+    """The rectangle of a frame that blending may change, and the soft mask in it (H, W) uint8."""
+
+    box: Box
+    mask: Tensor

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from musetalk.blend import Region, face_in_region
-from musetalk.box import Box
+from musetalk.blend import face_in_region
+from musetalk.box import Box, Region
 from musetalk.imaging import blend_u8
 
 LUMA = {"bt709": (0.2126, 0.0722), "bt601": (0.299, 0.114), "bt2020": (0.2627, 0.0593)}  # Kr, Kb
@@ -102,6 +102,8 @@ def add_difference(planes: Planes, before: Tensor, after: Tensor, colour: Colour
 
 def paste(planes: Planes, face: Tensor, box: Box, region: Region, colour: Colour) -> None:
     """Blend a generated face (S, S, 3) uint8 into the planes, in place; only `region` is read or written."""
+    if not region.mask.numel():
+        return
     part = planes.cut(region.box)
     moved = part.to(face.device)
     if moved.y.data_ptr() == part.y.data_ptr():

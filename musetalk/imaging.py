@@ -78,9 +78,9 @@ def _blur_matrix(n: int, kernel: int) -> Tensor:
     weights, radius = gaussian_weights(kernel), kernel // 2
     matrix = np.zeros((n, n))
     period = max(2 * (n - 1), 1)
-    for row in range(n):
-        taps = np.abs(np.arange(row - radius, row + radius + 1)) % period
-        np.add.at(matrix[row], np.where(taps >= n, period - taps, taps), weights)
+    rows = np.arange(n)[:, None]
+    taps = np.abs(rows + np.arange(-radius, radius + 1)) % period
+    np.add.at(matrix, (rows, np.where(taps >= n, period - taps, taps)), weights)
     return torch.from_numpy(matrix)
 
 
@@ -146,9 +146,19 @@ def pillow_resize(image: Tensor, height: int, width: int, bicubic: bool = False)
 
 
 def gaussian_blur(mask: Tensor, kernel: int) -> Tensor:
-    """cv2.GaussianBlur(mask, (kernel, kernel), 0) on (H, W) uint8."""
-    ry, rx = (_blur_matrix(n, kernel).to(mask.device) for n in mask.shape)
-    return _finish(torch.floor((_rows(ry, _columns(rx, _as_3d(mask))) + 32768) / 65536), mask)
+    """cv2.GaussianBlur(mask, (kernel, kernel), 0) on (H, W) uint8; only the part that is not black is worked on."""
+    spans = []
+    for dim in (1, 0):
+        used = torch.nonzero(mask.any(dim=dim)).flatten()
+        if not len(used):
+            return mask.clone()
+        margin = kernel // 2 + 1
+        spans.append(slice(max(int(used[0]) - margin, 0), int(used[-1]) + 1 + margin))
+    part = mask[spans[0], spans[1]]
+    ry, rx = (_blur_matrix(n, kernel).to(mask.device) for n in part.shape)
+    out = torch.zeros_like(mask)
+    out[spans[0], spans[1]] = _finish(torch.floor((_rows(ry, _columns(rx, _as_3d(part))) + 32768) / 65536), part)
+    return out
 
 
 @lru_cache(maxsize=512)

@@ -5,8 +5,8 @@
     for frame in lipsync.speak(avatar, frames, pcm, fps=Fraction(25)):
         ...                                              # RGB frames, mouth moving with pcm (16 kHz mono float32)
 
-`prepare` and `speak` hold what they are given; the streaming worker uses their parts (`prepare_stream`, `generate`,
-`region`) over bounded queues instead.
+`prepare` and `speak` hold what they are given; the streaming worker uses their parts (`prepare_stream`, `prompts`,
+`generate_batch`) over bounded queues instead.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch import Tensor
 from musetalk import blend, checkpoints, faces, generate
 from musetalk.audio import Prompts, silent_frames
 from musetalk.avatar import Avatar, Face
-from musetalk.blend import ParsingMode, Region
+from musetalk.blend import ParsingMode
+from musetalk.box import Box, Region
 from musetalk.errors import NoFace, NonFiniteOutput
 from musetalk.generate import Loop
 from musetalk.track import Found, Tracker
@@ -112,10 +113,17 @@ class LipSync:
             squares = [blend.cut(f, blend.blend_square(b)) for f, b in zip(pictures, boxes, strict=True)]
             masks = blend.label_mask(blend.parse(self.nets.parser, squares), options.parsing_mode,
                                      options.left_cheek_width, options.right_cheek_width)
-            packed = [blend.pack_mask(m) for m in masks]
-            ready = iter([Face(b, m, z) for b, m, z in zip(boxes, packed, latents, strict=True)])
+            regions = [self._region(m, b, f) for m, b, f in zip(masks, boxes, pictures, strict=True)]
+            ready = iter([Face(b, r, z) for b, r, z in zip(boxes, regions, latents, strict=True)])
         for _, found in group:
             avatar.append(None if found is None else next(ready))
+
+    @staticmethod
+    def _region(mask512: Tensor, box: Box, frame: Tensor) -> Region:
+        """What blending may change in a frame (H, W, 3), with its soft mask, on the CPU."""
+        square = blend.blend_square(box)
+        region = blend.region_of(blend.soft_mask(mask512, square, box), square, frame.shape[1], frame.shape[0])
+        return Region(region.box, region.mask.cpu())
 
     def _noise(self, seed: int | None, first: int, crops: Tensor) -> Tensor | None:
         """Standard normal noise (2N, 4, h, w) for the posteriors of crops from frame `first` on; None without a seed."""
@@ -155,14 +163,6 @@ class LipSync:
             raise NonFiniteOutput(first_frame + int((~finite).nonzero()[0]))
         return torch.cat([face for face, _ in made])
 
-    def region(self, face: Face, width: int, height: int, weight: float = 1.0) -> Region | None:
-        """What blending may change in a frame of that size, with its mask (times `weight`), on the device."""
-        square = blend.blend_square(face.box)
-        mask = blend.soft_mask(blend.unpack_mask(face.mask).to(self.nets.device), square, face.box)
-        if weight < 1:
-            mask = (mask.float() * weight).round().to(torch.uint8)
-        return blend.region_of(mask, square, width, height)
-
     def speak(
         self,
         avatar: Avatar,
@@ -186,9 +186,7 @@ class LipSync:
                 frame, face = torch.as_tensor(frames[slot.source]), made.get(slot.output)
                 entry = avatar[slot.source]
                 if face is not None and entry is not None:
-                    region = self.region(entry, frame.shape[1], frame.shape[0], slot.weight)
-                    if region is not None:
-                        frame = blend.paste(frame.to(self.nets.device), face, entry.box, region).cpu()
+                    frame = blend.paste(frame.to(self.nets.device), face, entry.box, slot.region(entry, face.device)).cpu()
                 yield frame.numpy().copy()
 
     def generate_batch(self, avatar: Avatar, prompts: Prompts, batch: Sequence[Slot]) -> dict[int, Tensor]:
@@ -209,6 +207,13 @@ class Slot:
     output: int
     source: int
     weight: float = 1.0
+
+    def region(self, face: Face, device: torch.device) -> Region:
+        """The face's blended region on the device, its mask times the slot's weight."""
+        mask = face.region.mask.to(device)
+        if self.weight < 1:
+            mask = (mask.float() * self.weight).round().to(torch.uint8)
+        return Region(face.region.box, mask)
 
 
 def speech_weights(pcm: np.ndarray, fps: Fraction, outputs: int, options: Options) -> list[float]:

@@ -140,7 +140,8 @@ class Downloader:
             raise _too_large(field, shown, announced, self.limit)
         digest, size, began = hashlib.sha256(), 0, time.monotonic()
         with target.open("wb") as file:
-            for chunk in response.raw.stream(CHUNK, decode_content=True):
+            # read1 returns what has come, so that a slow source cannot keep the checks below from running
+            while chunk := response.raw.read1(CHUNK, decode_content=True):
                 size += len(chunk)
                 if size > self.limit:
                     raise _too_large(field, shown, size, self.limit)
@@ -150,6 +151,9 @@ class Downloader:
                 if time.monotonic() - began > IDLE_SEC and size < 1000 * (time.monotonic() - began):
                     raise SourceUnavailable(f"{field}: the source sends less than 1 kB/s", stage="download",
                                             field=field, url=shown, timeout_seconds=IDLE_SEC)
+        if announced and response.raw.length_remaining:
+            raise SourceUnavailable(f"{field}: the source broke off after {size} of {announced} bytes", stage="download",
+                                    field=field, url=shown, size=size)
         if not size:
             raise BadMedia(f"{field}: the file is empty", stage="download", field=field, url=shown, size=0)
         return digest.hexdigest()

@@ -447,9 +447,7 @@ class _Run:
         for slot, buffer in batch:
             face, entry = faces.get(slot.output), avatar[slot.source]
             if face is not None and entry is not None:
-                region = self.lipsync.region(entry, self.source.width, self.source.height, slot.weight)
-                if region is not None:
-                    paste(self._planes(buffer), face, entry.box, region, self.colour)
+                paste(self._planes(buffer), face, entry.box, slot.region(entry, face.device), self.colour)
             while not writer.put(buffer):
                 if writer.error is not None:
                     raise writer.error

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from musetalk.avatar import CHUNK, Avatar, AvatarCache, Face, cache_key
-from musetalk.box import Box
+from musetalk.box import Box, Region
 
 
 def face(i: int) -> Face:
-    mask, latents = torch.full((512, 64), i % 256, dtype=torch.uint8), torch.full((8, 4, 4), float(i)).half()
-    return Face(Box(i, i, i + 10, i + 12), mask, latents)
+    mask, latents = torch.full((4 + i % 3, 6), i % 256, dtype=torch.uint8), torch.full((8, 4, 4), float(i)).half()
+    return Face(Box(i, i, i + 10, i + 12), Region(Box(i, 2, i + 6, 6 + i % 3), mask), latents)
 
 
 def filled(count: int) -> Avatar:
@@ -32,8 +32,8 @@ def same(avatar: Avatar, count: int) -> bool:
         if (got is None) != (want is None):
             return False
         if got and want:
-            alike = torch.equal(got.mask, want.mask) and torch.equal(got.latents, want.latents)
-            if got.box != want.box or not alike:
+            alike = torch.equal(got.region.mask, want.region.mask) and torch.equal(got.latents, want.latents)
+            if (got.box, got.region.box) != (want.box, want.region.box) or not alike:
                 return False
     return True
 

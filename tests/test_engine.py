@@ -176,8 +176,7 @@ def test_bbox_shift_needs_the_older_weights(service: Service, short_clip: Path, 
 
 @pytest.mark.parametrize("colour", [Colour("bt709"), Colour("bt601"), Colour("bt2020", True)])
 def test_colour_round_trip(colour: Colour) -> None:
-    from musetalk.blend import Region
-    from musetalk.box import Box
+    from musetalk.box import Box, Region
 
     generator = torch.Generator().manual_seed(1)
     buffer = torch.randint(60, 190, (64 * 48 * 3 // 2,), dtype=torch.uint8, generator=generator)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from training import common
 from training.presenter import Mouth
 
 RATE = 16_000  # Hz, what the networks hear
@@ -248,7 +250,24 @@ def utter(sentences: list[str], voice: str, speed: int = 165, pitch: int = 50, g
     return Utterance(pcm, tuple(phonemes), viseme_track(phonemes, len(pcm) / RATE))
 
 
-def training_set(seed: int = 0, pieces: int = 64) -> list[Utterance]:
+def training_set() -> list[Utterance]:
+    """The training speech, spoken once and kept in the work folder.
+
+    espeak-ng carries state from one sentence to the next: the same text spoken twice in one process has other times.
+    """
+    path = common.WORK / "speech.npz"
+    if not path.exists():
+        spoken = speak_training_set()
+        common.WORK.mkdir(exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.npz")
+        pcm, tracks = {f"p{i}": u.pcm for i, u in enumerate(spoken)}, {f"t{i}": u.track for i, u in enumerate(spoken)}
+        np.savez(partial, **pcm, **tracks)  # type: ignore[arg-type]
+        partial.rename(path)
+    with np.load(path) as file:
+        return [Utterance(file[f"p{i}"], (), file[f"t{i}"]) for i in range(len(file.files) // 2)]
+
+
+def speak_training_set(seed: int = 0, pieces: int = 64) -> list[Utterance]:
     """About 30 s each: random sentences, voices, speeds, pitches and gaps, with noise and gain."""
     r, out = np.random.default_rng(seed), []
     for i in range(pieces):

@@ -60,9 +60,11 @@ def encode(images: NDArray[np.uint8], device: torch.device) -> NDArray[np.float1
         raise SystemExit("training.vae must run first")
     out = []
     for part in common.parts(len(images), 32):
-        pair = torch.from_numpy(np.asarray(images[part]))
-        source, target = generate.latents(net, pair[:, 0]), generate.latents(net, pair[:, 1])
-        out.append(torch.cat([source, target[:, 4:]], dim=1).half().cpu().numpy())
+        pair = torch.from_numpy(np.array(images[part]))
+        with torch.autocast(device.type, torch.bfloat16):
+            source = generate.latents(net, pair[:, 0])
+            target = net.encode(generate.vae_inputs(pair[:, 1].to(device))[1])
+        out.append(torch.cat([source, target], dim=1).half().cpu().numpy())
     return np.concatenate(out)
 
 

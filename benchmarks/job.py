@@ -1,0 +1,93 @@
+"""One job, split: cold start, fresh and cached avatar, and what the worker itself adds.
+
+    python -m benchmarks.job [--rounds 5]
+
+`added_ms` is everything of a warm job over loopback that is not network forward passes, decode or encode: the stages
+download, validation (less ffmpeg's own time) and upload, and parsing, bookkeeping and cleaning up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import http.server
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common
+from pipeline import media
+from pipeline.run import Service
+from pipeline.settings import REPOSITORY, Settings
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    """Serves the samples without logging."""
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+def import_to_ready() -> float:
+    """Seconds from starting `handler.py`'s import to a model that could take a job, demo weights."""
+    code = "import time; t = time.time(); import handler; handler.service.engine.warm_up(); print(time.time() - t)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    return float(done.stdout.split()[-1])
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    handler = functools.partial(Quiet, directory=str(REPOSITORY / "samples"))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    base = f"http://127.0.0.1:{server.server_port}"
+    ready = import_to_ready()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        service = Service(Settings(cache_dir=folder / "cache", local_storage_dir=folder / "out",
+                                   download_allow_hosts=("127.0.0.0/8",), device="cpu"))
+        service.engine.warm_up()
+        spent = _count_ffmpeg()
+        job = {"musetalk_job_id": "b", "video_url": f"{base}/presenter.mp4", "audio_url": f"{base}/speech.wav"}
+        fresh = service.run_job(job)["metrics"]
+        cached, added = [], []
+        for _ in range(options.rounds):
+            spent[0] = 0.0
+            began = time.perf_counter()
+            metrics = service.run_job(job)["metrics"]
+            total = time.perf_counter() - began
+            cached.append(metrics["SCRIPT_WALL_TIME_SEC"])
+            added.append(total - metrics["SCRIPT_WALL_TIME_SEC"] - spent[0])
+    preparation = fresh["SCRIPT_WALL_TIME_SEC"] - common.median(cached)
+    common.emit(
+        "job", import_to_ready_sec=round(ready, 2), fresh_total_sec=fresh["total_time"],
+        fresh_stage_times=fresh["stage_times"], generation_sec=fresh["GENERATION_TIME_SEC"],
+        cached_wall_sec=round(common.median(cached), 3), preparation_sec=round(preparation, 3),
+        added_ms=round(1000 * common.median(added), 1), frames=fresh["frames"], batch=8,
+        dtype=str(service.engine.load().nets.dtype))
+
+
+def _count_ffmpeg() -> list[float]:
+    """Add up the seconds spent waiting for whole ffmpeg and ffprobe runs (probing, PCM)."""
+    spent, original = [0.0], media.run
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            spent[0] += time.perf_counter() - began
+
+    media.run = run
+    return spent
+
+
+if __name__ == "__main__":
+    main()

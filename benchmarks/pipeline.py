@@ -1,0 +1,163 @@
+"""The engine around the networks, with a stub in their place: frames/s against ffmpeg's own transcode, and peak memory.
+
+    python -m benchmarks.pipeline [--seconds 10] [--long 120]
+
+Decode, blend and encode are real; only the generated face is a fixed picture and the avatar comes from the cache. The
+limit is ffmpeg's own decode + encode of the same clip with the same encoder settings on the same machine, interleaved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import common
+from musetalk.audio import Prompts
+from musetalk.avatar import Avatar
+from musetalk.lipsync import LipSync, Slot
+from pipeline.control import Control
+from pipeline.inference import Engine, Worker
+from pipeline.media import ffmpeg, video_encoder
+from pipeline.schema import parse
+from pipeline.settings import REPOSITORY, Settings
+from pipeline.validate import Inputs, validate
+
+SIZES = {"720p": "1280:720", "1080p": "1920:1080"}
+CLIP_SEC = 7
+ROUNDS = 3
+
+
+def stub(self: LipSync, avatar: Avatar, prompts: Prompts, batch: list[Slot]) -> dict[int, torch.Tensor]:  # noqa: ARG001
+    """A grey face for every frame that has one."""
+    face = torch.full((self.crop_size, self.crop_size, 3), 127, dtype=torch.uint8)
+    return {slot.output: face for slot in batch if avatar[slot.source] is not None}
+
+
+def material(folder: Path, size: str, seconds: int) -> tuple[Path, Path]:
+    """The sample presenter at a size, and `seconds` of sound."""
+    clip, sound = folder / f"{size.replace(':', 'x')}.mp4", folder / f"{seconds}.wav"
+    if not clip.exists():
+        run(["-i", str(REPOSITORY / "samples/presenter.mp4"), "-vf", f"scale={size}", "-c:v", "libx264", "-crf", "18",
+             "-preset", "veryfast", str(clip)])
+    if not sound.exists():
+        run(["-stream_loop", "-1", "-i", str(REPOSITORY / "samples/speech.wav"), "-t", str(seconds), str(sound)])
+    return clip, sound
+
+
+def run(arguments: list[str]) -> None:
+    """ffmpeg."""
+    subprocess.run([ffmpeg(), "-nostdin", "-v", "error", "-y", *arguments], check=True)
+
+
+def transcode(clip: Path, sound: Path, seconds: int, target: Path) -> None:
+    """What ffmpeg alone needs for as many frames."""
+    run(["-stream_loop", "-1", "-threads", "2", "-i", str(clip), "-i", str(sound), "-map", "0:v", "-map", "1:a", "-t",
+         str(seconds), *video_encoder(), "-pix_fmt", "yuv420p", "-c:a", "aac", "-b:a", "160k", "-movflags", "+faststart",
+         str(target)])
+
+
+def job(engine: Engine, inputs: Inputs, clip: Path, target: Path) -> None:
+    """One engine run."""
+    request = parse({"musetalk_job_id": "b", "video_url": "v", "audio_url": "a", "params": {"loop": "repeat"}})
+    engine.run(request, inputs, str(clip), target, Control(3600))
+
+
+class Unthreaded(Worker):
+    """Reads and writes in step with the engine: what the job costs without streaming."""
+
+    def put(self, item: Any) -> bool:
+        done = super().put(item)
+        while done and not self.items.empty() and not self.stopped.is_set():
+            time.sleep(0.0002)
+        return done
+
+
+def measure(seconds: int) -> dict[str, float]:
+    """Shares of ffmpeg's rate, and what streaming gains."""
+    out: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        engine = Engine(Settings(cache_dir=folder / "cache", device="cpu"))
+        for label, size in SIZES.items():
+            clip, sound = material(folder, size, seconds)
+            inputs = _inputs(clip, sound)
+            job(engine, inputs, clip, folder / "o.mp4")  # fills the avatar cache
+            with _stubbed():
+                ours, theirs = [], []
+                for _ in range(ROUNDS):
+                    theirs.append(common.timed(lambda c=clip, s=sound: transcode(c, s, seconds, folder / "t.mp4")))
+                    ours.append(common.timed(lambda c=clip, i=inputs: job(engine, i, c, folder / "o.mp4")))
+            out[f"share_of_ffmpeg_{label}"] = common.median(theirs) / common.median(ours)
+            out[f"frames_per_sec_{label}"] = 25 * seconds / common.median(ours)
+            out[f"ffmpeg_frames_per_sec_{label}"] = 25 * seconds / common.median(theirs)
+        with _stubbed(), _in_step():
+            clip, sound = material(folder, SIZES["720p"], seconds)
+            stepped = common.timed(lambda: job(engine, _inputs(clip, sound), clip, folder / "o.mp4"))
+        out["gain_of_streaming"] = stepped / (25 * seconds / out["frames_per_sec_720p"])
+    return out
+
+
+def _inputs(clip: Path, sound: Path) -> Inputs:
+    from pipeline.download import Source
+
+    settings = Settings(device="cpu", max_audio_sec=3600)
+    return validate(Source(clip, "", "clip"), Source(sound, "", "sound"), settings, Control(600))
+
+
+class _stubbed:  # noqa: N801
+    """The generator replaced while the context is open."""
+
+    def __enter__(self) -> None:
+        self.saved = LipSync.generate_batch
+        LipSync.generate_batch = stub  # type: ignore[method-assign, assignment]
+
+    def __exit__(self, *_: object) -> None:
+        LipSync.generate_batch = self.saved  # type: ignore[method-assign]
+
+
+class _in_step:  # noqa: N801
+    """The threads replaced while the context is open."""
+
+    def __enter__(self) -> None:
+        self.saved = Worker.put
+        Worker.put = Unthreaded.put  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        Worker.put = self.saved  # type: ignore[method-assign]
+
+
+def peak_kb(seconds: int) -> int:
+    """Peak resident kB, children included, of a real job in a process of its own."""
+    code = ("import sys, tempfile\nfrom pathlib import Path\nfrom benchmarks import pipeline as b\n"
+            "from pipeline.inference import Engine\nfrom pipeline.metrics import PeakMemory\n"
+            "from pipeline.settings import Settings\n"
+            "with tempfile.TemporaryDirectory() as n, b._stubbed():\n"
+            " f = Path(n); c, s = b.material(f, b.SIZES['720p'], int(sys.argv[1]))\n"
+            " e = Engine(Settings(cache_dir=f / 'cache', device='cpu')); i = b._inputs(c, s)\n"
+            " with PeakMemory() as m: b.job(e, i, c, f / 'o.mp4')\n print(m.peak_kb)")
+    done = subprocess.run([sys.executable, "-c", code, str(seconds)], capture_output=True, text=True, check=True,
+                          cwd=REPOSITORY)
+    return int(done.stdout.split()[-1])
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=int, default=10)
+    parser.add_argument("--long", type=int, default=120)
+    options = parser.parse_args()
+    figures = measure(options.seconds)
+    figures["rss_ratio_120s_10s"] = peak_kb(options.long) / peak_kb(10)
+    common.emit("pipeline", **{k: round(v, 3) for k, v in figures.items()}, batch=8, dtype="stub", clip_sec=CLIP_SEC,
+                encoder=" ".join(video_encoder()))
+
+
+if __name__ == "__main__":
+    main()

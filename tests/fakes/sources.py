@@ -1,0 +1,135 @@
+"""A misbehaving media host on loopback: the path says how it behaves."""
+
+from __future__ import annotations
+
+import gzip
+import http.server
+import socket
+import threading
+import time
+from collections import Counter
+from typing import Any
+from urllib.parse import urlsplit
+
+GOOD = b"media" * 2000
+
+
+class Sources:
+    """Serves /good, /status/404, /flaky/2, /reset, /drip, ... and counts the requests for each path."""
+
+    def __init__(self) -> None:
+        self.hits: Counter[str] = Counter()
+        sources = self
+
+        class Routes(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: Any) -> None:
+                """Say nothing."""
+
+            def do_GET(self) -> None:
+                path = urlsplit(self.path).path
+                sources.hits[path] += 1
+                kind, _, rest = path.lstrip("/").partition("/")
+                getattr(self, f"_{kind}")(rest, sources.hits[path])
+
+            def send(self, data: bytes, code: int = 200, **headers: str) -> None:
+                self.send_response(code)
+                for key, value in {"Content-Length": str(len(data)), **headers}.items():
+                    self.send_header(key.replace("_", "-"), value)
+                self.end_headers()
+                self.wfile.write(data)
+
+            def _good(self, _: str, __: int) -> None:
+                self.send(GOOD)
+
+            def _status(self, code: str, _: int) -> None:
+                self.send(b"no", int(code))
+
+            def _flaky(self, failures: str, hit: int) -> None:
+                self.send(GOOD, 200 if hit > int(failures) else 503)
+
+            def _wait(self, seconds: str, hit: int) -> None:
+                self.send(GOOD, 200) if hit > 1 else self.send(b"", 429, Retry_After=seconds)
+
+            def _reset(self, _: str, __: int) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", "100000")
+                self.end_headers()
+                self.wfile.write(b"x" * 5000)
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+                self.connection.close()
+                self.close_connection = True
+
+            def _short(self, _: str, __: int) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", "100000")
+                self.end_headers()
+                self.wfile.write(b"x" * 5000)
+                self.close_connection = True
+
+            def _empty(self, _: str, __: int) -> None:
+                self.send(b"")
+
+            def _page(self, _: str, __: int) -> None:
+                self.send(b"<!DOCTYPE html><html>sign in</html>", Content_Type="text/html")
+
+            def _announced(self, size: str, _: int) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", size)
+                self.end_headers()
+                self.close_connection = True
+
+            def _endless(self, _: str, __: int) -> None:
+                self.send_response(200)
+                self.send_header("Connection", "close")
+                self.end_headers()
+                self.close_connection = True
+                while True:
+                    self.wfile.write(b"x" * 65536)
+
+            def _bomb(self, megabytes: str, _: int) -> None:
+                self.send(gzip.compress(bytes(int(megabytes) << 20)), Content_Encoding="gzip")
+
+            def _silent(self, seconds: str, _: int) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", "100000")
+                self.end_headers()
+                self.wfile.write(b"x")
+                time.sleep(float(seconds))
+                self.close_connection = True
+
+            def _drip(self, _: str, __: int) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", "100000")
+                self.end_headers()
+                self.close_connection = True
+                for _ in range(200):
+                    self.wfile.write(b"x")
+                    time.sleep(0.05)
+
+            def _loop(self, _: str, hit: int) -> None:
+                self.send(b"", 302, Location=f"/loop/{hit}")
+
+            def _to(self, target: str, _: int) -> None:
+                self.send(b"", 302, Location=bytes.fromhex(target).decode())
+
+        class Server(http.server.ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *_: Any) -> None:
+                """Clients that hang up are part of the test."""
+
+        self.server = Server(("127.0.0.1", 0), Routes)
+        self.port = self.server.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def redirect_to(self, target: str) -> str:
+        """A URL that redirects to `target`."""
+        return f"{self.url}/to/{target.encode().hex()}"
+
+    def close(self) -> None:
+        """Shut down."""
+        self.server.shutdown()
+        self.server.server_close()

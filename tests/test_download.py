@@ -1,0 +1,222 @@
+"""Downloads from a misbehaving host, and addresses that must never be asked.
+
+The guard against private addresses is tested with name resolution and connecting recorded and stubbed: no case can put
+a packet anywhere but on loopback, even if the guard failed.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import urllib3.util.connection
+
+from pipeline import download
+from pipeline.control import Control
+from pipeline.download import Downloader, Source
+from pipeline.errors import BadMedia, BadRequest, Cancelled, DeadlineExceeded, DiskFull, JobError, SourceRefused, SourceUnavailable
+from pipeline.settings import Settings
+from tests.fakes.sources import GOOD, Sources
+
+
+@pytest.fixture
+def host() -> Iterator[Sources]:
+    sources = Sources()
+    yield sources
+    sources.close()
+
+
+@pytest.fixture(autouse=True)
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "IDLE_SEC", 1.0)
+    monkeypatch.setattr(download.random, "uniform", lambda _a, _b: 0.05)
+
+
+def fetch(url: str, folder: Path, control: Control | None = None, **settings: Any) -> Source:
+    values = {"download_allow_hosts": ("127.0.0.0/8",), "max_download_mb": 1.0, **settings}
+    return Downloader(Settings(**values)).fetch(url, folder / "f", "video_url", control or Control(20))
+
+
+def test_good(host: Sources, tmp_path: Path) -> None:
+    source = fetch(f"{host.url}/good?sig=canary-signature-value", tmp_path)
+    assert source.path.read_bytes() == GOOD
+    assert source.shown == f"{host.url}/good"
+
+
+@pytest.mark.parametrize(("path", "error", "hits"), [
+    ("status/404", SourceRefused, 1), ("status/403", SourceRefused, 1), ("status/410", SourceRefused, 1),
+    ("status/503", SourceUnavailable, 3), ("status/500", SourceUnavailable, 3), ("status/429", SourceUnavailable, 3),
+    ("reset", SourceUnavailable, 3), ("short", SourceUnavailable, 3), ("silent/3", SourceUnavailable, 3),
+    ("drip", SourceUnavailable, 3), ("empty", BadMedia, 1), ("announced/5000000", BadMedia, 1), ("endless", BadMedia, 1),
+    ("bomb/50", BadMedia, 1), ("loop/0", SourceRefused, 1),
+])
+def test_faults(host: Sources, tmp_path: Path, path: str, error: type[JobError], hits: int) -> None:
+    with pytest.raises(error) as e:
+        fetch(f"{host.url}/{path}?sig=canary-signature-value", tmp_path)
+    assert "video_url" in e.value.details["field"]
+    assert "canary" not in str(e.value) + str(e.value.details)
+    assert host.hits[f"/{path}"] == hits
+    if path.startswith("status"):
+        assert e.value.details["status_code"] == int(path.split("/")[1])
+        assert e.value.message.startswith(f"Download failed: {path.split('/')[1]}")
+    if error is BadMedia and path != "empty":
+        assert e.value.details["limit"] == 1_000_000
+
+
+@pytest.mark.parametrize("path", ["flaky/1", "flaky/2", "wait/1"])
+def test_passing_faults_are_survived(host: Sources, tmp_path: Path, path: str) -> None:
+    assert fetch(f"{host.url}/{path}", tmp_path).path.read_bytes() == GOOD
+
+
+def test_refused_connection_and_unknown_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(SourceUnavailable):
+        fetch(f"http://127.0.0.1:{port}/", tmp_path)
+
+    def unknown(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(SourceUnavailable):
+        fetch("http://no.such.host/", tmp_path)
+
+
+def test_redirects_are_followed_within_reason(host: Sources, tmp_path: Path) -> None:
+    assert fetch(host.redirect_to(f"{host.url}/good"), tmp_path).path.read_bytes() == GOOD
+    for target in ("file:///etc/passwd", "ftp://127.0.0.1/x", "gopher://127.0.0.1/x", "data:text/plain,x"):
+        with pytest.raises(SourceRefused, match="not http"):
+            fetch(host.redirect_to(target), tmp_path)
+
+
+@pytest.mark.parametrize("url", ["file:///etc/passwd", "ftp://h/x", "data:text/plain,x", "gopher://h/", "http://", "http:///x",
+                                 "https://[::1", "x" * 100, "javascript:1"])
+def test_other_schemes_and_broken_urls(tmp_path: Path, url: str) -> None:
+    with pytest.raises((BadRequest, SourceRefused)) as e:
+        fetch(url, tmp_path)
+    assert "video_url" in str(e.value)
+
+
+def test_cancel_and_deadline_while_downloading(host: Sources, tmp_path: Path) -> None:
+    control = Control(20)
+    control.cancel()
+    with pytest.raises(Cancelled):
+        fetch(f"{host.url}/good", tmp_path, control)
+    with pytest.raises(DeadlineExceeded):
+        fetch(f"{host.url}/drip", tmp_path, Control(0.5))
+
+
+def test_full_disk(host: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(DiskFull):
+        fetch(f"{host.url}/good", tmp_path)
+
+
+def test_plain_paths_stay_under_their_root(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "a.mp4").write_bytes(b"a")
+    (tmp_path / "secret").write_bytes(b"s")
+    (root / "link").symlink_to(tmp_path / "secret")
+    assert fetch("a.mp4", tmp_path, local_input_root=root).path == root / "a.mp4"
+    for path in ("../secret", str(tmp_path / "secret"), "link", "none.mp4", "a\0b", "file:a.mp4", "."):
+        with pytest.raises(BadRequest):
+            fetch(path, tmp_path, local_input_root=root)
+    with pytest.raises(BadRequest):
+        fetch("a.mp4", tmp_path, local_input_root=None)
+
+
+# -- addresses that must not be asked ------------------------------------------------------------------------------------
+
+PRIVATE = ["127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
+           "::1", "fe80::1", "fd00::1", "::ffff:10.0.0.1", "::ffff:169.254.169.254", "64:ff9b::a00:1"]
+ODD = {"http://2130706433/": "127.0.0.1", "http://0x7f000001/": "127.0.0.1", "http://0177.0.0.1/": "127.0.0.1",
+       "http://127.1/": "127.0.0.1", "http://localhost/": "127.0.0.1", "http://public.example@10.0.0.1/": "10.0.0.1",
+       "http://10.0.0.1#@public.example/": "10.0.0.1", "http://[::ffff:127.0.0.1]/": "::ffff:127.0.0.1"}
+PUBLIC = "93.184.216.34"
+
+
+class Network:
+    """Resolves names from a table and records connects; nothing leaves the process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.names: dict[str, list[list[str]]] = {}
+        self.connects: list[str] = []
+        monkeypatch.setattr(socket, "getaddrinfo", self._resolve)
+        monkeypatch.setattr(urllib3.util.connection, "create_connection", self._connect)
+
+    def _resolve(self, host: Any, port: Any, *_: Any, **__: Any) -> Any:
+        answers = self.names[str(host)]
+        addresses = answers.pop(0) if len(answers) > 1 else answers[0]
+        return [(socket.AF_INET6 if ":" in a else socket.AF_INET, socket.SOCK_STREAM, 6, "", (a, port)) for a in addresses]
+
+    def _connect(self, address: tuple[str, int], *_: Any, **__: Any) -> Any:
+        self.connects.append(address[0])
+        raise ConnectionRefusedError("recorded")
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> Network:
+    return Network(monkeypatch)
+
+
+@pytest.mark.parametrize("address", PRIVATE)
+@pytest.mark.parametrize("how", ["literal", "name", "second answer first"])
+def test_private_addresses_are_refused_unasked(network: Network, tmp_path: Path, address: str, how: str) -> None:
+    literal = f"[{address}]" if ":" in address else address
+    network.names = {address: [[address]], "evil.example": [[address] if how == "name" else [address, PUBLIC]]}
+    url = f"http://{literal if how == 'literal' else 'evil.example'}/x"
+    with pytest.raises(SourceRefused) as e:
+        fetch(url, tmp_path, download_allow_hosts=())
+    assert e.value.details["reason"] == "private_address"
+    assert network.connects == []
+
+
+@pytest.mark.parametrize("url", ODD)
+def test_odd_notations(network: Network, tmp_path: Path, url: str) -> None:
+    from urllib.parse import urlsplit
+
+    network.names = {str(urlsplit(url).hostname): [[ODD[url]]], ODD[url]: [[ODD[url]]], "public.example": [[PUBLIC]]}
+    with pytest.raises((SourceRefused, BadRequest)):
+        fetch(url, tmp_path, download_allow_hosts=())
+    assert network.connects == []
+
+
+def test_rebinding_connects_to_the_address_that_was_checked(network: Network, tmp_path: Path) -> None:
+    network.names = {"evil.example": [[PUBLIC], ["127.0.0.1"]], PUBLIC: [[PUBLIC]]}
+    with pytest.raises((SourceUnavailable, SourceRefused)):
+        fetch("http://evil.example/x", tmp_path, download_allow_hosts=())
+    assert set(network.connects) <= {PUBLIC}
+
+
+def test_redirects_to_private_addresses(host: Sources, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed, asked = "127.0.0.1", []
+    real = urllib3.util.connection.create_connection
+
+    def connect(address: tuple[str, int], *args: Any, **kwargs: Any) -> Any:
+        asked.append(address)
+        assert address == (allowed, host.port), "only the test's own server may be reached"
+        return real(address, *args, **kwargs)
+
+    monkeypatch.setattr(urllib3.util.connection, "create_connection", connect)
+    for target in ("http://169.254.169.254/latest/meta-data/", "http://10.0.0.1/", "http://127.0.0.2/", "http://[::1]/"):
+        with pytest.raises(SourceRefused) as e:
+            fetch(host.redirect_to(target), tmp_path, download_allow_hosts=(allowed,))
+        assert e.value.details["reason"] == "private_address"
+    assert set(asked) == {(allowed, host.port)}
+
+
+def test_the_environments_proxy_is_not_used(network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    network.names = {"public.example": [[PUBLIC]], PUBLIC: [[PUBLIC]]}
+    with pytest.raises(SourceUnavailable):
+        fetch("http://public.example/x", tmp_path, download_allow_hosts=())
+    assert set(network.connects) == {PUBLIC}
