@@ -111,7 +111,7 @@ def _inputs(clip: Path, sound: Path) -> Inputs:
     return validate(Source(clip, "", "clip"), Source(sound, "", "sound"), settings, Control(600))
 
 
-class _stubbed:  # noqa: N801
+class _stubbed:
     """The generator replaced while the context is open."""
 
     def __enter__(self) -> None:
@@ -122,12 +122,12 @@ class _stubbed:  # noqa: N801
         LipSync.generate_batch = self.saved  # type: ignore[method-assign]
 
 
-class _in_step:  # noqa: N801
+class _in_step:
     """The threads replaced while the context is open."""
 
     def __enter__(self) -> None:
         self.saved = Worker.put
-        Worker.put = Unthreaded.put  # type: ignore[method-assign]
+        Worker.put = Unthreaded.put  # type: ignore[method-assign, assignment]
 
     def __exit__(self, *_: object) -> None:
         Worker.put = self.saved  # type: ignore[method-assign]

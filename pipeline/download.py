@@ -140,8 +140,7 @@ class Downloader:
             raise _too_large(field, shown, announced, self.limit)
         digest, size, began = hashlib.sha256(), 0, time.monotonic()
         with target.open("wb") as file:
-            # read1 returns what has come, so that a slow source cannot keep the checks below from running
-            while chunk := response.raw.read1(CHUNK, decode_content=True):
+            for chunk in _chunks(response):
                 size += len(chunk)
                 if size > self.limit:
                     raise _too_large(field, shown, size, self.limit)
@@ -157,6 +156,15 @@ class Downloader:
         if not size:
             raise BadMedia(f"{field}: the file is empty", stage="download", field=field, url=shown, size=0)
         return digest.hexdigest()
+
+
+def _chunks(response: requests.Response) -> Iterator[bytes]:
+    """The body as it comes: read1 does not wait for a whole chunk, so a slow source cannot outlast the checks."""
+    if response.headers.get("content-encoding", "identity") != "identity":  # not asked for; unpacked piece by piece
+        yield from response.raw.stream(CHUNK, decode_content=True)
+        return
+    while chunk := response.raw.read1(CHUNK):
+        yield chunk
 
 
 def _too_large(field: str, shown: str, size: int, limit: int) -> BadMedia:

@@ -101,9 +101,9 @@ def failure(error: Exception, timer: StageTimer | None = None) -> dict[str, Any]
     if known.status == 500:
         trace = redact.text("".join(traceback.format_exception(error)))[-20_000:]
     body = Failure(
-        error_type=known.error_type, error_message=redact.text(known.message) or type(error).__name__,  # type: ignore[arg-type]
+        error_type=known.error_type, error_message=redact.text(known.message) or type(error).__name__,
         stage=known.stage or (NEXT[len(times)] if timer else "unknown"), details=redact.clean(known.details),
-        stack_trace=trace, retryable=known.retryable, stage_times=times).body()  # type: ignore[arg-type]
+        stack_trace=trace, retryable=known.retryable, stage_times=times).body()
     log.warning("job failed", extra={k: body[k] for k in ("error_type", "error_message", "stage", "retryable")})
     return body
 

@@ -18,7 +18,16 @@ import urllib3.util.connection
 from pipeline import download
 from pipeline.control import Control
 from pipeline.download import Downloader, Source
-from pipeline.errors import BadMedia, BadRequest, Cancelled, DeadlineExceeded, DiskFull, JobError, SourceRefused, SourceUnavailable
+from pipeline.errors import (
+    BadMedia,
+    BadRequest,
+    Cancelled,
+    DeadlineExceeded,
+    DiskFull,
+    JobError,
+    SourceRefused,
+    SourceUnavailable,
+)
 from pipeline.settings import Settings
 from tests.fakes.sources import GOOD, Sources
 

@@ -60,6 +60,11 @@ def test_unet() -> None:
         net.fold_time()
         assert net.time() is None
         close("unet, time folded", net(latents, audio), g["out"], 5e-5, 1.5e-5)
+        half = net.to(torch.bfloat16, memory_format=torch.channels_last)(latents.bfloat16(), audio.bfloat16()).float()
+        error = (half - torch.from_numpy(g["out"])).abs()
+        print(f"unet bfloat16: mean {float(error.mean()):.3f}, max {float(error.max()):.3f}; reference 0.023, 0.11")
+        assert float(error.mean()) < 0.05
+        net.float()
         swapped = net(latents, audio.flip(0))
         assert float((swapped - torch.from_numpy(g["out"])).std()) > 0.5  # the audio matters
 
@@ -88,6 +93,12 @@ def test_vae() -> None:
         close("vae logvar", logvar, g["logvar"], 5e-5, 5.3e-6)
         decoded = net.decode(torch.from_numpy(g["latent"]) * net.cfg.scaling_factor)[0]
     close("vae decode", decoded, g["decoded"], 1e-4, 2.0e-5)
+    with torch.inference_mode():
+        half = net.to(torch.bfloat16, memory_format=torch.channels_last).decode(
+            (torch.from_numpy(g["latent"]) * net.cfg.scaling_factor).bfloat16())[0].float()
+    error = (half - torch.from_numpy(g["decoded"])).abs()
+    print(f"vae decode bfloat16: mean {float(error.mean()):.4f}, max {float(error.max()):.3f}; reference 0.004, 0.03")
+    assert float(error.mean()) < 0.01
     levels = [((x / 2 + 0.5).clamp(0, 1) * 255).round() for x in (decoded, torch.from_numpy(g["decoded"]))]
     assert float((levels[0] != levels[1]).float().mean()) <= 1e-3
 

@@ -5,6 +5,7 @@ The presenter's identity, the sentences and the voice are none of those trained 
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import wave
@@ -47,6 +48,14 @@ def write_wav(path: Path, utterance: speech.Utterance) -> None:
         file.writeframes((np.clip(utterance.pcm, -1, 1) * 32767).astype("<i2").tobytes())
 
 
+def write_track(path: Path, utterance: speech.Utterance) -> None:
+    """The mouth that belongs to the speech: opening, width, teeth, tongue at 50 Hz, and the phonemes' times."""
+    every = speech.TRACK_RATE // 50
+    phonemes = [[p.name, round(p.start, 3), round(p.end, 3)] for p in utterance.phonemes]
+    track = [[round(float(v), 3) for v in row] for row in utterance.track[::every]]
+    path.write_text(json.dumps({"rate": 50, "phonemes": phonemes, "track": track}) + "\n")
+
+
 def pose_of_still(width: int, height: int) -> Pose:
     """A head that looks straight at the camera."""
     return Pose(width / 2, height * 0.45, min(height * 0.165, width * 0.2))
@@ -55,7 +64,9 @@ def pose_of_still(width: int, height: int) -> Pose:
 def main() -> None:
     """Write all samples."""
     TARGET.mkdir(exist_ok=True)
-    write_wav(TARGET / "speech.wav", speech.utter(speech.HELD_OUT["en"][:2], speech.NEW_VOICE, gap=0.4))
+    spoken = speech.utter(speech.HELD_OUT["en"][:2], speech.NEW_VOICE, gap=0.4)
+    write_wav(TARGET / "speech.wav", spoken)
+    write_track(TARGET / "speech.json", spoken)
     write_clip(TARGET / "presenter.mp4", 1280, 720, SECONDS)
     write_clip(TARGET / "portrait.mp4", 720, 1280, 6)
     still = draw(720, 960, Identity.random(data.HELD_OUT + 3), pose_of_still(720, 960), Mouth())
