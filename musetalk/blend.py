@@ -137,12 +137,13 @@ def blur_kernel(side: int, share: float = 0.05) -> int:
 def soft_mask(mask512: Tensor, square: Box, box: Box, share: float = 0.05) -> Tensor:
     """Bool mask (512, 512) -> soft mask (side, side) uint8: inside the face box, lower half only, blurred."""
     side = square.width
-    mask = pillow_resize(mask512.to(torch.uint8) * 255, side, side, bicubic=True)
     left, top = box.x1 - square.x1, box.y1 - square.y1
-    keep = torch.zeros_like(mask)
-    keep[max(top, 0) : top + box.height, max(left, 0) : left + box.width] = 1
-    keep[: int(side * UPPER)] = 0
-    return gaussian_blur(mask * keep, blur_kernel(side, share))
+    lower = max(int(side * UPPER), top)
+    rows, columns = slice(lower, max(top + box.height, lower)), slice(max(left, 0), max(left + box.width, 0))
+    resized = pillow_resize(mask512.to(torch.uint8) * 255, side, side, bicubic=True, top=lower)
+    mask = resized.new_zeros(side, side)
+    mask[rows, columns] = resized[: rows.stop - lower, columns]
+    return gaussian_blur(mask, blur_kernel(side, share))
 
 
 # -- paste -----------------------------------------------------------------------------------------------------------

@@ -271,7 +271,9 @@ def builders(folder: Path, version: str) -> list[tuple[Part, Callable[[], nn.Mod
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Networks:
-    """All six networks on `device`: UNet and VAE in `dtype` (default_dtype if None), the others in float32.
+    """All six networks on `device`: UNet, VAE and parser in `dtype` (default_dtype if None), the others in float32.
+
+    S3FD squares its features (half precision would overflow) and RTMPose's coordinates are its result.
 
     Raises BadCheckpoint naming file, key and remedy. Batch norms and the time embedding are folded in.
     """
@@ -291,7 +293,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     fold_batch_norm(nets["parser"].float())
     for name, net in nets.items():
         nets[name] = net.to(device, torch.float32) if name == "whisper" else fast(
-            net, dtype if name in ("unet", "vae") else torch.float32)
+            net, dtype if name in ("unet", "vae", "parser") else torch.float32)
     return Networks(**nets, version=version, identity=identity, device=device, dtype=dtype)
 
 

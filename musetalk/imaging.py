@@ -130,19 +130,27 @@ def lanczos4(image: Tensor, height: int, width: int) -> Tensor:
     return _finish(torch.floor((total + 2**21) / 2**22), image)
 
 
-def pillow_resize(image: Tensor, height: int, width: int, bicubic: bool = False) -> Tensor:
-    """Image.resize(BILINEAR or BICUBIC): (H, W[, C]) uint8 -> (height, width[, C]) uint8; rounds between passes."""
+def pillow_resize(image: Tensor, height: int, width: int, bicubic: bool = False, top: int = 0) -> Tensor:
+    """Image.resize(BILINEAR or BICUBIC): (H, W[, C]) uint8 -> rows top..height of (height, width[, C]) uint8.
+
+    Rounds between the passes, as Pillow does.
+    """
     support = 2.0 if bicubic else 1.0
-    pixels = image.int()
-    for dim, size in ((1, width), (0, height)):
-        index, weights = (t.to(image.device) for t in _pillow_taps(pixels.shape[dim], size, support, bicubic))
-        shape = [1] * pixels.ndim
-        shape[dim] = size
-        total = torch.full((), 1 << 21, dtype=torch.int32, device=image.device)
-        for taps, weight in zip(index, weights, strict=True):
-            total = total + pixels.index_select(dim, taps) * weight.view(shape)
-        pixels = (total >> 22).clamp_(0, 255)
-    return pixels.to(torch.uint8)
+    across, across_weights = _pillow_taps(image.shape[1], width, support, bicubic)
+    down, down_weights = (t[:, top:] for t in _pillow_taps(image.shape[0], height, support, bicubic))
+    first = int(down[down_weights != 0].min())
+    pixels = _tap_sum(image[first:].int(), 1, across, across_weights)
+    return _tap_sum(pixels, 0, (down - first).clamp(min=0), down_weights).to(torch.uint8)
+
+
+def _tap_sum(pixels: Tensor, dim: int, index: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum along `dim` of the pixels at index (taps, n_out), weights in 2^-22, rounded and clamped."""
+    shape = [1] * pixels.ndim
+    shape[dim] = index.shape[1]
+    total = torch.full((), 1 << 21, dtype=torch.int32, device=pixels.device)
+    for taps, weight in zip(index.to(pixels.device), weights.to(pixels.device), strict=True):
+        total = total + pixels.index_select(dim, taps) * weight.view(shape)
+    return (total >> 22).clamp_(0, 255)
 
 
 def gaussian_blur(mask: Tensor, kernel: int) -> Tensor:

@@ -1,0 +1,101 @@
+"""UNet and VAE decoder at their published sizes, seeded weights, against diffusers in float32 eager mode, interleaved.
+
+    pip install -r requirements-bench.txt && python -m benchmarks.nets [--batch 4] [--rounds 3]
+
+The limit is this machine's own matrix-product ceiling, measured in the same run at the same dtype. Work is counted as two
+operations a multiply-add: UNet 0.178, VAE decode 0.622 TFLOP a frame.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks import common
+from musetalk.checkpoints import default_dtype
+from musetalk.nets.unet import UNet
+from musetalk.nets.vae import Vae
+
+TFLOP = {"unet": 0.1778, "vae_decode": 0.6222}
+
+
+def ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large square matrix product."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    torch.mm(a, b)
+    best = min(common.timed(lambda: torch.mm(a, b)) for _ in range(5))
+    return 2 * n**3 / best / 1e12
+
+
+def ours(device: torch.device, dtype: torch.dtype) -> tuple[UNet, Vae]:
+    """Our networks, small random weights, as loading prepares them."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        unet, vae = UNet().eval(), Vae().eval()
+    unet.fold_time()
+    nets: list[Any] = [net.requires_grad_(False) for net in (unet, vae)]
+    fast = [net.to(dtype=dtype, memory_format=torch.channels_last) for net in nets]
+    return fast[0], fast[1]
+
+
+def theirs(device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """diffusers' networks of the same configuration."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    kinds = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    unet = UNet2DConditionModel(
+        in_channels=8, out_channels=4, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=384,
+        attention_head_dim=8, down_block_types=kinds, up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    return unet.to(device, dtype).eval(), vae.to(device, dtype).eval()
+
+
+@torch.inference_mode()
+def measure(device: torch.device, batch: int, rounds: int) -> dict[str, float]:
+    """Milliseconds a frame of both, and ratios, medians of interleaved rounds."""
+    dtype, plain = default_dtype(device), torch.float16 if device.type == "cuda" else torch.float32
+    unet, vae = ours(device, dtype)
+    their_unet, their_vae = theirs(device, plain)
+    latents, audio = torch.randn(batch, 8, 32, 32, device=device), torch.randn(batch, 50, 384, device=device)
+    z, zero = torch.randn(batch, 4, 32, 32, device=device), torch.zeros((), device=device, dtype=torch.long)
+    last = torch.channels_last
+    pairs: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+        "unet": (lambda: unet(latents.to(dtype, memory_format=last), audio.to(dtype)),
+                 lambda: their_unet(latents.to(plain), zero, audio.to(plain)).sample),
+        "vae_decode": (lambda: vae.decode(z.to(dtype, memory_format=last)), lambda: their_vae.decode(z.to(plain)).sample),
+    }
+    out: dict[str, float] = {"ceiling_tflops": ceiling(device, dtype)}
+    total = [0.0, 0.0]
+    for name, (mine, other) in pairs.items():
+        mine(), other()
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(rounds):
+            times[0].append(common.timed(mine))
+            times[1].append(common.timed(other))
+        a, b = (common.median(t) / batch for t in times)
+        total = [total[0] + a, total[1] + b]
+        out |= {f"{name}_ms": 1000 * a, f"{name}_diffusers_ms": 1000 * b, f"{name}_gain": b / a,
+                f"{name}_share_of_ceiling": TFLOP[name] / a / out["ceiling_tflops"]}
+    return out | {"gain": total[1] / total[0], "frames_per_sec": 1 / total[0]}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=0, help="default: 16 on a GPU, 4 on a CPU")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = options.batch or (16 if device.type == "cuda" else 4)
+    figures = {k: round(v, 4) for k, v in measure(device, batch, options.rounds).items()}
+    common.emit("nets", **figures, batch=batch, dtype=str(default_dtype(device)))
+
+
+if __name__ == "__main__":
+    main()
