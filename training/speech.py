@@ -23,6 +23,10 @@ from training.presenter import Mouth
 RATE = 16_000  # Hz, what the networks hear
 TRACK_RATE = 200  # Hz, resolution of the viseme track
 VOICES = ("en-us", "en", "en-us+f2", "en+m3", "de", "de+f3", "es", "es+m4", "fr+f1", "it", "en-us+m7", "es+f4")
+MORE_VOICES = (  # heard by the audio encoder only, so that it learns what voices have in common
+    "en-us+f1", "en-us+f3", "en-us+m1", "en-us+m2", "en-us+m4", "en-us+m5", "en-us+m6", "en+f1", "en+f3", "en+f4", "en+m2",
+    "en+m8", "de", "de+m2", "de+f4", "de+m5", "es+f1", "es+f2", "es+m2", "it+f2", "it+m5", "it+f3", "fr", "fr+m3", "fr+f4",
+    "en-gb-scotland", "en-gb-scotland+m3", "en-gb-scotland+f1", "en-us+croak", "en+whisper", "en-us+f4", "en+m7")
 TRAINED_VOICES_HELD_OUT_SENTENCES = ("en-us", "en+m3", "de", "es", "it")
 NEW_VOICE = "en-gb-scotland+f5"  # never trained on
 
@@ -250,14 +254,14 @@ def utter(sentences: list[str], voice: str, speed: int = 165, pitch: int = 50, g
     return Utterance(pcm, tuple(phonemes), viseme_track(phonemes, len(pcm) / RATE))
 
 
-def training_set() -> list[Utterance]:
-    """The training speech, spoken once and kept in the work folder.
+def training_set(name: str = "speech", voices: tuple[str, ...] = VOICES) -> list[Utterance]:
+    """The training speech of some voices, spoken once and kept in the work folder under `name`.
 
     espeak-ng carries state from one sentence to the next: the same text spoken twice in one process has other times.
     """
-    path = common.WORK / "speech.npz"
+    path = common.WORK / f"{name}.npz"
     if not path.exists():
-        spoken = speak_training_set()
+        spoken = speak_training_set(voices, seed=len(name) - len("speech"))
         common.WORK.mkdir(exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.npz")
         pcm, tracks = {f"p{i}": u.pcm for i, u in enumerate(spoken)}, {f"t{i}": u.track for i, u in enumerate(spoken)}
@@ -267,11 +271,11 @@ def training_set() -> list[Utterance]:
         return [Utterance(file[f"p{i}"], (), file[f"t{i}"]) for i in range(len(file.files) // 2)]
 
 
-def speak_training_set(seed: int = 0, pieces: int = 64) -> list[Utterance]:
+def speak_training_set(voices: tuple[str, ...], seed: int = 0, pieces: int = 64) -> list[Utterance]:
     """About 30 s each: random sentences, voices, speeds, pitches and gaps, with noise and gain."""
     r, out = np.random.default_rng(seed), []
     for i in range(pieces):
-        voice = VOICES[i % len(VOICES)]
+        voice = voices[i % len(voices)]
         texts = SENTENCES[voice[:2]]
         speed, pitch = int(r.integers(130, 200)), int(r.integers(25, 80))
         picks = [texts[j] for j in r.integers(len(texts), size=12)]

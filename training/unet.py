@@ -74,7 +74,7 @@ def hear(device: torch.device) -> Tensor:
     net = WhisperEncoder(whisper.CONFIG).to(device).eval()
     if not common.resume(net, "whisper"):
         raise SystemExit("training.whisper must run first")
-    mels, _ = whisper.examples()
+    mels, _ = whisper.examples(speech.training_set())
     copies = []
     for copy in range(VOICES_HEARD):
         heard = [net((mel if copy == 0 else whisper.disguise(mel)).to(device)).half() for mel in torch.split(mels, 1)]

@@ -67,10 +67,10 @@ def hear(net: WhisperEncoder, mel: Tensor, first: int) -> Tensor:
     return torch.stack([*states, net.layer_norm(x)], dim=2)
 
 
-def examples() -> tuple[Tensor, Tensor]:
-    """Log-mel (P, 80, 3000) of the training speech and its track (P, 1500, 4) at the encoder's steps."""
+def examples(spoken: list[speech.Utterance]) -> tuple[Tensor, Tensor]:
+    """Log-mel (P, 80, 3000) of some speech and its track (P, 1500, 4) at the encoder's steps."""
     mels, tracks = [], []
-    for u in speech.training_set():
+    for u in spoken:
         pcm = speech.as_tensor(u)
         mels.append(log_mel(F.pad(pcm, (0, PIECE - len(pcm)))))
         tracks.append(np.stack([speech.sample(u.track, t * 0.02) for t in range(1500)]))
@@ -92,14 +92,17 @@ def disguise(mel: Tensor) -> Tensor:
 def main() -> None:
     """Train and write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--rate", type=float, default=1.5e-3)
     options = parser.parse_args()
     device = common.setup(2)
-    mels, tracks = (t.to(device) for t in examples())
+    more = speech.training_set("speech_more", speech.MORE_VOICES)
+    mels, tracks = (t.to(device) for t in examples(speech.training_set() + more))
     net = WhisperEncoder(CONFIG).to(device)
-    start_local(net)
+    if not common.resume(net, "whisper"):
+        start_local(net)
     read = nn.ModuleList(nn.Linear(CONFIG.d_model, 4) for _ in range(CONFIG.encoder_layers + 1)).to(device)
-    schedule, began = common.Schedule(nn.ModuleList([net, read]), options.steps, 1.5e-3), time.time()
+    schedule, began = common.Schedule(nn.ModuleList([net, read]), options.steps, options.rate), time.time()
     scale = torch.tensor([2.0, 1.0, 0.5, 0.5], device=device)
     for step in range(options.steps):
         first = int(torch.randint(0, 1500 - SPAN, ()))
