@@ -488,14 +488,15 @@ class Mp4Writer:
 
 
 def colour_tags(video: VideoInfo) -> list[str]:
-    """The source's colour tags for the output; an untagged source stays untagged."""
+    """Mark the frames with the source's colour tags; an untagged source stays untagged.
+
+    As a filter that only marks: given as output options, ffmpeg would take the raw frames for BT.601 and convert them.
+    """
     if video.is_rgb:
-        return ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
-    tags = []
-    for option, value in (("-colorspace", video.color_space), ("-color_primaries", video.color_primaries),
-                          ("-color_trc", video.color_transfer)):
-        if value not in ("unknown", "reserved", "gbr", "N/A"):
-            tags += [option, value]
+        return ["-vf", "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"]
+    tags = [f"{name}={value}" for name, value in (
+        ("colorspace", video.color_space), ("color_primaries", video.color_primaries), ("color_trc", video.color_transfer),
+    ) if value not in ("unknown", "reserved", "gbr", "N/A")]
     if video.full_range or video.color_range == "tv":
-        tags += ["-color_range", "pc" if video.full_range else "tv"]
-    return tags
+        tags.append(f"range={'pc' if video.full_range else 'tv'}")
+    return ["-vf", "setparams=" + ":".join(tags)] if tags else []

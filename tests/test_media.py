@@ -179,6 +179,10 @@ def test_encoded_file_has_the_sound_and_the_tags(media: Make, tmp_path: Path) ->
     assert (info.video.color_space, info.video.color_range, info.video.fps) == ("bt709", "tv", 25.0)
     assert info.duration == pytest.approx(2.0, abs=0.05)
     assert len(m.read_pcm(info, 9, 9, PIXELS)) == pytest.approx(32000, abs=800)
+    before, after = (frames(source(p)).astype(int) for p in (clip, tmp_path / "o.mp4"))
+    for plane in (slice(0, 320 * 180), slice(320 * 180, None)):
+        assert np.abs(before[:, plane] - after[:, plane]).mean() < 3, "the colours are the source's"
+        assert abs(before[:, plane].mean() - after[:, plane].mean()) < 0.5
     data = (tmp_path / "o.mp4").read_bytes()
     assert data.index(b"moov") < data.index(b"mdat"), "faststart"
 
