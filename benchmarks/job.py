@@ -9,8 +9,11 @@ download, validation (less ffmpeg's own time) and upload, and parsing, bookkeepi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import http.server
+import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +21,8 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+
+import requests
 
 from benchmarks import common
 from pipeline import media
@@ -37,6 +42,37 @@ def import_to_ready() -> float:
     code = "import time; t = time.time(); import handler; handler.service.engine.warm_up(); print(time.time() - t)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     return float(done.stdout.split()[-1])
+
+
+def health_ms(base: str, folder: Path) -> dict[str, float]:
+    """Median and slowest answer of GET /hc of a live server while a job runs in it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PORT": str(port), "STORAGE": "local", "LOCAL_STORAGE_DIR": str(folder),
+                   "CACHE_MAX_GB": "0", "DOWNLOAD_ALLOW_HOSTS": "127.0.0.0/8"}
+    server = subprocess.Popen([sys.executable, "-m", "pipeline.server"], cwd=REPOSITORY, env=environment,
+                              stderr=subprocess.DEVNULL)
+    url, waits = f"http://127.0.0.1:{port}", []
+    try:
+        for _ in range(600):
+            with contextlib.suppress(requests.ConnectionError):
+                if requests.get(f"{url}/ping", timeout=5).status_code == 200:
+                    break
+            time.sleep(0.1)
+        job = {"musetalk_job_id": "h", "video_url": f"{base}/presenter.mp4", "audio_url": f"{base}/speech.wav"}
+        running = threading.Thread(target=lambda: requests.post(f"{url}/generate", json=job, timeout=600))
+        running.start()
+        with requests.Session() as session:
+            while running.is_alive():
+                began = time.perf_counter()
+                session.get(f"{url}/hc", timeout=10)
+                waits.append(1000 * (time.perf_counter() - began))
+                time.sleep(0.02)
+    finally:
+        server.terminate()
+        server.wait()
+    return {"health_ms_median": round(common.median(waits), 1), "health_ms_max": round(max(waits), 1)}
 
 
 def main() -> None:
@@ -65,12 +101,13 @@ def main() -> None:
             total = time.perf_counter() - began
             cached.append(metrics["SCRIPT_WALL_TIME_SEC"])
             added.append(total - metrics["SCRIPT_WALL_TIME_SEC"] - spent[0])
+        health = health_ms(base, folder)
     preparation = fresh["SCRIPT_WALL_TIME_SEC"] - common.median(cached)
     common.emit(
         "job", import_to_ready_sec=round(ready, 2), fresh_total_sec=fresh["total_time"],
         fresh_stage_times=fresh["stage_times"], generation_sec=fresh["GENERATION_TIME_SEC"],
         cached_wall_sec=round(common.median(cached), 3), preparation_sec=round(preparation, 3),
-        added_ms=round(1000 * common.median(added), 1), frames=fresh["frames"], batch=8,
+        added_ms=round(1000 * common.median(added), 1), **health, frames=fresh["frames"], batch=8,
         dtype=str(service.engine.load().nets.dtype))
 
 

@@ -147,17 +147,18 @@ class LipSync:
 
         On CUDA's out of memory the batch is halved (for good) until one frame does not fit either.
         """
-        try:
-            parts = [slice(i, i + self.largest_batch) for i in range(0, len(latents), self.largest_batch)]
-            made = [generate.faces(self.nets.unet, self.nets.vae, latents[p], prompts[p]) for p in parts]
-        except torch.cuda.OutOfMemoryError:
-            size = min(len(latents), self.largest_batch)
-            if size == 1:
-                raise
-            self.largest_batch = size // 2
-            if self.nets.device.type == "cuda":
+        made = None
+        while made is None:
+            try:
+                parts = [slice(i, i + self.largest_batch) for i in range(0, len(latents), self.largest_batch)]
+                made = [generate.faces(self.nets.unet, self.nets.vae, latents[p], prompts[p]) for p in parts]
+            except torch.OutOfMemoryError:
+                size = min(len(latents), self.largest_batch)
+                if size == 1:
+                    raise
+                self.largest_batch = size // 2
+            if made is None and self.nets.device.type == "cuda":  # out of the except block, which holds the tensors
                 torch.cuda.empty_cache()
-            return self.generate(latents, prompts, first_frame)
         finite = torch.cat([f for _, f in made])
         if not bool(finite.all()):
             raise NonFiniteOutput(first_frame + int((~finite).nonzero()[0]))

@@ -117,14 +117,15 @@ class Tracker:
 
 
 def choose(found: list[Detection], choice: str | int, near: Box | None) -> Box | None:
-    """One of several faces (best score first): the nearest to `near` once followed, else by `choice`.
+    """One of several faces (best score first): the one that overlaps `near`, the face followed so far, else by `choice`.
 
     An index counts from the left; beyond the last face there is none.
     """
     boxes = [d.box() for d in found]
     if near is not None:
         best = max(boxes, key=near.iou)
-        return best if near.iou(best) > 0 or len(boxes) == 1 else max(boxes, key=_area)
+        if near.iou(best) > 0:
+            return best
     ordered = sorted(boxes, key=lambda b: b.x1 + b.x2)
     if isinstance(choice, int):
         return ordered[choice] if 0 <= choice < len(ordered) else None
