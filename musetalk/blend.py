@@ -20,6 +20,7 @@ from musetalk.nets.bisenet import BiSeNet
 ParsingMode = Literal["jaw", "raw", "neck"]
 SIZE = 512  # side of the parser's picture and of the label map
 SKIN, NOSE, MOUTH, NECK = 1, 10, (11, 12, 13), 14
+TOP_ROW = 224  # the lower half's masks look at most 22 rows up
 EXPAND = 1.5  # the square's side over the longer side of the face box
 UPPER = 0.5  # share of the square, from its top, that always stays the source's
 
@@ -51,12 +52,26 @@ def parse_input(squares: Tensor) -> Tensor:
 
 
 def parse(net: BiSeNet, squares: list[Tensor]) -> Tensor:
-    """RGB squares (side, side, 3) uint8 of any size -> labels (N, 512, 512) uint8."""
+    """RGB squares (side, side, 3) uint8 of any size -> labels (N, 512, 512) uint8, 0 above row TOP_ROW."""
     weight = net.conv_out.conv_out.weight
     images = torch.stack([pillow_resize(s.to(weight.device), SIZE, SIZE) for s in squares])
     logits = net(parse_input(images).to(weight.dtype).contiguous(memory_format=torch.channels_last))
-    full = F.interpolate(logits.float(), size=SIZE, mode="bilinear", align_corners=True)
-    return full.argmax(dim=1).to(torch.uint8)
+    return upsampled_labels(logits.float())
+
+
+def upsampled_labels(logits: Tensor) -> Tensor:
+    """Logits (N, 19, 64, 64) -> labels (N, 512, 512) uint8: argmax after bilinear upsampling with aligned corners.
+
+    Only rows that the blended lower half can depend on are worked out; the others are background.
+    """
+    n, _, height, _ = logits.shape
+    at = torch.arange(TOP_ROW, SIZE, device=logits.device) * ((height - 1) / (SIZE - 1))
+    low = at.long().clamp(max=height - 2)
+    rows = torch.lerp(logits[:, :, low], logits[:, :, low + 1], (at - low)[:, None])
+    wide = F.interpolate(rows, size=(SIZE - TOP_ROW, SIZE), mode="bilinear", align_corners=True)
+    labels = torch.zeros(n, SIZE, SIZE, dtype=torch.uint8, device=logits.device)
+    labels[:, TOP_ROW:] = wide.argmax(dim=1)
+    return labels
 
 
 @lru_cache(maxsize=1)

@@ -217,8 +217,8 @@ def scale_shift(image: Tensor, scale: float, left: float, top: float, height: in
     """
     y0, y1, b0, b1 = (t.to(image.device) for t in _affine_taps(scale, top, image.shape[0], height))
     x0, x1, a0, a1 = (t.to(image.device) for t in _affine_taps(scale, left, image.shape[1], width))
-    down = image[y0].float() * b0[:, None, None] + image[y1].float() * b1[:, None, None]
-    out = down[:, x0] * a0[:, None] + down[:, x1] * a1[:, None]
+    across = image[:, x0].float() * a0[:, None] + image[:, x1].float() * a1[:, None]
+    out = across[y0] * b0[:, None, None] + across[y1] * b1[:, None, None]
     return _finish(torch.floor(out / 1024 + 0.5), image)
 
 

@@ -234,6 +234,22 @@ def test_parser_input() -> None:
         np.testing.assert_array_equal(got, g[f"{case}_parse_in512_every4"])
 
 
+def test_labels_from_logits() -> None:
+    """Rows that matter equal the plain way; a mask's lower half cannot tell the difference."""
+    logits = torch.randn(2, 19, 64, 64, generator=torch.Generator().manual_seed(5)) * 3
+    logits[:, 1] += 3
+    plain = torch.nn.functional.interpolate(logits, size=512, mode="bilinear", align_corners=True).argmax(1).to(torch.uint8)
+    got = blend.upsampled_labels(logits)
+    assert float((got[:, blend.TOP_ROW :] != plain[:, blend.TOP_ROW :]).float().mean()) < 1e-5
+    cut = plain.clone()
+    cut[:, : blend.TOP_ROW] = 0
+    for mode in ("jaw", "raw", "neck"):
+        for box in (Box(100, 100, 300, 340), Box(5, 7, 400, 300)):
+            square = blend.blend_square(box)
+            masks = [blend.soft_mask(blend.label_mask(labels, mode)[0], square, box) for labels in (plain, cut)]
+            assert torch.equal(masks[0], masks[1])
+
+
 # -- order -----------------------------------------------------------------------------------------------------------
 
 

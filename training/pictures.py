@@ -14,7 +14,7 @@ from training import samples, speech
 from training.presenter import Identity, Mouth, draw, idle
 
 ROOT = Path(__file__).resolve().parent.parent
-MOMENTS = (30, 46, 62, 84, 102, 128, 146, 166)  # output frames shown
+MOMENTS = (14, 30, 46, 62, 84, 102, 128, 146)  # output frames shown
 FACE = (slice(180, 520), slice(470, 810))  # rows, columns of the 720p frame
 
 

@@ -19,7 +19,7 @@ from training.presenter import Identity, Mouth, Picture, Pose, draw, idle
 
 TARGET = Path(__file__).resolve().parent.parent / "samples"
 WHO = data.HELD_OUT + 5
-SECONDS, FPS = 7, 25
+SECONDS, FPS = 6, 25
 
 
 def frame(t: float, width: int, height: int, who: int = WHO, motion: int = 5) -> Picture:
