@@ -148,12 +148,16 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 class _TensorPickle:
-    """What torch.load asks of a pickle module."""
+    """What torch.load asks of a pickle module: it uses `Unpickler` for zip files and `load` for the older ones."""
 
     __name__ = "tensor_pickle"
     Unpickler = _TensorUnpickler
-    load = staticmethod(pickle.load)  # torch.load wants the name; it calls Unpickler
     UnpicklingError = pickle.UnpicklingError
+
+    @staticmethod
+    def load(file: Any, **options: Any) -> Any:
+        """One pickle, with harmless classes only."""
+        return _TensorUnpickler(file, **options).load()
 
 
 def read_state(path: Path) -> Mapping[str, Any]:

@@ -20,6 +20,7 @@ import requests
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from urllib3.exceptions import HTTPError
 
 from musetalk import checkpoints
 from musetalk.checkpoints import PARTS, Part, find, read_state, sha256, write_manifest
@@ -111,7 +112,7 @@ def download(file: Published, folder: Path, tell: Callable[[int], None]) -> None
     for attempt in range(TRIES):
         try:
             _resume(file, partial, tell)
-        except (requests.RequestException, OSError) as e:
+        except (requests.RequestException, HTTPError, OSError) as e:
             problem = f"{type(e).__name__}"
             time.sleep(min(0.5 * 2**attempt, 10))
             continue
@@ -135,7 +136,7 @@ def _resume(file: Published, partial: Path, tell: Callable[[int], None]) -> None
         response.raise_for_status()
         appending = response.status_code == 206
         with partial.open("ab" if appending else "wb") as out:
-            for chunk in response.iter_content(CHUNK):
+            while chunk := response.raw.read1(CHUNK):  # what has come, so that nothing is lost when it breaks off
                 out.write(chunk)
                 tell(len(chunk))
 

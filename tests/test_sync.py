@@ -18,7 +18,7 @@ from pipeline.run import Service
 from tests.conftest import SAMPLES
 from tests.test_engine import decode
 from training import samples
-from training.presenter import Identity, Pose, idle
+from training.presenter import Identity, Pose
 from training.speech import sample
 
 TRACK = json.loads((SAMPLES / "speech.json").read_text())
@@ -34,7 +34,7 @@ def mouth_of(service: Service, audio: Path, name: str) -> np.ndarray:
     poses: list[Pose] = []
     for i in range(len(frames)):
         at = i % (2 * clip)
-        poses.append(idle((at if at < clip else 2 * clip - 1 - at) / RATE, 5, 1280, 720)[0])
+        poses.append(samples.presenter_pose((at if at < clip else 2 * clip - 1 - at) / RATE, 1280, 720)[0])
     images = [to_rgb(Planes.of(torch.from_numpy(f), 1280, 720), Colour()).numpy() for f in frames]
     return Ruler(Identity.random(samples.WHO)).measure(images, poses)
 
@@ -74,5 +74,5 @@ def test_the_measure_can_fail(service: Service, spoken: np.ndarray, media) -> No
 
 
 def test_the_idle_clip_itself_does_not_fit(spoken: np.ndarray) -> None:
-    rest = np.array([idle(i / RATE, 5, 1280, 720)[1] for i in range(len(spoken))])
+    rest = np.array([samples.presenter_pose(i / RATE, 1280, 720)[1] for i in range(len(spoken))])
     assert correlation(rest, truth(len(spoken))[:, 0]) < 0.5

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from pipeline.media import ffmpeg
 from training import samples, speech
-from training.presenter import Identity, Mouth, draw, idle
+from training.presenter import Identity, Mouth, draw
 
 ROOT = Path(__file__).resolve().parent.parent
-MOMENTS = (14, 30, 46, 62, 84, 102, 128, 146)  # output frames shown
-FACE = (slice(180, 520), slice(470, 810))  # rows, columns of the 720p frame
+MOMENTS = (12, 24, 36, 48, 60, 72, 84, 96)  # output frames shown
+FACE = (slice(170, 570), slice(440, 840))  # rows, columns of the 720p frame
 
 
 def frames(path: Path) -> NDArray[np.uint8]:
@@ -31,7 +31,7 @@ def contact_sheet() -> NDArray[np.uint8]:
     track = np.repeat(np.array(json.loads((samples.TARGET / "speech.json").read_text())["track"]), 4, axis=0)
     rows: list[list[NDArray[np.uint8]]] = [[], [], []]
     for i in MOMENTS:
-        pose, _ = idle(i / samples.FPS, 5, 1280, 720)
+        pose, _ = samples.presenter_pose(i / samples.FPS, 1280, 720)
         mouth = Mouth(*(float(v) for v in speech.sample(track, i / samples.FPS)))
         true = draw(1280, 720, Identity.random(samples.WHO), pose, mouth).image
         for row, image in zip(rows, (source[i], made[i], true), strict=True):
