@@ -69,14 +69,15 @@ def job(engine: Engine, inputs: Inputs, clip: Path, target: Path) -> None:
     engine.run(request, inputs, str(clip), target, Control(3600))
 
 
-class Unthreaded(Worker):
-    """Reads and writes in step with the engine: what the job costs without streaming."""
+_put = Worker.put
 
-    def put(self, item: Any) -> bool:
-        done = super().put(item)
-        while done and not self.items.empty() and not self.stopped.is_set():
-            time.sleep(0.0002)
-        return done
+
+def put_in_step(self: Worker, item: Any) -> bool:
+    """Hand over an item and wait until it is taken: what the job costs without streaming."""
+    done = _put(self, item)
+    while done and not self.items.empty() and not self.stopped.is_set():
+        time.sleep(0.0002)
+    return done
 
 
 def measure(seconds: int) -> dict[str, float]:
@@ -126,11 +127,10 @@ class _in_step:
     """The threads replaced while the context is open."""
 
     def __enter__(self) -> None:
-        self.saved = Worker.put
-        Worker.put = Unthreaded.put  # type: ignore[method-assign, assignment]
+        Worker.put = put_in_step  # type: ignore[method-assign, assignment]
 
     def __exit__(self, *_: object) -> None:
-        Worker.put = self.saved  # type: ignore[method-assign]
+        Worker.put = _put  # type: ignore[method-assign]
 
 
 def peak_kb(seconds: int) -> int:

@@ -22,7 +22,7 @@ from tests.fakes.platform import Platform
 class Worker:
     """handler.py talking to the fakes."""
 
-    def __init__(self, platform: Platform, b2: B2, folder: Path) -> None:
+    def __init__(self, platform: Platform, b2: B2, folder: Path, command: tuple[str, ...] = ("handler.py",)) -> None:
         self.platform, self.b2 = platform, b2
         self.log = (folder / "log").open("w+")
         environment = {
@@ -30,7 +30,7 @@ class Worker:
             "DOWNLOAD_ALLOW_HOSTS": "127.0.0.0/8", "CACHE_DIR": str(folder / "cache"), **platform.environment,
             **b2.environment(),
         }
-        self.process = subprocess.Popen([sys.executable, "handler.py"], cwd=REPOSITORY, env=environment,
+        self.process = subprocess.Popen([sys.executable, *command], cwd=REPOSITORY, env=environment,
                                         stdout=self.log, stderr=subprocess.STDOUT)
 
     def output(self) -> str:
@@ -141,3 +141,31 @@ def test_values_json_cannot_hold_never_reach_the_wire(monkeypatch: pytest.Monkey
     assert json.loads(body["error"])["error_type"] == "unknown_error"
     with pytest.raises(ValueError, match="JSON"):
         handler.answer({"status": "success", "x": float("nan")})
+
+
+FAULTY = """
+import runpod, handler
+def run_job(job_input, **_):
+    if job_input["kind"] == "raise":
+        raise RuntimeError("not foreseen")
+    return {"status": "success", "value": float("nan") if job_input["kind"] == "nan" else object()}
+handler.service.run_job = run_job
+runpod.serverless.start({"handler": handler.handler})
+"""
+
+
+def test_even_a_broken_job_function_ends_in_failed(tmp_path: Path) -> None:
+    """An exception, NaN or a value JSON cannot hold: the platform hears of a failure, the job never hangs."""
+    platform, b2 = Platform(), B2()
+    worker = Worker(platform, b2, tmp_path, ("-c", FAULTY))
+    try:
+        for kind in ("raise", "nan", "object"):
+            platform.submit(f"faulty-{kind}", {"kind": kind})
+            posted = platform.wait(f"faulty-{kind}")
+            assert posted["error"], posted
+            assert "output" not in posted
+            json.loads(platform.raw[f"faulty-{kind}"], parse_constant=lambda name: pytest.fail(f"{name} on the wire"))
+    finally:
+        worker.close()
+        platform.close()
+        b2.close()
