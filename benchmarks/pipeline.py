@@ -127,7 +127,7 @@ class _in_step:
     """The threads replaced while the context is open."""
 
     def __enter__(self) -> None:
-        Worker.put = put_in_step  # type: ignore[method-assign, assignment]
+        Worker.put = put_in_step  # type: ignore[method-assign]
 
     def __exit__(self, *_: object) -> None:
         Worker.put = _put  # type: ignore[method-assign]

@@ -105,7 +105,7 @@ class Case:
 
 def run_case(lipsync: LipSync, clip: Clip, ruler: Ruler, spoken: speech.Utterance, fps: Fraction) -> Case:
     """Speak and measure."""
-    frames = list(lipsync.speak(clip.avatar, clip.frames, spoken.pcm, fps, Options(batch_size=16)))
+    frames = list(lipsync.speak(clip.avatar, spoken.pcm, fps, Options(batch_size=16)))
     poses = [clip.poses[source(i)] for i in range(len(frames))]
     truth = np.stack([speech.sample(spoken.track, float(i / fps)) for i in range(len(frames))])
     return Case(fps, ruler.measure(frames, poses), truth, frames)

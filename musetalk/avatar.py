@@ -55,6 +55,7 @@ class Avatar:
     ) -> None:
         self._file, self._index, self._count = file, index, count
         self.faces = 0  # frames that hold a face
+        self.frames: list[Tensor] = []  # the clip itself, where the library holds it; the streaming worker does not
         self._pending: list[Face | None] = []
         self._held: OrderedDict[int, list[Face | None]] = OrderedDict()
         self.complete = complete  # whether the clip ends here, or only what a short speech needed

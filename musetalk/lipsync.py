@@ -2,7 +2,7 @@
 
     lipsync = LipSync.load("models/demo")
     avatar = lipsync.prepare(frames)                     # RGB frames (H, W, 3) uint8
-    for frame in lipsync.speak(avatar, frames, pcm, fps=Fraction(25)):
+    for frame in lipsync.speak(avatar, pcm, fps=Fraction(25)):
         ...                                              # RGB frames, mouth moving with pcm (16 kHz mono float32)
 
 `prepare` and `speak` hold what they are given; the streaming worker uses their parts (`prepare_stream`, `prompts`,
@@ -77,8 +77,8 @@ class LipSync:
     def prepare(self, frames: Iterable[np.ndarray | Tensor], options: Options | None = None) -> Avatar:
         """RGB frames (H, W, 3) uint8 -> the avatar. Raises NoFace when no frame holds a usable face."""
         avatar = Avatar.new()
-        stream = (torch.as_tensor(f) for f in frames)
-        for _ in self.prepare_stream(stream, avatar, options or Options()):
+        avatar.frames = [torch.as_tensor(f) for f in frames]
+        for _ in self.prepare_stream(avatar.frames, avatar, options or Options()):
             pass
         if not avatar.faces:
             raise NoFace(f"none of the {len(avatar)} frames holds a face")
@@ -167,14 +167,13 @@ class LipSync:
     def speak(
         self,
         avatar: Avatar,
-        frames: Sequence[np.ndarray | Tensor],
         pcm: np.ndarray,
         fps: Fraction = Fraction(25),
         options: Options | None = None,
     ) -> Iterator[np.ndarray]:
         """Yield one RGB frame (H, W, 3) uint8 for every 1/fps of the speech, in order.
 
-        `frames` are those the avatar was prepared from. Frames without a face pass through untouched.
+        Frames without a face pass through untouched.
         """
         options = options or Options()
         prompts = self.prompts(pcm, fps, options)
@@ -184,7 +183,7 @@ class LipSync:
             batch = [Slot(o, generate.source_index(o, len(avatar), options.loop), weights[o]) for o in outputs]
             made = self.generate_batch(avatar, prompts, batch)
             for slot in batch:
-                frame, face = torch.as_tensor(frames[slot.source]), made.get(slot.output)
+                frame, face = avatar.frames[slot.source], made.get(slot.output)
                 entry = avatar[slot.source]
                 if face is not None and entry is not None:
                     frame = blend.paste(frame.to(self.nets.device), face, entry.box, slot.region(entry, face.device)).cpu()
