@@ -6,7 +6,6 @@ PCM (S,) at 16 kHz -> log-mel (80, 3000) per 30 s -> Whisper hidden states (T, 5
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
 
@@ -124,11 +123,6 @@ class Prompts:
         tokens = windows(self.states, frames, self.fps, self.steps, self.left, self.right)
         return tokens + self.positions.to(tokens.device)
 
-    def batches(self, size: int) -> Iterator[tuple[range, Tensor]]:
-        """All frames in order, `size` at a time."""
-        for start in range(0, self.count, size):
-            frames = range(start, min(start + size, self.count))
-            yield frames, self.batch(frames)
 
 
 def silent_frames(pcm: np.ndarray, fps: Fraction, count: int, floor_db: float = -45.0) -> list[bool]:

@@ -7,7 +7,6 @@ same code is bit-exact on CPU and GPU. Images are uint8 tensors (H, W, C) or (H,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -227,8 +226,3 @@ def blend_u8(under: Tensor, over: Tensor, mask: Tensor) -> Tensor:
     m = mask.int()
     t = under.int() * (255 - m) + over.int() * m + 128
     return (((t >> 8) + t) >> 8).to(torch.uint8)
-
-
-def even(value: float) -> int:
-    """The nearest even integer, at least 2."""
-    return max(2, 2 * math.floor(value / 2 + 0.5))

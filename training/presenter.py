@@ -7,8 +7,7 @@ the face's width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -438,11 +437,3 @@ def idle(t: float, seed: int, width: int, height: int) -> tuple[Pose, float]:
         0.32 * wave[3], 0.22 * wave[4], min(1.0, blink), (0.5 * wave[5], 0.2 * wave[6]),
     )
     return pose, float(0.25 * max(0.0, np.sin(2 * np.pi * 1.1 * t + ph[7])) ** 2)
-
-
-def closed_eyes(pose: Pose) -> Pose:
-    """The same pose in mid-blink."""
-    return replace(pose, blink=1.0)
-
-
-Renderer = Callable[[float], Picture]
