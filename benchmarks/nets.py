@@ -9,6 +9,7 @@ operations a multiply-add: UNet 0.178, VAE decode 0.622 TFLOP a frame.
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -44,13 +45,12 @@ def ours(device: torch.device, dtype: torch.dtype) -> tuple[UNet, Vae]:
 
 def theirs(device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
     """diffusers' networks of the same configuration."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-
+    diffusers: Any = importlib.import_module("diffusers")  # a development dependency, here alone
     kinds = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
-    unet = UNet2DConditionModel(
+    unet = diffusers.UNet2DConditionModel(
         in_channels=8, out_channels=4, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=384,
         attention_head_dim=8, down_block_types=kinds, up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
-    vae = AutoencoderKL(
+    vae = diffusers.AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
     return unet.to(device, dtype).eval(), vae.to(device, dtype).eval()

@@ -29,7 +29,7 @@ from musetalk.box import Box, Region
 
 CHUNK = 32  # source frames
 HELD = 4  # chunks kept in memory while reading
-FORMAT = 2
+FORMAT = 3
 SUFFIX = ".avatar"
 STALE_SEC = 24 * 3600  # partial files of workers that died are removed after this
 

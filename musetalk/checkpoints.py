@@ -310,10 +310,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digests(folder: Path, version: str) -> dict[str, str]:
+    """sha256 of every weight and config file of the folder that is used, by relative name."""
+    names = {n for part in PARTS[version] for n in (*part.files, *part.configs) if (folder / n).is_file()}
+    return {name: sha256(folder / name) for name in sorted(names)}
+
+
 def write_manifest(folder: Path, version: str) -> None:
     """List every weight and config file of the folder with size and sha256."""
-    names = [n for part in PARTS[version] for n in (*part.files, *part.configs) if (folder / n).is_file()]
-    files = {n: {"bytes": (folder / n).stat().st_size, "sha256": sha256(folder / n)} for n in sorted(set(names))}
+    files = {n: {"bytes": (folder / n).stat().st_size, "sha256": digest} for n, digest in digests(folder, version).items()}
     (folder / MANIFEST).write_text(json.dumps({"version": version, "files": files}, indent=2) + "\n")
 
 

@@ -1,19 +1,20 @@
 """Between planar 4:2:0 frames and RGB, changing only what blending changes.
 
-Frames stay in the source's own Y'CbCr: the networks see RGB, and the difference that blending makes in RGB is added to
-the planes, so pixels outside the mask keep their exact values.
+Frames stay in the source's own Y'CbCr. The networks see RGB; a generated face is brought to Y'CbCr at its own small
+size, stretched plane by plane and blended there, so pixels outside the mask keep their exact values and no pixel of
+the source ever goes to RGB and back.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from musetalk.blend import face_in_region
 from musetalk.box import Box, Region
-from musetalk.imaging import blend_u8
 
 LUMA = {"bt709": (0.2126, 0.0722), "bt601": (0.299, 0.114), "bt2020": (0.2627, 0.0593)}  # Kr, Kb
 
@@ -53,10 +54,6 @@ class Planes:
         half_rows, half_columns = slice(box.y1 // 2, box.y2 // 2), slice(box.x1 // 2, box.x2 // 2)
         return Planes(self.y[rows, columns], self.u[half_rows, half_columns], self.v[half_rows, half_columns])
 
-    def to(self, device: torch.device) -> Planes:
-        """The planes on a device."""
-        return Planes(self.y.to(device), self.u.to(device), self.v.to(device))
-
 
 def _double(chroma: Tensor) -> Tensor:
     """(h, w) -> (2h, 2w), nearest."""
@@ -80,36 +77,52 @@ def to_rgb(planes: Planes, colour: Colour) -> Tensor:
     return out
 
 
-def add_difference(planes: Planes, before: Tensor, after: Tensor, colour: Colour) -> None:
-    """Add the change from RGB `before` to `after` (H, W, 3) uint8 to the planes, in place.
-
-    Chroma takes the mean change of its four pixels. Where nothing changed, nothing changes.
-    """
-    _, span, chroma_span = colour.scales
+def from_rgb(faces: Tensor, colour: Colour) -> Tensor:
+    """RGB (N, S, S, 3) uint8 -> Y'CbCr in the colour's levels, all three at full size: (N, 3, S, S) float32."""
+    n, side, _, _ = faces.shape
+    black, span, chroma_span = colour.scales
     kr, kb = LUMA[colour.matrix]
-    red, green, blue = (after.float() - before.float()).unbind(dim=-1)
-    luma = kr * red + (1 - kr - kb) * green + kb * blue
-    height, width = luma.shape
-
-    def mean(x: Tensor) -> Tensor:
-        return x.view(height // 2, 2, width // 2, 2).mean(dim=(1, 3))
-
-    planes.y.copy_((planes.y.float() + (luma * (span / 255)).round()).clamp(0, 255))
-    for plane, channel, k in ((planes.u, blue, kb), (planes.v, red, kr)):
-        change = mean(channel - luma) * (chroma_span / 255 / (2 * (1 - k)))
-        plane.copy_((plane.float() + change.round()).clamp(0, 255))
+    luma = torch.tensor([kr, 1 - kr - kb, kb])
+    cb, cr = (torch.tensor([0.0, 0.0, 1.0]) - luma) / (2 * (1 - kb)), (torch.tensor([1.0, 0.0, 0.0]) - luma) / (2 * (1 - kr))
+    matrix = torch.stack([luma * (span / 255), cb * (chroma_span / 255), cr * (chroma_span / 255)]).to(faces.device)
+    offset = torch.tensor([[black], [128.0], [128.0]], device=faces.device)
+    pixels = faces.permute(0, 3, 1, 2).float().flatten(2)
+    return torch.baddbmm(offset, matrix.expand(n, 3, 3), pixels).view(n, 3, side, side)
 
 
-def paste(planes: Planes, face: Tensor, box: Box, region: Region, colour: Colour) -> None:
-    """Blend a generated face (S, S, 3) uint8 into the planes, in place; only `region` is read or written."""
+@lru_cache(maxsize=512)
+def _stretch(n_in: int, n_out: int, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Bilinear weights (count, n_in) of outputs first.. of a stretch from n_in to n_out pixels, and of their pairs' means.
+
+    Pixel centres aligned and the border repeated, as cv2.resize does. `count` is even.
+    """
+    position = ((np.arange(first, first + count) + 0.5) * (n_in / n_out) - 0.5).clip(0, n_in - 1)
+    low = np.minimum(position.astype(int), n_in - 2)
+    rows, weight = np.arange(count), position - low
+    matrix = np.zeros((count, n_in), np.float32)
+    matrix[rows, low] = 1 - weight
+    matrix[rows, low + 1] = weight
+    return torch.from_numpy(matrix), torch.from_numpy(matrix.reshape(count // 2, 2, n_in).mean(1))
+
+
+def paste(planes: Planes, face: Tensor, box: Box, region: Region) -> None:
+    """Blend a generated face, (3, S, S) of `from_rgb`, into the planes in place; only `region` is read or written.
+
+    Both sides of a linear blend are linear in the pixels, so blending planes equals blending RGB up to rounding.
+    Chroma takes the mean face and the mean mask of its four pixels.
+    """
+    area, size = region.box, face.shape[-1]
     if not region.mask.numel():
         return
-    part = planes.cut(region.box)
-    moved = part.to(face.device)
-    if moved.y.data_ptr() == part.y.data_ptr():
-        moved = Planes(part.y.clone(), part.u.clone(), part.v.clone())
-    before = to_rgb(moved, colour)
-    after = blend_u8(before, face_in_region(face, box, before, region.box), region.mask[..., None])
-    add_difference(moved, before, after, colour)
-    for target, value in ((part.y, moved.y), (part.u, moved.u), (part.v, moved.v)):
-        target.copy_(value)
+    down, half_down = (m.to(face.device) for m in _stretch(size, box.height, area.y1 - box.y1, area.height))
+    across, half_across = (m.to(face.device) for m in _stretch(size, box.width, area.x1 - box.x1, area.width))
+    mask = region.mask.to(face.device) * (1 / 255)
+    pairs = mask[::2] + mask[1::2]
+    half_mask = (pairs[:, ::2] + pairs[:, 1::2]) * 0.25
+    part = planes.cut(area)
+    blends = ((part.y, down, face[0], across, mask), (part.u, half_down, face[1], half_across, half_mask),
+              (part.v, half_down, face[2], half_across, half_mask))
+    for plane, rows, levels, columns, weight in blends:
+        own = plane.to(face.device).float()
+        # never leaves 0..255, so adding a half and cutting off rounds; where the mask is 0 the value stays
+        plane.copy_(own.lerp_(rows @ levels @ columns.T, weight).add_(0.5))

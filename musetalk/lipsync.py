@@ -122,7 +122,8 @@ class LipSync:
     def _region(mask512: Tensor, box: Box, frame: Tensor) -> Region:
         """What blending may change in a frame (H, W, 3), with its soft mask, on the CPU."""
         square = blend.blend_square(box)
-        region = blend.region_of(blend.soft_mask(mask512, square, box), square, frame.shape[1], frame.shape[0])
+        mask = blend.within(blend.soft_mask(mask512, square, box), square, box)
+        region = blend.region_of(mask, square, frame.shape[1], frame.shape[0])
         return Region(region.box, region.mask.cpu())
 
     def _noise(self, seed: int | None, first: int, crops: Tensor) -> Tensor | None:

@@ -135,7 +135,7 @@ class Downloader:
                             limit=REDIRECTS)
 
     def _save(self, response: requests.Response, target: Path, field: str, shown: str, control: Control) -> str:
-        announced = int(response.headers.get("content-length") or 0)
+        announced = _number(response.headers.get("content-length", ""))
         if announced > self.limit:
             raise _too_large(field, shown, announced, self.limit)
         digest, size, began = hashlib.sha256(), 0, time.monotonic()
@@ -167,6 +167,11 @@ def _chunks(response: requests.Response) -> Iterator[bytes]:
         yield chunk
 
 
+def _number(header: str) -> int:
+    """A header's number; 0 when it is none."""
+    return int(header) if header.isascii() and header.isdigit() and len(header) < 19 else 0
+
+
 def _too_large(field: str, shown: str, size: int, limit: int) -> BadMedia:
     return BadMedia(f"{field}: the file has more than MAX_DOWNLOAD_MB={limit / 1e6:g}", stage="download", field=field,
                     url=shown, size=size, limit=limit)
@@ -188,8 +193,8 @@ def _check_status(response: requests.Response, field: str, shown: str) -> None:
         return
     message = f"Download failed: {code} {response.reason or ''}".strip()
     if code in RETRYABLE_STATUS:
-        after = response.headers.get("retry-after", "")
-        extra = {"retry_after": int(after)} if after.isdigit() else {}
+        after = _number(response.headers.get("retry-after", ""))
+        extra = {"retry_after": after} if after else {}
         raise SourceUnavailable(message, stage="download", url=shown, status_code=code, field=field, **extra)
     raise SourceRefused(message, stage="download", url=shown, status_code=code, field=field)
 

@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from musetalk import AvatarCache, BadAudio, BadCheckpoint, LipSync, NoFace, NonFiniteOutput, Options
 from musetalk.avatar import Avatar, cache_key
-from musetalk.colour import Colour, Planes, paste, to_rgb
+from musetalk.checkpoints import digests
+from musetalk.colour import Colour, Planes, from_rgb, paste, to_rgb
 from musetalk.generate import source_index
 from musetalk.lipsync import Slot, speech_weights
 from pipeline.control import Control
@@ -44,18 +45,20 @@ from pipeline.errors import (
     Unfit,
 )
 from pipeline.geometry import plan
-from pipeline.media import FrameReader, FrameSource, Mp4Writer
+from pipeline.media import FrameReader, FrameSource, Mp4Writer, video_encoder
+from pipeline.metrics import gpu_name
 from pipeline.schema import JobRequest
 from pipeline.settings import Settings
+from pipeline.streaming import POLL_SEC, Worker
 from pipeline.validate import Inputs
 
 log = logging.getLogger("musetalk.inference")
 
-QUEUE = 8  # frames between threads
 SPARE = 48  # frame buffers beside two batches: a tracker window and the queues
-POLL_SEC = 0.1
 CHUNK_BYTES = 96 << 20  # frames held to play a clip backwards
 ENCODER_SEC = 120.0
+FRAME_BYTES, SPARE_BYTES = 400 << 20, 1500 << 20  # device memory: of one frame's activations; kept for preparing
+LARGEST_BATCH = 16  # larger ones are no faster, and a frame waits for its whole batch
 Buffer = NDArray[np.uint8]
 
 
@@ -78,6 +81,7 @@ class Engine:
         folder = settings.cache_dir if settings.cache_max_gb > 0 else None
         self.cache = AvatarCache(folder, int(settings.cache_max_gb * 1e9))
         self.lost = False  # the GPU is gone: every later job fails at once
+        self.batch_size = settings.batch_size or 8  # known once the weights lie on the device
         self._lipsync: LipSync | None = None
         self._loading = threading.Lock()
         self._running = threading.Lock()
@@ -94,6 +98,7 @@ class Engine:
                 dtype = None if self.settings.dtype == "auto" else getattr(torch, self.settings.dtype)
                 with translated("inference"):
                     self._lipsync = LipSync.load(self.settings.model_dir, self.device, dtype)
+                self.batch_size = self.settings.batch_size or batch_for(self.device)
             return self._lipsync
 
     def warm_up(self) -> None:
@@ -101,7 +106,7 @@ class Engine:
         lipsync = self.load()
         with translated("inference"), torch.inference_mode():
             size, cfg = lipsync.crop_size, lipsync.nets.vae.cfg
-            side, batch = size // cfg.stride, self.settings.batch_size
+            side, batch = size // cfg.stride, self.batch_size
             prompts = lipsync.prompts(np.zeros(1600, np.float32), Fraction(25))
             tokens = prompts.batch(range(1)).expand(batch, -1, -1)
             latents = torch.zeros(batch, 2 * cfg.latent_channels, side, side)
@@ -109,6 +114,14 @@ class Engine:
             grey = [torch.full((256, 256, 3), 127, dtype=torch.uint8)]
             for _ in lipsync.prepare_stream(iter(grey), Avatar.new(), Options()):
                 pass
+
+    def report(self) -> dict[str, Any]:
+        """What this worker runs on: device, data type, encoder, the weights' version and hashes."""
+        nets = self.load().nets
+        return {
+            "device": gpu_name() or "cpu", "dtype": str(nets.dtype).removeprefix("torch."), "encoder": video_encoder()[1],
+            "weights_version": nets.version, "weights_sha256": digests(self.settings.model_dir, nets.version),
+        }
 
     def run(
         self, request: JobRequest, inputs: Inputs, content: str, target: Path, control: Control
@@ -124,6 +137,14 @@ class Engine:
             except DeviceLost:
                 self.lost = True
                 raise
+
+
+def batch_for(device: torch.device) -> int:
+    """How many frames to generate at once: what the device's free memory holds. A guess: running out halves it."""
+    if device.type != "cuda":
+        return 8
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, min(LARGEST_BATCH, (free - SPARE_BYTES) // FRAME_BYTES))
 
 
 def _device(name: str) -> torch.device:
@@ -152,56 +173,14 @@ def translated(stage: Stage) -> Iterator[None]:
         raise DeviceLost(f"Inference failed: the GPU is lost ({str(e).splitlines()[0]})", stage=stage) from e
     except MemoryError as e:
         raise OutOfMemory("Inference failed: out of memory", stage=stage, is_oom=True) from e
+    except RuntimeError as e:
+        if type(e) is RuntimeError and "DefaultCPUAllocator" in str(e):  # torch has no type for it on the CPU
+            raise OutOfMemory("Inference failed: out of memory", stage=stage, is_oom=True) from e
+        raise
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFull("no space left for temporary files", stage=stage) from e
         raise
-
-
-class Worker(threading.Thread):
-    """A thread that feeds or drains a bounded queue and can be stopped at any time; its error is raised at the other end."""
-
-    def __init__(self, name: str, work: Callable[[Worker], None]) -> None:
-        super().__init__(name=name, daemon=True)
-        self.items: queue.Queue[Any] = queue.Queue(QUEUE)
-        self.error: BaseException | None = None
-        self.stopped = threading.Event()
-        self._work = work
-        self.abort: Callable[[], None] = lambda: None  # ends a blocking read or write of the work
-
-    def run(self) -> None:
-        """Thread body."""
-        try:
-            self._work(self)
-        except BaseException as e:
-            self.error = e
-        finally:
-            self.stopped.set()
-
-    def put(self, item: Any) -> bool:
-        """Add an item; False once stopped."""
-        while not self.stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                self.items.put(item, timeout=POLL_SEC)
-                return True
-        return False
-
-    def get(self, control: Control | None = None) -> Any:
-        """Next item, or None when no more can come; raises the thread's error, Cancelled or DeadlineExceeded."""
-        while True:
-            with contextlib.suppress(queue.Empty):
-                return self.items.get(timeout=POLL_SEC)
-            if control is not None:
-                control.check()
-            if self.stopped.is_set() and self.items.empty():
-                if self.error is not None:
-                    raise self.error
-                return None
-
-    def stop(self) -> None:
-        """Tell it to end, also when it is blocked."""
-        self.stopped.set()
-        self.abort()
 
 
 class _Run:
@@ -212,7 +191,7 @@ class _Run:
         control: Control,
     ) -> None:
         self.engine, self.lipsync, self.inputs, self.control, self.target = engine, lipsync, inputs, control, target
-        self.options = _options(request, engine.settings, lipsync.nets.version)
+        self.options = _options(request, engine.batch_size, lipsync.nets.version)
         video = inputs.clip.video
         if video is None:
             raise BadMedia("video_url: the file has no picture", stage="validation", field="video_url")
@@ -224,7 +203,7 @@ class _Run:
         self.key = cache_key(content, str(self.source.fps), geometry.output, geometry.content,
                              self.options.avatar_part(), lipsync.nets.identity, str(lipsync.nets.dtype))
         self.generation_sec = 0.0
-        self.pool: queue.Queue[Buffer] = queue.Queue()
+        self.pool: queue.LifoQueue[Buffer] = queue.LifoQueue()  # the last one used is still in the cache
         for _ in range(SPARE + 2 * self.options.batch_size):
             self.pool.put(np.empty(self.source.frame_bytes, np.uint8))
         self.workers: list[Worker] = []
@@ -443,11 +422,14 @@ class _Run:
 
     def _speak(self, avatar: Avatar, batch: list[tuple[Slot, Buffer]], writer: Worker) -> None:
         """Generate the batch's faces, blend them into the frames and hand those to the encoder."""
-        faces = self._timed(lambda: self.lipsync.generate_batch(avatar, self.prompts, [slot for slot, _ in batch]))
-        for slot, buffer in batch:
-            face, entry = faces.get(slot.output), avatar[slot.source]
-            if face is not None and entry is not None:
-                paste(self._planes(buffer), face, entry.box, slot.region(entry, face.device), self.colour)
+        made = self._timed(lambda: self.lipsync.generate_batch(avatar, self.prompts, [slot for slot, _ in batch]))
+        with one_thread():
+            faces = dict(zip(made, from_rgb(torch.stack(list(made.values())), self.colour), strict=True)) if made else {}
+            for slot, buffer in batch:
+                face, entry = faces.get(slot.output), avatar[slot.source]
+                if face is not None and entry is not None:
+                    paste(self._planes(buffer), face, entry.box, slot.region(entry, face.device))
+        for _, buffer in batch:
             while not writer.put(buffer):
                 if writer.error is not None:
                     raise writer.error
@@ -455,7 +437,18 @@ class _Run:
                 raise ProcessingError("the encoder stopped early", stage="postprocessing")
 
 
-def _options(request: JobRequest, settings: Settings, version: str) -> Options:
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Small tensors are faster on one thread: the others would wait for cores that ffmpeg holds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _options(request: JobRequest, batch_size: int, version: str) -> Options:
     """The request's params as the library's options."""
     p = request.params
     if p.bbox_shift and version != "v1":
@@ -467,4 +460,4 @@ def _options(request: JobRequest, settings: Settings, version: str) -> Options:
         extra_margin=margin, parsing_mode=mode, left_cheek_width=p.left_cheek_width,
         right_cheek_width=p.right_cheek_width, bbox_shift=p.bbox_shift, audio_padding_left=p.audio_padding_left,
         audio_padding_right=p.audio_padding_right, face=p.face, loop=p.loop, silence=p.silence, seed=p.seed,
-        batch_size=p.batch_size or settings.batch_size)
+        batch_size=p.batch_size or batch_size)

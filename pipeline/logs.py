@@ -35,6 +35,10 @@ def setup(level: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel("WARNING")
     logging.getLogger("musetalk").setLevel(level)
-    # they log every download URL's host or every B2 call
+    quieten()
+
+
+def quieten() -> None:
+    """Errors only from libraries that would log every download's host or every B2 call."""
     for name in ("requests_hardened", "urllib3", "b2sdk"):
         logging.getLogger(name).setLevel("ERROR")

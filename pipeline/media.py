@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import imageio_ffmpeg
 import numpy as np
@@ -29,70 +29,15 @@ from numpy.typing import NDArray
 
 from pipeline import redact
 from pipeline.errors import BadMedia, FfmpegFailed
+from pipeline.mediainfo import MediaInfo, VideoInfo, from_ffprobe, from_log
 from pipeline.settings import child_environment
 
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,wav,mp3,flac,ogg,aac"
 IMAGES = {b"\x89PNG\r\n\x1a\n": "png_pipe", b"\xff\xd8\xff": "jpeg_pipe"}  # WebP: see sniff_image
 PIPE_BYTES = 1 << 20
 PROBE_SEC = 20
+MAX_CHANNELS = 64  # of sound; more are a damaged file
 MEMORY_LIMIT = 6 << 30  # bytes of address space a child may take
-MATRICES = {"bt709": "bt709", "smpte170m": "bt601", "bt470bg": "bt601", "bt2020nc": "bt2020", "bt2020c": "bt2020"}
-
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """The first real video stream; sizes in square pixels after rotation."""
-
-    index: int
-    codec: str
-    width: int
-    height: int
-    pix_fmt: str
-    fps: float | None
-    sar: Fraction = Fraction(1)
-    color_space: str = "unknown"
-    color_range: str = "unknown"
-    color_primaries: str = "unknown"
-    color_transfer: str = "unknown"
-
-    @property
-    def is_rgb(self) -> bool:
-        """Whether the frames are stored as RGB or grey-palette rather than Y'CbCr."""
-        return self.pix_fmt.startswith(("rgb", "bgr", "gbr", "argb", "abgr", "rgba", "pal8", "0rgb"))
-
-    @property
-    def matrix(self) -> str:
-        """Matrix of the decoded planes: the tag, or by custom BT.709 from 720 lines on and BT.601 below."""
-        if self.is_rgb:
-            return "bt709"
-        return MATRICES.get(self.color_space, "bt709" if min(self.width, self.height) >= 720 else "bt601")
-
-    @property
-    def full_range(self) -> bool:
-        """Whether luma uses 0..255."""
-        return not self.is_rgb and (self.color_range in ("pc", "jpeg") or self.pix_fmt.startswith("yuvj"))
-
-
-@dataclass(frozen=True)
-class AudioInfo:
-    """The first audio stream."""
-
-    index: int
-    codec: str
-    rate: int
-    channels: int
-
-
-@dataclass(frozen=True)
-class MediaInfo:
-    """What a file holds."""
-
-    path: Path
-    format: str
-    duration: float | None
-    video: VideoInfo | None
-    audio: AudioInfo | None
-    image: str | None = None  # ffmpeg demuxer of a still image
 
 
 # -- children --------------------------------------------------------------------------------------------------------
@@ -174,13 +119,22 @@ def probe(path: Path, max_pixels: int) -> MediaInfo:
     if ffprobe:
         command = [ffprobe, "-v", "error", *source, "-show_format", "-show_streams", "-of", "json"]
         code, out, err = run(command, PROBE_SEC)
-        if code == 0:
-            return _from_ffprobe(path, json.loads(out), image)
+        if code == 0 and not _too_many_pixels(err):
+            return from_ffprobe(path, json.loads(out), image)
     else:
         code, _, err = run([ffmpeg(), "-hide_banner", "-nostdin", *source], PROBE_SEC)
-        if "Input #0" in err:
-            return _from_log(path, err, image)
+        if "Input #0" in err and not _too_many_pixels(err):
+            return from_log(path, err, image)
     raise BadMedia(explain(path, err), ffprobe_stderr=tail(err, path))
+
+
+def packet_seconds(info: MediaInfo, index: int, max_pixels: int) -> float:
+    """How long a stream really is, by its packets; headers can say anything. Nothing is decoded."""
+    command = [ffmpeg(), "-nostdin", "-v", "error", *guarded(info.path, max_pixels, info.image), "-map", f"0:{index}",
+               "-c", "copy", "-f", "null", "-nostats", "-progress", "pipe:1", "-"]
+    _, out, _ = run(command, PROBE_SEC)
+    times = re.findall(rb"out_time_us=(\d+)", out)
+    return int(times[-1]) / 1e6 if times else 0.0
 
 
 def explain(path: Path, err: str) -> str:
@@ -191,7 +145,7 @@ def explain(path: Path, err: str) -> str:
         return "the file is empty"
     if head.startswith((b"<!doctype html", b"<html")):
         return "the URL gave a web page, not a media file"
-    if b"max_pixels" in err.encode() or "exceeds" in err or "Picture size" in err:
+    if _too_many_pixels(err):
         return "the picture is larger than MAX_PIXELS"
     if "moov atom not found" in err and head[4:8] == b"ftyp":
         return "the file is incomplete: its index (moov atom) is missing"
@@ -199,86 +153,8 @@ def explain(path: Path, err: str) -> str:
             "audio: wav, mp3, m4a, flac, ogg; image: png, jpeg, webp)")
 
 
-def _rational(value: str | None) -> float | None:
-    try:
-        number = float(Fraction(value or ""))
-    except (ValueError, ZeroDivisionError):
-        return None
-    return number or None
-
-
-def _from_ffprobe(path: Path, data: dict[str, Any], image: str | None) -> MediaInfo:
-    video = audio = None
-    for s in data.get("streams", []):
-        if s.get("codec_type") == "video" and video is None and not s.get("disposition", {}).get("attached_pic"):
-            turned = any(abs(int(float(d.get("rotation", 0)))) % 180 == 90 for d in s.get("side_data_list", []))
-            video = _video(s, turned)
-        elif s.get("codec_type") == "audio" and audio is None and int(s.get("sample_rate") or 0) > 0:
-            audio = AudioInfo(s["index"], s.get("codec_name", "?"), int(s["sample_rate"]), int(s.get("channels") or 1))
-    duration = data.get("format", {}).get("duration")
-    return MediaInfo(path, data.get("format", {}).get("format_name", "?"),
-                     float(duration) if duration and not image else None, video, audio, image)
-
-
-def _video(s: dict[str, Any], turned: bool) -> VideoInfo | None:
-    width, height = int(s.get("width") or 0), int(s.get("height") or 0)
-    if width <= 0 or height <= 0:
-        return None
-    sar = Fraction(1)
-    with contextlib.suppress(ValueError, ZeroDivisionError):
-        sar = Fraction(str(s.get("sample_aspect_ratio", "1:1")).replace(":", "/")) or Fraction(1)
-    shown = max(1, round(width * sar)) if Fraction(1, 8) <= sar <= 8 else width
-    size = (height, shown) if turned else (shown, height)
-    return VideoInfo(
-        s["index"], s.get("codec_name", "?"), *size, s.get("pix_fmt", "?"), _rational(s.get("avg_frame_rate")), sar,
-        *(str(s.get(f"color_{k}", "unknown")) for k in ("space", "range", "primaries", "transfer")))
-
-
-_STREAM = re.compile(r"^\s*Stream #0:(\d+)[^:]*(?:\([^)]*\))?: (Video|Audio): (.*)$")
-
-
-def _from_log(path: Path, log: str, image: str | None) -> MediaInfo:
-    """Read `ffmpeg -i`'s description; the same facts that ffprobe gives."""
-    video = audio = None
-    turned = bool(re.search(r"rotation of -?(90|270)", log))
-    for line in log.splitlines():
-        if not (match := _STREAM.match(line)):
-            continue
-        index, kind, text = int(match[1]), match[2], match[3]
-        if kind == "Video" and video is None and "(attached pic)" not in text:
-            video = _video(_video_line(index, text), turned)
-        elif kind == "Audio" and audio is None and (rate := re.search(r"(\d+) Hz", text)) and int(rate[1]) > 0:
-            layout = re.search(r"Hz, ([^,]+)", text)
-            audio = AudioInfo(index, text.split()[0].rstrip(","), int(rate[1]), _channels(layout[1] if layout else ""))
-    length = re.search(r"Duration: (\d+):(\d+):([\d.]+)", log)
-    duration = int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3]) if length and not image else None
-    name = re.search(r"Input #0, (.+?), from", log)
-    return MediaInfo(path, name[1] if name else "?", duration, video, audio, image)
-
-
-def _video_line(index: int, text: str) -> dict[str, Any]:
-    size = re.search(r"\b(\d{1,5})x(\d{1,5})\b", text)
-    sar = re.search(r"SAR (\d+:\d+)", text)
-    fps = re.search(r"([\d.]+)k? fps", text)
-    fmt = re.search(r", (\w+)(?:\(([^)]*)\))?, \d+x\d+", text)
-    tags = [t.strip() for t in (fmt[2] or "").split(",")] if fmt else []
-    colours = next((t.split("/") for t in tags if "/" in t), None)
-    if colours is None:
-        colours = [t for t in tags if t in MATRICES] * 3 or ["unknown"] * 3
-    return {
-        "index": index, "codec_name": text.split()[0].rstrip(","), "pix_fmt": fmt[1] if fmt else "?",
-        "width": size[1] if size else 0, "height": size[2] if size else 0,
-        "sample_aspect_ratio": sar[1] if sar else "1:1", "avg_frame_rate": fps[1] if fps else None,
-        "color_space": colours[0], "color_primaries": colours[1], "color_transfer": colours[2],
-        "color_range": next((t for t in tags if t in ("tv", "pc")), "unknown"),
-    }
-
-
-def _channels(layout: str) -> int:
-    known = {"mono": 1, "stereo": 2, "2.1": 3, "quad": 4, "4.0": 4, "5.0": 5, "5.1": 6, "6.1": 7, "7.1": 8}
-    if count := re.match(r"(\d+) channels", layout):
-        return int(count[1])
-    return known.get(layout.split("(")[0].strip(), 2)
+def _too_many_pixels(err: str) -> bool:
+    return "exceeds specified max pixel count" in err or "Picture size" in err
 
 
 # -- frames ----------------------------------------------------------------------------------------------------------
@@ -329,16 +205,39 @@ class FrameSource:
         ], drop
 
 
-class FrameReader:
+class Child:
+    """An ffmpeg process that runs along, its complaints kept in a temporary file."""
+
+    def __init__(self, command: Sequence[str], **pipes: Any) -> None:
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        self._child = spawn(command, stderr=self._log, **pipes)
+        for pipe in (self._child.stdin, self._child.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # a larger pipe: fewer wake-ups for each frame
+                    fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+
+    def said(self, path: Path) -> str:
+        """What ffmpeg said, without the local path of its file."""
+        self._log.seek(0)
+        return tail(self._log.read().decode(errors="replace"), path)
+
+    def abort(self) -> None:
+        """Make a read or write in another thread end at once."""
+        signal_group(self._child)
+
+    def close(self) -> None:
+        """End the process if it still runs."""
+        kill(self._child)
+        self._log.close()
+
+
+class FrameReader(Child):
     """Reads a FrameSource's frames one by one into buffers the caller owns."""
 
     def __init__(self, source: FrameSource, start: int = 0, count: int = 1 << 30) -> None:
         command, self._drop = source.command(start, min(count, (1 << 30) - start))
-        self._size = source.frame_bytes
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-        self._child = spawn(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=self._log)
-        self._path = source.info.path
-        _widen(self._child.stdout)
+        super().__init__(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        self._size, self._path = source.frame_bytes, source.info.path
 
     def read_into(self, buffer: NDArray[np.uint8]) -> bool:
         """Fill `buffer` with the next frame; False at the end of the clip."""
@@ -360,25 +259,7 @@ class FrameReader:
 
     def complaint(self) -> str:
         """What ffmpeg said."""
-        self._log.seek(0)
-        return tail(self._log.read().decode(errors="replace"), self._path)
-
-    def abort(self) -> None:
-        """Make a read in another thread end at once."""
-        signal_group(self._child)
-
-    def close(self) -> None:
-        """End the child."""
-        kill(self._child)
-        if not self._log.closed:
-            self._log.close()
-
-
-def _widen(pipe: IO[bytes] | None) -> None:
-    """A larger pipe: fewer wake-ups for each frame."""
-    if pipe is not None:
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        return self.said(self._path)
 
 
 # -- sound -----------------------------------------------------------------------------------------------------------
@@ -392,6 +273,9 @@ def read_pcm(info: MediaInfo, max_seconds: float, timeout: float, max_pixels: in
     audio = info.audio
     if audio is None:
         raise BadMedia("no audio stream")
+    if audio.channels > MAX_CHANNELS:
+        raise BadMedia(f"the sound has {audio.channels} channels, more than {MAX_CHANNELS}",
+                       size=audio.channels, limit=MAX_CHANNELS)
     mean = "+".join(f"{1 / audio.channels:.9f}*c{i}" for i in range(audio.channels))
     chain = f"pan=mono|c0={mean},aresample=16000:filter_size=64:cutoff=0.95"
     command = [
@@ -421,7 +305,7 @@ def video_encoder() -> tuple[str, ...]:
     return ("-c:v", "libx264", "-preset", "veryfast", "-crf", "18")
 
 
-class Mp4Writer:
+class Mp4Writer(Child):
     """Encodes yuv420p frames and the speech into an MP4, once."""
 
     def __init__(
@@ -440,10 +324,8 @@ class Mp4Writer:
             *colour_tags(video), "-pix_fmt", "yuv420p", "-c:a", "aac", "-b:a", "160k", "-ar", str(sound_rate),
             "-ac", str(min(audio.channels, 2)), "-t", f"{seconds:.6f}", "-movflags", "+faststart", "-f", "mp4", f"file:{path}",
         ]
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-        self._child = spawn(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=self._log)
+        super().__init__(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
         self.path = path
-        _widen(self._child.stdin)
 
     def write(self, frame: NDArray[np.uint8]) -> None:
         """Add one frame. Raises FfmpegFailed when the encoder died."""
@@ -470,21 +352,10 @@ class Mp4Writer:
         code = self._child.poll()
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self._child.wait(5)
-        self._log.seek(0)
-        log = tail(self._log.read().decode(errors="replace"), self.path)
+        log = self.said(self.path)
         if "No space left" in log:
             return OSError(28, "No space left on device")
         return FfmpegFailed(f"the encoder stopped (exit {code}): {log[-200:]}", ffprobe_stderr=log)
-
-    def abort(self) -> None:
-        """Make a write in another thread end at once."""
-        signal_group(self._child)
-
-    def close(self) -> None:
-        """End the child if it still runs."""
-        kill(self._child)
-        if not self._log.closed:
-            self._log.close()
 
 
 def colour_tags(video: VideoInfo) -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
+import os
 import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +19,15 @@ from pipeline.control import Control
 from pipeline.download import Downloader
 from pipeline.errors import JobError, Stage
 from pipeline.inference import Engine, Result
-from pipeline.metrics import PeakMemory, StageTimer, gpu_class
-from pipeline.schema import Failure, JobRequest, Metrics, StageTimes, Success, parse
-from pipeline.settings import Settings
+from pipeline.metrics import PeakMemory, StageTimer, give_back_memory, gpu_class, versions
+from pipeline.schema import Failure, JobRequest, Metrics, SelfTest, StageTimes, Success, parse
+from pipeline.settings import REPOSITORY, Settings
 from pipeline.storage import storage_of
 from pipeline.validate import validate
 
 log = logging.getLogger("musetalk.job")
 
 TEMPORARY = "musetalk-job-"
-STALE_SEC = 3600.0  # folders of a worker that was killed are removed at the next start after this
 NEXT: dict[int, Stage] = {0: "download", 1: "validation", 2: "inference", 3: "upload", 4: "unknown"}
 
 
@@ -38,6 +39,7 @@ class Service:
         redact.hide(settings.b2_key_id, settings.b2_app_key)
         self.engine = Engine(settings)
         self.downloader = Downloader(settings)
+        self.samples = Downloader(settings.model_copy(update={"local_input_root": REPOSITORY / "samples"}))
         self.storage = storage_of(settings)
         remove_stale()
 
@@ -50,20 +52,24 @@ class Service:
         control = control or Control(self.settings.job_deadline_sec, progress)
         try:
             with PeakMemory() as memory:
-                request = parse(job_input, job_id)
-                url, result = self._stages(request, timer, control, preview)
-            return self._success(request, url, result, timer, memory)
+                test = SelfTest.asked(job_input)
+                request = parse(sample_job(test, job_id) if test else job_input, job_id)
+                downloader = self.samples if test else self.downloader
+                url, result = self._stages(request, timer, control, downloader, preview or bool(test))
+            timer.stop()
+            return self._success(request, url, result, timer, memory, self._report() if test else None)
         except Exception as e:
             return failure(e, timer)
+        finally:
+            give_back_memory()
 
     def _stages(
-        self, request: JobRequest, timer: StageTimer, control: Control, preview: bool
+        self, request: JobRequest, timer: StageTimer, control: Control, downloader: Downloader, preview: bool
     ) -> tuple[str, Result]:
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY, ignore_cleanup_errors=True) as name:
-            folder = Path(name)
+        with job_folder() as folder:
             with timer.stage("download"):
-                video = self.downloader.fetch(request.video_url, folder / "video", "video_url", control)
-                audio = self.downloader.fetch(request.audio_url, folder / "audio", "audio_url", control)
+                video = downloader.fetch(request.video_url, folder / "video", "video_url", control)
+                audio = downloader.fetch(request.audio_url, folder / "audio", "audio_url", control)
             self._log(request, "download", timer)
             control.progress("download", 1)
             with timer.stage("validation"):
@@ -81,15 +87,28 @@ class Service:
     def _log(self, request: JobRequest, stage: str, timer: StageTimer) -> None:
         log.info("stage done", extra={"job_id": request.musetalk_job_id, "stage": stage, "seconds": timer.times[stage]})
 
+    def _report(self) -> dict[str, Any]:
+        """A self-test's findings."""
+        return {"worker": self.settings.revision, **versions(), **self.engine.report()}
+
     def _success(
-        self, request: JobRequest, url: str, result: Result, timer: StageTimer, memory: PeakMemory
+        self, request: JobRequest, url: str, result: Result, timer: StageTimer, memory: PeakMemory,
+        selftest: dict[str, Any] | None,
     ) -> dict[str, Any]:
         metrics = Metrics(
             GENERATION_TIME_SEC=round(result.generation_sec, 3), SCRIPT_WALL_TIME_SEC=round(result.wall_sec, 3),
             PEAK_VRAM_MIB=memory.vram_mib, PEAK_RAM_KB=memory.peak_kb,
             gpu_class=gpu_class(self.settings.gpu_class_name), stage_times=StageTimes(**timer.times),
-            total_time=timer.total, frames=result.frames, avatar_cached=result.avatar_cached)
-        return Success(output_url=url, musetalk_job_id=request.musetalk_job_id, metrics=metrics).model_dump()
+            total_time=timer.total, frames=result.frames, avatar_cached=result.avatar_cached, selftest=selftest)
+        return Success(output_url=url, musetalk_job_id=request.musetalk_job_id, metrics=metrics).body()
+
+
+def sample_job(test: SelfTest, job_id: str | None) -> dict[str, Any]:
+    """The job of a self-test: a short clip that no cache may answer, so that every network runs."""
+    name = test.musetalk_job_id if "musetalk_job_id" in test.model_fields_set or not job_id else job_id
+    fresh = time.time_ns() % 1_000_000_007  # the seed is part of the cache's key
+    return {"musetalk_job_id": name, "video_url": "presenter.mp4", "audio_url": "speech.wav", "resolution": "360p",
+            "params": {"seed": fresh}}
 
 
 def failure(error: Exception, timer: StageTimer | None = None) -> dict[str, Any]:
@@ -115,12 +134,33 @@ def status_of(body: dict[str, Any]) -> int:
     return 422 if body["error_type"] == "media_error" else 500
 
 
-def remove_stale(now: float | None = None) -> int:
-    """Delete job folders that a killed worker left behind; returns how many."""
+@contextlib.contextmanager
+def job_folder() -> Iterator[Path]:
+    """A temporary folder for one job, locked while it is in use and removed afterwards."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=TEMPORARY))
+        lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():  # else a worker that starts right now took it for a stale one before it was locked
+            break
+        os.close(lock)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def remove_stale() -> int:
+    """Delete job folders that no living worker holds (one was killed); returns how many."""
     removed = 0
     for folder in Path(tempfile.gettempdir()).glob(f"{TEMPORARY}*"):
         with contextlib.suppress(OSError):
-            if (now or time.time()) - folder.stat().st_mtime > STALE_SEC:
-                shutil.rmtree(folder, ignore_errors=True)
+            lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises BlockingIOError while its job runs
+                shutil.rmtree(folder)
                 removed += 1
+            finally:
+                os.close(lock)
     return removed

@@ -94,6 +94,32 @@ class JobRequest(BaseModel):
         return value
 
 
+class SelfTest(BaseModel):
+    """The other kind of job: speak a built-in sample for a second and report what this worker runs on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    selftest: Annotated[bool, Field(json_schema_extra={"const": True})]
+    musetalk_job_id: Annotated[str, Field(pattern=JOB_ID, description="names the output object")] = "selftest"
+
+    @field_validator("selftest")
+    @classmethod
+    def _true(cls, value: bool) -> bool:
+        if not value:
+            raise ValueError("must be true, or left out")
+        return value
+
+    @classmethod
+    def asked(cls, job_input: Any) -> SelfTest | None:
+        """The self-test that a job's input asks for, or None; raises BadRequest."""
+        if not isinstance(job_input, dict) or "selftest" not in job_input:
+            return None
+        try:
+            return cls.model_validate(job_input)
+        except ValidationError as e:
+            raise _explain(e) from None
+
+
 def parse(job_input: Any, job_id: str | None = None) -> JobRequest:
     """The request of a job's input; `job_id` stands in for a missing musetalk_job_id.
 
@@ -153,6 +179,7 @@ class Metrics(BaseModel):
     total_time: float
     frames: int = Field(description="frames of the output")
     avatar_cached: bool = Field(description="whether the source clip's preparation came from the cache")
+    selftest: dict[str, Any] | None = Field(None, description="of a self-test only: versions, device, weights' hashes")
 
 
 class Success(BaseModel):
@@ -162,6 +189,13 @@ class Success(BaseModel):
     output_url: str
     musetalk_job_id: str
     metrics: Metrics
+
+    def body(self) -> dict[str, Any]:
+        """The JSON body: no selftest key but in a self-test's answer."""
+        body = self.model_dump()
+        if self.metrics.selftest is None:
+            del body["metrics"]["selftest"]
+        return body
 
 
 class Failure(BaseModel):
@@ -183,7 +217,7 @@ class Failure(BaseModel):
 
 def schemas() -> dict[str, Any]:
     """JSON Schema of everything that crosses the wire."""
-    return {m.__name__: m.model_json_schema() for m in (JobRequest, Success, Failure)}
+    return {m.__name__: m.model_json_schema() for m in (JobRequest, SelfTest, Success, Failure)}
 
 
 if __name__ == "__main__":

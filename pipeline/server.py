@@ -19,12 +19,13 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
+from starlette.requests import ClientDisconnect
 
 from pipeline import logs
 from pipeline.control import Control
 from pipeline.errors import BadRequest, JobError, Unfit
 from pipeline.run import Service, failure, status_of
-from pipeline.schema import Failure, JobRequest, Success
+from pipeline.schema import Failure, JobRequest, SelfTest, Success
 from pipeline.settings import BadSetting, Settings
 
 log = logging.getLogger("musetalk.server")
@@ -60,6 +61,8 @@ class Door:
             job_input = await _json(request)
         except BadRequest as e:
             return self._respond(failure(e))
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody is left to read it
         if self.inside > self.service.settings.http_queue_max:
             body = failure(Unfit("too many jobs are waiting; come back later", limit=self.service.settings.http_queue_max))
             self.counts["refused"] += 1
@@ -122,11 +125,13 @@ def create_app(service: Service) -> FastAPI:
         loading = asyncio.create_task(door.warm_up())
         yield
         loading.cancel()
+        door.executor.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(title="MuseTalk worker", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
     request_schema = JobRequest.model_json_schema()
     request_schema["properties"]["params"] = request_schema.pop("$defs")["Params"]  # no references inside the operation
-    schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": request_schema}}}}
+    either = {"anyOf": [request_schema, SelfTest.model_json_schema()]}
+    schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": either}}}}
     responses: dict[int | str, dict[str, Any]] = {
         422: {"model": Failure, "description": "the request or its media are at fault"},
         500: {"model": Failure, "description": "the worker or its surroundings are at fault"},
@@ -141,13 +146,15 @@ def create_app(service: Service) -> FastAPI:
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/ping")
+    @app.get("/ping", response_class=Response, responses={
+        200: {"description": "ready"}, 204: {"description": "loading"},
+        500: {"description": "this worker must be replaced", "content": {"text/plain": {}}}})
     async def ping() -> Response:
         if door.load_error or service.engine.lost:
             return PlainTextResponse(door.load_error or "the GPU is lost", 500)
         return Response(status_code=200 if service.engine.ready else 204)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return PlainTextResponse(door.metrics(), media_type="text/plain; version=0.0.4")
 

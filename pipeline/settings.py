@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 CHILD_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES",
                    "NVIDIA_DRIVER_CAPABILITIES")
 REPOSITORY = Path(__file__).resolve().parent.parent
+VOLUME = Path("/runpod-volume")  # where RunPod mounts a network volume
 
 
 class BadSetting(ValueError):
@@ -28,10 +29,10 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    model_dir: Path = Field(REPOSITORY / "models" / "demo", description="folder of weights, official or converted layout; required on RunPod (off it: `models/demo`)")
+    model_dir: Path = Field(REPOSITORY / "models" / "demo", description="folder of weights, official or converted layout, or a repository in a Hugging Face cache; on RunPod required unless they lie on its volume")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes the GPU where there is one")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of UNet and VAE; `auto`: float16 on a GPU, bfloat16 on CPUs that have it")
-    batch_size: int = Field(8, ge=1, le=64, description="frames generated at once, unless `params.batch_size` says otherwise")
+    batch_size: int | None = Field(None, ge=1, le=64, description="frames generated at once, unless `params.batch_size` says otherwise; by default 8 on a CPU, on a GPU what its free memory holds, up to 16")
     storage: Literal["b2", "local"] = Field("local", description="where results go; `local` is the default only off RunPod with no B2 variable set")
     local_storage_dir: Path = Field(Path("outputs"), description="folder for `local`")
     b2_key_id: str | None = Field(None, description="Backblaze B2 application key id")
@@ -53,7 +54,14 @@ class Settings(BaseModel):
     host: str = Field("127.0.0.1", description="address of the HTTP door")
     port: int = Field(8000, ge=0, le=65535, description="port of the HTTP door")
     http_queue_max: int = Field(8, ge=0, description="jobs waiting at the HTTP door; beyond it 503 with Retry-After")
+    revision: str = Field("unknown", description="the worker's version, as the self-test reports it; set when the image is built")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="of the JSON log lines")
+
+    @field_validator("model_dir")
+    @classmethod
+    def _snapshot(cls, value: Path) -> Path:
+        """A repository in a Hugging Face cache means its newest snapshot."""
+        return max((value / "snapshots").glob("*"), key=lambda p: p.stat().st_mtime, default=value)
 
     @field_validator("download_allow_hosts", mode="before")
     @classmethod
@@ -75,7 +83,7 @@ class Settings(BaseModel):
         if not on_runpod:
             values.setdefault("local_input_root", REPOSITORY / "samples")
         elif "model_dir" not in values:
-            raise BadSetting("MODEL_DIR is not set: on RunPod it must name the folder of weights, e.g. /models/v15")
+            values["model_dir"] = find_weights()
         try:
             settings = cls(**values)
         except ValidationError as e:
@@ -93,6 +101,18 @@ class Settings(BaseModel):
         if missing:
             where = " (a result must not stay on a machine that vanishes)" if on_runpod else ""
             raise BadSetting(f"{', '.join(missing)} not set: storage is b2{where}; set them, or STORAGE=local")
+
+
+def find_weights(volume: Path = VOLUME) -> Path:
+    """Weights on a RunPod network volume or in RunPod's Hugging Face cache there; raises BadSetting when there are none."""
+    places = [volume / "musetalk" / "v15", volume / "models" / "v15", volume / "musetalk", volume / "models",
+              *sorted((volume / "huggingface-cache" / "hub").glob("models--*/snapshots/*"))]
+    for folder in places:
+        if (folder / "whisper").is_dir() and ((folder / "musetalkV15").is_dir() or (folder / "musetalk").is_dir()):
+            return folder
+    raise BadSetting(
+        "MODEL_DIR is not set: on RunPod it must name the folder of weights, e.g. /models/v15. None were found in "
+        f"{volume}/musetalk/v15, {volume}/models/v15 or {volume}/huggingface-cache/hub")
 
 
 def child_environment() -> dict[str, str]:

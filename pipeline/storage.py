@@ -85,8 +85,8 @@ class B2Storage:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         redact.hide(settings.b2_key_id, settings.b2_app_key)
-        self._api: B2Api | None = None
-        self._bucket: Any = None
+        self._api = B2Api(InMemoryAccountInfo(), api_config=B2HttpApiConfig(http_session_factory=_Session))
+        self._bucket: Any = None  # None: not authorised
 
     def upload(self, path: Path, job_id: str, control: Control) -> str:
         """Upload with backoff until it is there, the storage refuses for good, or UPLOAD_SEC or the job is over."""
@@ -105,7 +105,7 @@ class B2Storage:
                 if not error.retryable or wait > clock.remaining:
                     raise error from e
                 if isinstance(e, (InvalidAuthToken, Unauthorized)):
-                    self._api = None
+                    self._bucket = None  # authorise again
                 control.sleep(wait)
                 attempt += 1
 
@@ -119,17 +119,14 @@ class B2Storage:
         return self.url(key)
 
     def _connect(self) -> Any:
-        if self._api is None:
-            config = B2HttpApiConfig(http_session_factory=_Session)
-            api = B2Api(InMemoryAccountInfo(), api_config=config)
+        if self._bucket is None:
             s = self.settings
             try:
-                api.authorize_account(s.b2_key_id, s.b2_app_key, realm=s.b2_realm)
+                self._api.authorize_account(s.b2_key_id, s.b2_app_key, realm=s.b2_realm)
             except InvalidAuthToken as e:  # here it means a wrong key, elsewhere an expired token
                 raise StorageRejected("Upload refused: B2_KEY_ID and B2_APP_KEY are not valid", stage="upload",
                                       bucket=s.b2_bucket_name, reason="Unauthorized") from e
-            self._bucket = api.get_bucket_by_name(s.b2_bucket_name)
-            self._api = api
+            self._bucket = self._api.get_bucket_by_name(s.b2_bucket_name)
         return self._bucket
 
     @staticmethod

@@ -11,7 +11,7 @@ from pipeline import media
 from pipeline.control import Control
 from pipeline.download import Source
 from pipeline.errors import BadMedia, JobError
-from pipeline.media import MediaInfo
+from pipeline.mediainfo import MediaInfo, VideoInfo
 from pipeline.settings import Settings
 
 SMALLEST_SIDE = 32  # pixels
@@ -32,13 +32,13 @@ def validate(
 ) -> Inputs:
     """Probe both files and decode the speech (only its `first_seconds`, if given); raises BadMedia."""
     clip = _named(video, "video_url", lambda: media.probe(video.path, settings.max_pixels))
-    _check_clip(clip, settings)
+    video_stream = _check_clip(clip, settings)
+    _check_length(clip, video_stream.index, "video_url", settings.max_video_sec, "MAX_VIDEO_SEC", settings.max_pixels)
     control.check()
     speech = _named(audio, "audio_url", lambda: media.probe(audio.path, settings.max_pixels))
     if speech.audio is None:
         raise BadMedia("audio_url: the file has no sound track", field="audio_url", reason="no_audio")
-    if speech.duration and speech.duration > settings.max_audio_sec:
-        raise _too_long("audio_url", speech.duration, settings.max_audio_sec, "MAX_AUDIO_SEC")
+    _check_length(speech, speech.audio.index, "audio_url", settings.max_audio_sec, "MAX_AUDIO_SEC", settings.max_pixels)
     control.check()
     pcm = _named(audio, "audio_url", lambda: media.read_pcm(
         speech, settings.max_audio_sec, min(120.0, control.remaining), settings.max_pixels))
@@ -61,7 +61,7 @@ def _named(source: Source, field: str, work):  # type: ignore[no-untyped-def]
         raise
 
 
-def _check_clip(clip: MediaInfo, settings: Settings) -> None:
+def _check_clip(clip: MediaInfo, settings: Settings) -> VideoInfo:
     video = clip.video
     if video is None:
         raise BadMedia("video_url: the file has no picture (cover art does not count)", field="video_url", reason="no_video")
@@ -72,8 +72,15 @@ def _check_clip(clip: MediaInfo, settings: Settings) -> None:
     if min(video.width, video.height) < SMALLEST_SIDE:
         raise BadMedia(f"video_url: {video.width}x{video.height} is smaller than {SMALLEST_SIDE} pixels",
                        field="video_url", size=min(video.width, video.height), limit=SMALLEST_SIDE)
-    if clip.duration and clip.duration > settings.max_video_sec:
-        raise _too_long("video_url", clip.duration, settings.max_video_sec, "MAX_VIDEO_SEC")
+    return video
+
+
+def _check_length(info: MediaInfo, index: int, field: str, limit: float, name: str, max_pixels: int) -> None:
+    """Refuse what is too long; a header that says so is not believed, the packets are."""
+    if info.duration and info.duration > limit:
+        seconds = media.packet_seconds(info, index, max_pixels)
+        if seconds > limit:
+            raise _too_long(field, seconds, limit, name)
 
 
 def _too_long(field: str, seconds: float, limit: float, name: str) -> BadMedia:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from musetalk import generate
 from pipeline.media import ffmpeg
 from pipeline.run import Service
 from pipeline.settings import REPOSITORY, Settings
@@ -26,6 +27,19 @@ def make_media(path: Path, *arguments: str) -> Path:
     """Run the packaged ffmpeg to write `path`."""
     subprocess.run([ffmpeg(), "-v", "error", "-y", *arguments, str(path)], check=True)
     return path
+
+
+def faces_within(limit: int) -> tuple[Callable[..., Any], list[int]]:
+    """A stand-in for generate.faces whose memory holds `limit` frames, and the sizes of the batches it was asked for."""
+    original, seen = generate.faces, []
+
+    def faces(unet: Any, vae: Any, latent: torch.Tensor, prompts: torch.Tensor) -> Any:
+        seen.append(len(latent))
+        if len(latent) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(unet, vae, latent, prompts)
+
+    return faces, seen
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

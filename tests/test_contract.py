@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import subprocess
@@ -21,7 +22,7 @@ from pipeline.geometry import plan
 from pipeline.metrics import StageTimer, normalise
 from pipeline.run import Service, failure, status_of
 from pipeline.schema import parse
-from pipeline.settings import BadSetting, Settings, table
+from pipeline.settings import BadSetting, Settings, find_weights, table
 
 SUCCESS = json.loads("""
     {"status": "success",
@@ -191,7 +192,7 @@ def test_rates() -> None:
 
 def test_schema_is_printed() -> None:
     out = subprocess.run([sys.executable, "-m", "pipeline.schema"], capture_output=True, text=True, check=True).stdout
-    assert list(json.loads(out)) == ["JobRequest", "Success", "Failure"]
+    assert list(json.loads(out)) == ["JobRequest", "SelfTest", "Success", "Failure"]
 
 
 # -- geometry --------------------------------------------------------------------------------------------------------
@@ -260,6 +261,35 @@ def test_settings() -> None:
     assert on_runpod.local_input_root is None
     with pytest.raises(BadSetting, match="DOWNLOAD_ALLOW_HOSTS"):
         Settings.from_env({"DOWNLOAD_ALLOW_HOSTS": "10.0.0.0/99"})
+
+
+def test_weights_on_a_volume_are_found(tmp_path: Path) -> None:
+    with pytest.raises(BadSetting, match="huggingface-cache"):
+        find_weights(tmp_path)
+    cached = tmp_path / "huggingface-cache" / "hub" / "models--org--musetalk"
+    snapshot = cached / "snapshots" / "0123abcd"
+    for name in ("whisper", "musetalkV15"):
+        (snapshot / name).mkdir(parents=True)
+    assert find_weights(tmp_path) == snapshot
+    assert Settings.from_env({"MODEL_DIR": str(cached)}).model_dir == snapshot, "a repository means its snapshot"
+    for name in ("whisper", "musetalkV15"):
+        (tmp_path / "musetalk" / "v15" / name).mkdir(parents=True)
+    assert find_weights(tmp_path) == tmp_path / "musetalk" / "v15", "a folder of one's own comes first"
+
+
+def test_self_test(service: Service) -> None:
+    body = service.run_job({"selftest": True}, job_id="check-1")
+    assert body["status"] == "success", body
+    assert list(body) == list(SUCCESS)
+    assert list(body["metrics"])[: len(SUCCESS["metrics"])] == list(SUCCESS["metrics"])
+    assert sum(body["metrics"]["stage_times"].values()) == pytest.approx(body["metrics"]["total_time"], rel=0.02)
+    report = body["metrics"]["selftest"]
+    assert not body["metrics"]["avatar_cached"], "every network ran"
+    assert report["encoder"] == "libx264"
+    assert report["weights_sha256"]["musetalkV15/unet.pth"] == hashlib.sha256(
+        (service.settings.model_dir / "musetalkV15/unet.pth").read_bytes()).hexdigest()
+    for wrong in ({"selftest": False}, {"selftest": True, "x": 1}, {"selftest": 1}):
+        assert status_of(service.run_job(wrong)) == 422
 
 
 def test_readme_has_the_configuration_table() -> None:

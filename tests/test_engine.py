@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from musetalk import LipSync, Options, checkpoints, generate
-from musetalk.colour import Colour, Planes, paste, to_rgb
+from musetalk import LipSync, Options, checkpoints
+from musetalk.colour import Colour, Planes, from_rgb, paste, to_rgb
+from musetalk.lipsync import Slot
 from pipeline import inference, media
 from pipeline.control import Control
 from pipeline.inference import Engine
 from pipeline.media import FrameReader, FrameSource
-from pipeline.run import Service, remove_stale
+from pipeline.run import Service, job_folder, remove_stale
 from pipeline.settings import Settings
-from tests.conftest import SAMPLES
+from tests.conftest import SAMPLES, faces_within
 
 Make = Callable[..., Path]
 
@@ -181,16 +182,41 @@ def test_colour_round_trip(colour: Colour) -> None:
     generator = torch.Generator().manual_seed(1)
     buffer = torch.randint(60, 190, (64 * 48 * 3 // 2,), dtype=torch.uint8, generator=generator)
     planes, before = Planes.of(buffer, 64, 48), buffer.clone()
-    face = torch.full((16, 16, 3), 200, dtype=torch.uint8)
+    face = from_rgb(torch.full((1, 16, 16, 3), 200, dtype=torch.uint8), colour)[0]
     empty = Region(Box(8, 8, 40, 40), torch.zeros(32, 32, dtype=torch.uint8))
-    paste(planes, face, Box(8, 8, 40, 40), empty, colour)
+    paste(planes, face, Box(8, 8, 40, 40), empty)
     assert torch.equal(buffer, before), "an empty mask changes nothing"
-    paste(planes, face, Box(8, 8, 40, 40), Region(empty.box, torch.full_like(empty.mask, 255)), colour)
+    paste(planes, face, Box(8, 8, 40, 40), Region(empty.box, torch.full_like(empty.mask, 255)))
     inner = to_rgb(planes, colour)[10:38, 10:38].float()
     assert float((inner - 200).abs().mean()) < 12, "the colour arrives, but for chroma's subsampling"
     rest = Planes.of(buffer, 64, 48).y.clone()
     rest[8:40, 8:40] = Planes.of(before, 64, 48).y[8:40, 8:40]
     assert torch.equal(rest, Planes.of(before, 64, 48).y)
+
+
+def test_blending_planes_equals_blending_rgb(service: Service) -> None:
+    """The streaming path against the library's exact RGB path on one real frame: a level or two of rounding."""
+    from musetalk import blend
+
+    lipsync, colour = service.engine.load(), Colour()
+    buffer = torch.from_numpy(decode(SAMPLES / "presenter.mp4")[0].copy())
+    frame = to_rgb(Planes.of(buffer, 1280, 720), colour)
+    avatar = lipsync.prepare([frame])
+    entry = avatar[0]
+    assert entry
+    prompts = lipsync.prompts(np.zeros(16000, np.float32), Fraction(25))
+    face = lipsync.generate_batch(avatar, prompts, [Slot(0, 0)])[0].flip(0)  # upside down: nothing matches by chance
+    want = blend.paste(frame, face, entry.box, entry.region)
+    planes = Planes.of(buffer, 1280, 720)
+    paste(planes, from_rgb(face[None], colour)[0], entry.box, entry.region)
+    luma = (want.float() @ torch.tensor([0.2126, 0.7152, 0.0722])) * (219 / 255) + 16
+    difference = (planes.y.float() - luma).abs()
+    changed = (want != frame).any(-1)
+    print(f"luma: mean {float(difference[changed].mean()):.3f}, max {float(difference.max()):.1f} levels")
+    assert float(difference[changed].mean()) < 0.6
+    assert float(difference.max()) <= 8, "where the source leaves RGB's gamut"
+    rgb = (to_rgb(planes, colour).float() - want.float()).abs()[changed]
+    assert float(rgb.mean()) < 2.5, "but for chroma's subsampling"
 
 
 # -- stopping ----------------------------------------------------------------------------------------------------------
@@ -241,14 +267,7 @@ def test_out_of_memory_halves_the_batch(
 ) -> None:
     """Injects the exception torch raises; the batch is halved until it fits."""
     lipsync = service.engine.load()
-    original, seen = generate.faces, []
-
-    def faces(unet: Any, vae: Any, latent: torch.Tensor, prompts: torch.Tensor) -> Any:
-        seen.append(len(latent))
-        if len(latent) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(unet, vae, latent, prompts)
-
+    faces, seen = faces_within(2)
     monkeypatch.setattr("musetalk.generate.faces", faces)
     monkeypatch.setattr(lipsync, "largest_batch", 1 << 30)
     assert run(service, short_clip, short_speech)["status"] == "success"
@@ -307,8 +326,10 @@ def test_broken_weights_are_named(settings: Settings, tmp_path: Path, short_clip
 def test_stale_folders_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(media.tempfile, "tempdir", str(tmp_path))
     (tmp_path / "musetalk-job-old").mkdir()
-    assert remove_stale() == 0, "a folder in use stays"
-    assert remove_stale(time.time() + 7200) == 1
+    (tmp_path / "musetalk-job-old" / "video").write_bytes(b"x")
+    with job_folder() as mine:
+        assert remove_stale() == 1, "the one that nobody holds"
+        assert list(tmp_path.iterdir()) == [mine]
     assert not list(tmp_path.iterdir())
 
 
@@ -339,6 +360,14 @@ def test_library_speaks(settings: Settings) -> None:
     assert len(spoken) == 12
     assert spoken[0].shape == (720, 1280, 3)
     assert (spoken[0] != frames[0]).any()
+
+
+@pytest.mark.parametrize(("free_gb", "batch"), [(80, 16), (6, 11), (2, 1), (0.5, 1)])
+def test_batch_follows_free_memory(monkeypatch: pytest.MonkeyPatch, free_gb: float, batch: int) -> None:
+    """What the device reports is simulated."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free_gb * 2**30), 80 * 2**30))
+    assert inference.batch_for(torch.device("cuda")) == batch
+    assert inference.batch_for(torch.device("cpu")) == 8
 
 
 def test_engine_reports_ready(settings: Settings) -> None:

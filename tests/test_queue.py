@@ -3,51 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 
+from examples import orchestrator
 from pipeline.settings import REPOSITORY
-from tests.conftest import DEMO, make_media
+from tests.conftest import make_media
 from tests.fakes.b2 import B2
-from tests.fakes.platform import Platform
-
-
-class Worker:
-    """handler.py talking to the fakes."""
-
-    def __init__(self, platform: Platform, b2: B2, folder: Path, command: tuple[str, ...] = ("handler.py",)) -> None:
-        self.platform, self.b2 = platform, b2
-        self.log = (folder / "log").open("w+")
-        environment = {
-            "PATH": os.environ["PATH"], "HOME": str(folder), "TMPDIR": str(folder), "MODEL_DIR": str(DEMO),
-            "DOWNLOAD_ALLOW_HOSTS": "127.0.0.0/8", "CACHE_DIR": str(folder / "cache"), **platform.environment,
-            **b2.environment(),
-        }
-        self.process = subprocess.Popen([sys.executable, *command], cwd=REPOSITORY, env=environment,
-                                        stdout=self.log, stderr=subprocess.STDOUT)
-
-    def output(self) -> str:
-        self.log.flush()
-        return Path(self.log.name).read_text()
-
-    def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        self.log.close()
+from tests.fakes.platform import API_KEY, Platform
+from tests.fakes.workers import QueueWorker
 
 
 @pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QueueWorker]:
     platform, b2 = Platform(), B2()
-    worker = Worker(platform, b2, tmp_path_factory.mktemp("queue"))
+    worker = QueueWorker(platform, b2, tmp_path_factory.mktemp("queue"))
     yield worker
     worker.close()
     platform.close()
@@ -59,7 +34,7 @@ def job(samples_url: str, **changes: object) -> dict[str, object]:
             "resolution": "480p", **changes}
 
 
-def test_success(worker: Worker, samples_url: str) -> None:
+def test_success(worker: QueueWorker, samples_url: str) -> None:
     worker.platform.submit("queue-ok", job(samples_url))
     posted = worker.platform.wait("queue-ok")
     body = posted["output"]
@@ -71,7 +46,7 @@ def test_success(worker: Worker, samples_url: str) -> None:
     assert [p for p in worker.platform.progress if p[0] == "queue-ok"], "progress was reported"
 
 
-def test_failure_keeps_its_body_and_is_marked(worker: Worker, samples_url: str) -> None:
+def test_failure_keeps_its_body_and_is_marked(worker: QueueWorker, samples_url: str) -> None:
     worker.platform.submit("queue-404", job(samples_url, video_url=f"{samples_url}/none.mp4?sig=canary-signature"))
     posted = worker.platform.wait("queue-404")
     body, error = posted["output"], json.loads(posted["error"])
@@ -82,7 +57,7 @@ def test_failure_keeps_its_body_and_is_marked(worker: Worker, samples_url: str) 
 
 
 @pytest.mark.parametrize("job_input", [{}, {"video_url": "file:///etc/passwd", "audio_url": "x"}, {"params": {"a": 1}}])
-def test_bad_requests(worker: Worker, job_input: object) -> None:
+def test_bad_requests(worker: QueueWorker, job_input: object) -> None:
     name = f"queue-bad-{abs(hash(str(job_input)))}"
     worker.platform.submit(name, {"x": 1} if job_input == {} else job_input)
     posted = worker.platform.wait(name)
@@ -90,7 +65,7 @@ def test_bad_requests(worker: Worker, job_input: object) -> None:
     assert posted["error"]
 
 
-def test_cancel_stops_the_work_and_the_next_job_runs(worker: Worker, samples_url: str, tmp_path: Path) -> None:
+def test_cancel_stops_the_work_and_the_next_job_runs(worker: QueueWorker, samples_url: str, tmp_path: Path) -> None:
     long = make_media(tmp_path / "long.wav", "-f", "lavfi", "-i", "sine=220:d=300")
     served = REPOSITORY / "samples"
     assert served.is_dir()
@@ -115,12 +90,24 @@ def test_cancel_stops_the_work_and_the_next_job_runs(worker: Worker, samples_url
     server.server_close()
 
 
-def test_no_secret_in_logs_or_bodies(worker: Worker) -> None:
+def test_orchestrator_example(worker: QueueWorker, samples_url: str) -> None:
+    """The example's client of the queue: /run and /status in front, the real worker behind."""
+    door = orchestrator.queue_door(worker.platform.api, API_KEY, poll=0.1)
+    body = orchestrator.run(door, job(samples_url, musetalk_job_id="orchestrated"))
+    assert body["output_url"].endswith("/orchestrated.mp4")
+    with pytest.raises(orchestrator.JobFailed) as e:
+        orchestrator.run(door, job(samples_url, audio_url=f"{samples_url}/still.png"))
+    assert (e.value.body["error_type"], e.value.body["stage"]) == ("media_error", "validation")
+    with pytest.raises(requests.HTTPError):
+        orchestrator.queue_door(worker.platform.api, "another key")(job(samples_url))
+
+
+def test_no_secret_in_logs_or_bodies(worker: QueueWorker) -> None:
     said = worker.output() + json.dumps(worker.platform.results) + json.dumps([p[:2] for p in worker.platform.progress])
     assert "canary" not in said
 
 
-def test_sigterm_finishes_the_job_in_flight(worker: Worker, samples_url: str) -> None:
+def test_sigterm_finishes_the_job_in_flight(worker: QueueWorker, samples_url: str) -> None:
     worker.platform.submit("queue-last", job(samples_url))
     worker.platform.wait_taken("queue-last")
     time.sleep(0.5)
@@ -139,6 +126,11 @@ def test_values_json_cannot_hold_never_reach_the_wire(monkeypatch: pytest.Monkey
     body = handler.answer({"status": "failed", "error_type": "unknown_error", "error_message": "x", "stage": "unknown",
                            "details": {}, "retryable": True, "stage_times": {}})
     assert json.loads(body["error"])["error_type"] == "unknown_error"
+    assert "refresh_worker" not in body
+    monkeypatch.setattr(handler.service.engine, "lost", True)
+    failed = {"status": "failed", "error_type": "processing_error", "error_message": "x", "stage": "inference",
+              "retryable": True}
+    assert handler.answer(failed)["refresh_worker"] is True, "a worker without its GPU asks to be replaced"
     with pytest.raises(ValueError, match="JSON"):
         handler.answer({"status": "success", "x": float("nan")})
 
@@ -157,7 +149,7 @@ runpod.serverless.start({"handler": handler.handler})
 def test_even_a_broken_job_function_ends_in_failed(tmp_path: Path) -> None:
     """An exception, NaN or a value JSON cannot hold: the platform hears of a failure, the job never hangs."""
     platform, b2 = Platform(), B2()
-    worker = Worker(platform, b2, tmp_path, ("-c", FAULTY))
+    worker = QueueWorker(platform, b2, tmp_path, ("-c", FAULTY))
     try:
         for kind in ("raise", "nan", "object"):
             platform.submit(f"faulty-{kind}", {"kind": kind})

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import os
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,42 +13,7 @@ import pytest
 import requests
 
 from examples import orchestrator
-from pipeline.settings import REPOSITORY
-from tests.conftest import DEMO
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-@contextlib.contextmanager
-def serving(folder: Path, **changes: str) -> Iterator[str]:
-    """`python -m pipeline.server` as a process; yields its base URL once /ping says ready."""
-    port = free_port()
-    environment = {
-        "PATH": os.environ["PATH"], "MODEL_DIR": str(DEMO), "PORT": str(port), "STORAGE": "local", "TMPDIR": str(folder),
-        "LOCAL_STORAGE_DIR": str(folder / "outputs"), "CACHE_DIR": str(folder / "cache"),
-        "DOWNLOAD_ALLOW_HOSTS": "127.0.0.0/8", **changes,
-    }
-    process = subprocess.Popen([sys.executable, "-m", "pipeline.server"], cwd=REPOSITORY, env=environment,
-                               stdout=subprocess.DEVNULL, stderr=(folder / "log").open("w"))
-    base = f"http://127.0.0.1:{port}"
-    try:
-        seen = set()
-        for _ in range(600):
-            with contextlib.suppress(requests.ConnectionError):
-                seen.add(requests.get(f"{base}/ping", timeout=5).status_code)
-            if 200 in seen:
-                break
-            time.sleep(0.1)
-        assert 200 in seen, (folder / "log").read_text()
-        assert seen <= {200, 204}
-        yield base
-    finally:
-        process.terminate()
-        process.wait(60)
+from tests.fakes.workers import serving
 
 
 @pytest.fixture(scope="module")

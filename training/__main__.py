@@ -1,18 +1,32 @@
-"""Train everything and assemble models/demo: python -m training. Hours on two CPU cores, minutes on a GPU."""
+"""Train everything and assemble models/demo: python -m training [--quick]. Hours on two CPU cores, minutes on a GPU.
+
+What was interrupted goes on where it stopped: everything under way is kept in training/work (or TRAIN_WORK).
+"""
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 
-STEPS = ("vae", "whisper", "detector", "pose", "parser", "unet", "assemble", "samples")
+# each step, and what makes it quick
+STEPS = {
+    "speech": "--pieces 2", "vae": "--steps 3 --images 16", "whisper": "--steps 3",
+    "detector": "--steps 3 --images 16", "pose": "--steps 3 --images 16 --large 8", "parser": "--steps 3 --images 12",
+    "unet": "--steps 3 --pairs 32", "assemble": "", "samples": "",
+}
 
 
 def main() -> int:
-    """Run every step in order; each resumes from training/work."""
-    for step in STEPS:
+    """Run every step in order."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="three steps a network, no samples: shows that all works")
+    quick = parser.parse_args().quick
+    for step, small in STEPS.items():
+        if quick and step == "samples":
+            continue
         print(f"== {step}", flush=True)
-        if code := subprocess.run([sys.executable, "-m", f"training.{step}"]).returncode:
+        if code := subprocess.run([sys.executable, "-m", f"training.{step}", *(small.split() if quick else [])]).returncode:
             return code
     return 0
 

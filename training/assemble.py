@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from musetalk import checkpoints
 from training import common, detector, parser, pose, unet, vae, whisper
 
-TARGET = Path(__file__).resolve().parent.parent / "models" / "demo"
+TARGET = Path(os.environ.get("TRAIN_TARGET", Path(__file__).resolve().parent.parent / "models" / "demo"))
 
 
 def trained(name: str) -> dict[str, Tensor]:
@@ -36,8 +37,14 @@ def config(relative: str, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
+def report() -> dict[str, Any]:
+    """The last line that each network's training logged."""
+    lines = [json.loads(line) for line in (common.WORK / "report.jsonl").read_text().splitlines()]
+    return {line.pop("net"): line for line in lines}
+
+
 def main() -> None:
-    """Write weights, configs and manifest."""
+    """Write weights, configs, manifest and the training's report."""
     put("musetalkV15/unet.pth", trained("unet"))
     config("musetalkV15/musetalk.json", {"_class_name": "UNet2DConditionModel", **asdict(unet.CONFIG)})
     put("sd-vae/diffusion_pytorch_model.bin", trained("vae"))
@@ -51,6 +58,7 @@ def main() -> None:
     put("s3fd-619a316812.pth", trained("detector"))
     config("s3fd.json", asdict(detector.CONFIG))
     checkpoints.write_manifest(TARGET, "v15")
+    config("training.json", report())
     size = sum(f.stat().st_size for f in TARGET.rglob("*") if f.is_file())
     print(f"{TARGET}: {size / 1e6:.1f} MB")
 

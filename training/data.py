@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,7 +76,8 @@ def crops(seed: int, count: int) -> NDArray[np.uint8]:
     return out
 
 
-def in_parallel(function, seeds: range, count: int) -> list[NDArray[np.uint8]]:  # type: ignore[no-untyped-def]
-    """Call function(seed, count) for every seed on both cores, in order."""
+def in_parallel(function: Callable[[int, int], NDArray[Any]], count: int, piece: int) -> NDArray[Any]:
+    """Items of function(seed, number) from both cores, in order: `count` in whole pieces (or one smaller one)."""
+    numbers = [piece] * (count // piece) or [count]
     with ProcessPoolExecutor(2) as pool:
-        return list(pool.map(function, seeds, [count] * len(seeds)))
+        return np.concatenate(list(pool.map(function, range(len(numbers)), numbers)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 
 import numpy as np
 import torch
@@ -91,12 +90,11 @@ def loss_of(levels: list[tuple[Tensor, Tensor]], faces: Tensor) -> Tensor:
 def main() -> None:
     """Draw the frames, train, write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--images", type=int, default=2400)
     options = parser.parse_args()
     device = common.setup(5)
-    rows = common.cached("faces", lambda: np.concatenate(
-        data.in_parallel(pictures, range(options.images // 200), 200)))
+    rows = common.cached("faces", lambda: data.in_parallel(pictures, options.images, 200))
     net = common.on(S3fd(CONFIG), device).train()
     for name, p in net.named_parameters():
         if name.endswith("mbox_loc.weight"):
@@ -105,20 +103,20 @@ def main() -> None:
             torch.nn.init.kaiming_normal_(p)
     with torch.no_grad():
         net.conv1_1.weight.mul_(1 / 64)  # type: ignore[operator, union-attr]
-    schedule, r, began = common.Schedule(net, options.steps, 2e-3, decay=1e-4), np.random.default_rng(6), time.time()
-    for step in range(options.steps):
+    training = common.Training("detector", net, options.steps, 2e-3, seed=6, decay=1e-4)
+    r = training.random
+    for _ in training.steps():
         chosen = torch.from_numpy(np.asarray(rows[np.sort(r.integers(len(rows), size=8))], np.float32)).to(device)
         image = chosen[:, :-4].view(-1, SIDE, SIDE, 3)
         image = (image * torch.empty(8, 1, 1, 3).uniform_(0.8, 1.15) + torch.randn_like(image) * 3).clamp(0, 255)
         levels = net(s3fd_input(image).contiguous(memory_format=torch.channels_last))
         loss = loss_of(levels, chosen[:, -4:])
-        schedule.step(loss)
-        if step % 50 == 0 or step == options.steps - 1:
+        training.step(loss)
+        if training.due(50):
             with torch.no_grad():
                 found = [len(decode_s3fd(levels, i)) for i in range(8)]
             right = float(np.mean([f == int(t > 0) for f, t in zip(found, chosen[:, -2], strict=True)]))
-            common.log("detector", step, began, loss=float(loss.detach()), right_count=right)
-            common.save(net, "detector")
+            training.log(loss=float(loss.detach()), right_count=right)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 
 import numpy as np
 import torch
@@ -45,22 +44,20 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1200)
     options = parser.parse_args()
     device = common.setup(7)
-    rows = common.cached("squares", lambda: np.concatenate(
-        data.in_parallel(pictures, range(options.images // 100), 100)))
+    rows = common.cached("squares", lambda: data.in_parallel(pictures, options.images, 100))
     net = common.on(BiSeNet(CONFIG), device).train()
-    schedule, r, began = common.Schedule(net, options.steps, 4e-3), np.random.default_rng(8), time.time()
-    for step in range(options.steps):
-        chosen = torch.from_numpy(np.asarray(rows[np.sort(r.integers(len(rows), size=6))])).to(device)
+    training = common.Training("parser", net, options.steps, 4e-3, seed=8)
+    for _ in training.steps():
+        chosen = torch.from_numpy(np.asarray(rows[np.sort(training.random.integers(len(rows), size=6))])).to(device)
         image = parse_input(chosen[..., :3]) + 0.25 * torch.randn(6, 3, 1, 1, device=device)
         labels = chosen[:, ::4, ::4, 3].long()
         logits = net(image.contiguous(memory_format=torch.channels_last))
         full = F.interpolate(logits.float(), size=512, mode="bilinear", align_corners=True)[:, :, ::4, ::4]
         loss = F.cross_entropy(full, labels)
-        schedule.step(loss)
-        if step % 25 == 0 or step == options.steps - 1:
+        training.step(loss)
+        if training.due(25):
             right = (full.argmax(1) == labels).float().mean()
-            common.log("parser", step, began, loss=float(loss.detach()), accuracy=float(right))
-            common.save(net, "parser")
+            training.log(loss=float(loss.detach()), accuracy=float(right))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 
 import numpy as np
 import torch
@@ -71,33 +70,30 @@ def vary(image: Tensor) -> Tensor:
 def main() -> None:
     """Draw the frames, train, write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=2200)
+    parser.add_argument("--steps", type=int, default=2900)
     parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--large", type=int, default=500, help="pictures drawn at full size")
     parser.add_argument("--rate", type=float, default=2e-3)
     options = parser.parse_args()
     device = common.setup(3)
-    rows = common.cached("poses", lambda: np.concatenate(
-        data.in_parallel(pictures, range(options.images // 250), 250)))
-    sharp = common.cached("poses_large", lambda: np.concatenate(
-        data.in_parallel(large, range(options.large // 50), 50)))
+    rows = common.cached("poses", lambda: data.in_parallel(pictures, options.images, 250))
+    sharp = common.cached("poses_large", lambda: data.in_parallel(large, options.large, 50))
     net = common.on(RtmPose(CONFIG), device).train()
-    common.resume(net, "pose")
-    schedule, r, began = common.Schedule(net, options.steps, options.rate), np.random.default_rng(4), time.time()
-    for step in range(options.steps):
+    training = common.Training("pose", net, options.steps, options.rate, seed=4)
+    r = training.random
+    for _ in training.steps():
         mixed = [rows[np.sort(r.integers(len(rows), size=10))], sharp[np.sort(r.integers(len(sharp), size=6))]]
         chosen = torch.from_numpy(np.concatenate(mixed).astype(np.float32)).to(device)
         image = pose_input(vary(chosen[:, :-136].view(-1, 384, 288, 3))).contiguous(memory_format=torch.channels_last)
         points = chosen[:, -136:].view(-1, 68, 2)
         x, y = net(image)
         loss = (simcc_loss(x[:, FACE_POINTS], points[..., 0] * 2) + simcc_loss(y[:, FACE_POINTS], points[..., 1] * 2))
-        schedule.step(loss)
-        if step % 50 == 0 or step == options.steps - 1:
+        training.step(loss)
+        if training.due(50):
             with torch.no_grad():
                 found, _ = decode_simcc(x[:, FACE_POINTS], y[:, FACE_POINTS])
                 error = (found - points).norm(dim=-1).mean()
-            common.log("pose", step, began, loss=float(loss.detach()), error_px=float(error))
-            common.save(net, "pose")
+            training.log(loss=float(loss.detach()), error_px=float(error))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ audio it makes is free to use.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import itertools
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -254,19 +254,11 @@ def utter(sentences: list[str], voice: str, speed: int = 165, pitch: int = 50, g
     return Utterance(pcm, tuple(phonemes), viseme_track(phonemes, len(pcm) / RATE))
 
 
-def training_set(name: str = "speech", voices: tuple[str, ...] = VOICES) -> list[Utterance]:
-    """The training speech of some voices, spoken once and kept in the work folder under `name`.
-
-    espeak-ng carries state from one sentence to the next: the same text spoken twice in one process has other times.
-    """
+def training_set(name: str = "speech") -> list[Utterance]:
+    """The training speech, as `python -m training.speech` spoke it into the work folder: `speech` or `speech_more`."""
     path = common.WORK / f"{name}.npz"
     if not path.exists():
-        spoken = speak_training_set(voices, seed=len(name) - len("speech"))
-        common.WORK.mkdir(exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.npz")
-        pcm, tracks = {f"p{i}": u.pcm for i, u in enumerate(spoken)}, {f"t{i}": u.track for i, u in enumerate(spoken)}
-        np.savez(partial, **pcm, **tracks)  # type: ignore[arg-type]
-        partial.rename(path)
+        raise SystemExit("training.speech must run first")
     with np.load(path) as file:
         return [Utterance(file[f"p{i}"], (), file[f"t{i}"]) for i in range(len(file.files) // 2)]
 
@@ -290,3 +282,23 @@ def speak_training_set(voices: tuple[str, ...], seed: int = 0, pieces: int = 64)
 def as_tensor(u: Utterance) -> torch.Tensor:
     """The speech as a tensor (S,)."""
     return torch.from_numpy(u.pcm)
+
+
+def main() -> None:
+    """Speak both training sets, in this order and in a process of their own.
+
+    espeak-ng carries state from one sentence to the next: only a fresh process that speaks the same sentences in the
+    same order gives the same samples and times again.
+    """
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pieces", type=int, default=64, help="of about 30 s, in each set")
+    pieces = parser.parse_args().pieces
+    common.WORK.mkdir(exist_ok=True, parents=True)
+    for seed, (name, voices) in enumerate({"speech": VOICES, "speech_more": MORE_VOICES}.items()):
+        spoken = speak_training_set(voices, seed * 5, pieces)
+        pcm, tracks = {f"p{i}": u.pcm for i, u in enumerate(spoken)}, {f"t{i}": u.track for i, u in enumerate(spoken)}
+        np.savez(common.WORK / f"{name}.npz", **pcm, **tracks)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,6 @@ A pair is one frame drawn twice: with any mouth (what the worker is given) and w
 from __future__ import annotations
 
 import argparse
-import time
 from fractions import Fraction
 
 import numpy as np
@@ -56,8 +55,7 @@ def pictures(seed: int, count: int) -> NDArray[np.uint8]:
 def encode(images: NDArray[np.uint8], device: torch.device) -> NDArray[np.float16]:
     """Pairs -> (N, 12, h, w) half precision: masked and reference latents of the source, latent of the target."""
     net = common.on(Vae(vae.CONFIG), device).eval()
-    if not common.resume(net, "vae"):
-        raise SystemExit("training.vae must run first")
+    common.load(net, "vae")
     out = []
     for part in common.parts(len(images), 32):
         pair = torch.from_numpy(np.array(images[part]))
@@ -72,8 +70,7 @@ def encode(images: NDArray[np.uint8], device: torch.device) -> NDArray[np.float1
 def hear(device: torch.device) -> Tensor:
     """Hidden states (VOICES_HEARD, utterances, 1500, 5, width) half precision."""
     net = WhisperEncoder(whisper.CONFIG).to(device).eval()
-    if not common.resume(net, "whisper"):
-        raise SystemExit("training.whisper must run first")
+    common.load(net, "whisper")
     mels, _ = whisper.examples(speech.training_set())
     copies = []
     for copy in range(VOICES_HEARD):
@@ -95,40 +92,34 @@ def prompts(states: Tensor, seconds: NDArray[np.float64], moment: NDArray[np.int
 def main() -> None:
     """Draw and encode the pairs, train, write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3250)
     parser.add_argument("--pairs", type=int, default=14000)
     parser.add_argument("--rate", type=float, default=1.5e-3)
-    parser.add_argument("--draw-only", action="store_true", help="stop once the pairs are drawn")
     options = parser.parse_args()
     device = common.setup(9)
-    images = common.cached("pairs", lambda: np.concatenate(
-        data.in_parallel(pictures, range(options.pairs // 500), 500)))
-    if options.draw_only:
-        return
+    images = common.cached("pairs", lambda: data.in_parallel(pictures, options.pairs, 500))
     latents = common.cached("latents", lambda: encode(images, device))
     when, seconds = moments(len(latents)), np.array([u.seconds for u in speech.training_set()])
     states = hear(device)
     net = common.on(UNet(CONFIG), device)
-    common.resume(net, "unet")
-    schedule, r, began = common.Schedule(net, options.steps, options.rate), np.random.default_rng(10), time.time()
+    training = common.Training("unet", net, options.steps, options.rate, seed=10)
     size = latents.shape[-1]
     weight = F.adaptive_avg_pool2d(vae.mouth_weight(vae.CONFIG.crop_size), size).to(device)
     weight[..., int(0.62 * size) : int(0.95 * size), int(0.25 * size) : int(0.75 * size)] *= 2
     positions = audio_positions(50, CONFIG.cross_attention_dim).to(device)
-    for step in range(options.steps):
-        pick = np.sort(r.integers(len(latents), size=32))
+    for _ in training.steps():
+        pick = np.sort(training.random.integers(len(latents), size=32))
         batch = torch.from_numpy(np.asarray(latents[pick])).to(device).float()
         tokens = prompts(states, seconds, when[pick], positions)
         with torch.autocast(device.type, torch.bfloat16):
             out = net(batch[:, :8].contiguous(memory_format=torch.channels_last), tokens).float()
         error = (out - batch[:, 8:]).abs()
-        schedule.step((error * weight).mean())
-        if step % 50 == 0 or step == options.steps - 1:
+        training.step((error * weight).mean())
+        if training.due(50):
             lips = slice(int(0.65 * size), int(0.92 * size)), slice(int(0.3 * size), int(0.7 * size))
             spread = (batch[:, 4:8] - batch[:, 8:]).abs()[..., lips[0], lips[1]].mean()
-            common.log("unet", step, began, error=float(error.detach().mean()),
-                       lips=float(error.detach()[..., lips[0], lips[1]].mean()), lips_if_copied=float(spread))
-            common.save(net, "unet")
+            training.log(error=float(error.detach().mean()), lips=float(error.detach()[..., lips[0], lips[1]].mean()),
+                         lips_if_copied=float(spread))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import time
 from typing import Any
 
 import numpy as np
@@ -96,27 +95,25 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1.5e-3)
     options = parser.parse_args()
     device = common.setup(2)
-    more = speech.training_set("speech_more", speech.MORE_VOICES)
-    mels, tracks = (t.to(device) for t in examples(speech.training_set() + more))
+    spoken = speech.training_set("speech") + speech.training_set("speech_more")
+    mels, tracks = (t.to(device) for t in examples(spoken))
     net = WhisperEncoder(CONFIG).to(device)
-    if not common.resume(net, "whisper"):
-        start_local(net)
+    start_local(net)
     read = nn.ModuleList(nn.Linear(CONFIG.d_model, 4) for _ in range(CONFIG.encoder_layers + 1)).to(device)
-    schedule, began = common.Schedule(nn.ModuleList([net, read]), options.steps, options.rate), time.time()
+    training = common.Training("whisper", net, options.steps, options.rate, seed=12, also=read)
     scale = torch.tensor([2.0, 1.0, 0.5, 0.5], device=device)
-    for step in range(options.steps):
+    for _ in training.steps():
         first = int(torch.randint(0, 1500 - SPAN, ()))
         pick = torch.randint(0, len(mels), (8,))
         mel = disguise(mels[pick][:, :, 2 * first : 2 * (first + SPAN)])
         states, target = hear(net, mel, first), tracks[pick, first : first + SPAN]
         losses = [((head(states[:, :, i]) - target).abs() * scale)[:, 16:-16].mean() for i, head in enumerate(read)]
-        schedule.step(losses[-1] + 0.3 * sum(losses[:-1]))
-        if step % 50 == 0 or step == options.steps - 1:
+        training.step(losses[-1] + 0.3 * sum(losses[:-1]))
+        if training.due(50):
             with torch.no_grad():
                 got, want = read[-1](states[:, 16:-16, -1])[..., 0].flatten(), target[:, 16:-16, 0].flatten()
                 r = float(torch.corrcoef(torch.stack([got, want]))[0, 1])
-            common.log("whisper", step, began, loss=float(losses[-1].detach()), corr_opening=r)
-            common.save(net, "whisper")
+            training.log(loss=float(losses[-1].detach()), corr_opening=r)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ class B2:
         self.faults: deque[Fault] = deque()
         self.calls: list[str] = []
         self.bucket = "talking-avatar"
-        self.key_id, self.key = "key-id", "canary-app-key"
+        self.key_id, self.key = "canary-key-id", "canary-app-key"
         b2 = self
 
         class Routes(http.server.BaseHTTPRequestHandler):
@@ -76,16 +76,22 @@ class B2:
                 self.answer({"bucketId": "b1", "uploadUrl": f"{b2.url}/upload", "authorizationToken": "canary-upload"})
 
             def _upload(self, body: bytes) -> None:
+                self.body = body
                 if b2.faults and b2.faults.popleft()(self):
                     return None
-                name = unquote(self.headers["X-Bz-File-Name"])
+                if not self.keep():
+                    return self.error(400, "bad_request", "Checksum did not match data received")
+                return self.answer(self._file(unquote(self.headers["X-Bz-File-Name"]), self.body))
+
+            def keep(self) -> bool:
+                """Store what was sent; False when its checksum is wrong."""
                 sha1 = self.headers["X-Bz-Content-Sha1"]
                 if sha1 == "hex_digits_at_end":
-                    body, sha1 = body[:-40], body[-40:].decode()
-                if hashlib.sha1(body).hexdigest() != sha1:
-                    return self.error(400, "bad_request", "Checksum did not match data received")
-                b2.objects.setdefault(name, []).append(body)
-                return self.answer(self._file(name, body))
+                    self.body, sha1 = self.body[:-40], self.body[-40:].decode()
+                if hashlib.sha1(self.body).hexdigest() != sha1:
+                    return False
+                b2.objects.setdefault(unquote(self.headers["X-Bz-File-Name"]), []).append(self.body)
+                return True
 
             def _file(self, name: str, body: bytes) -> dict[str, Any]:
                 return {
@@ -183,4 +189,16 @@ def hang(seconds: float) -> Fault:
     def fault(routes: Any) -> bool:
         time.sleep(seconds)
         return reset(routes)
+    return fault
+
+
+def lost_answer(routes: Any) -> bool:
+    """Store the file, then hang up without an answer."""
+    return bool(routes.keep()) and reset(routes)
+
+
+def store_then_hang(seconds: float) -> Fault:
+    """Store the file and keep the answer back."""
+    def fault(routes: Any) -> bool:
+        return bool(routes.keep()) and hang(seconds)(routes)
     return fault

@@ -7,10 +7,12 @@ import json
 import queue
 import threading
 import time
+import uuid
 from typing import Any
 from urllib.parse import urlsplit
 
 POLL_SEC = 1.0
+API_KEY = "canary-api-key"
 
 
 class Platform:
@@ -37,6 +39,8 @@ class Platform:
                 path = urlsplit(self.path).path
                 if path.startswith("/job-take/"):
                     self._poll(platform.jobs, lambda job: (platform._took(job["id"]), job)[1])
+                elif path.startswith("/v2/endpoint/status/"):
+                    self._answer(200, platform.state(path.rsplit("/", 1)[-1]))
                 elif path.startswith("/job-stop/"):
                     self._poll(platform.stops, lambda job_id: {"jobsToStop": [job_id]})
                 else:
@@ -45,13 +49,22 @@ class Platform:
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers["content-length"])).decode()
+                if self.path == "/v2/endpoint/run":
+                    return self._run(json.loads(body)["input"])
                 kind, job_id = urlsplit(self.path).path.split("/")[1:3]
                 value = json.loads(body)
                 if kind == "job-done" and not (isinstance(value, dict) and value.get("status") == "IN_PROGRESS"):
                     platform._done(job_id, value, body)
                 else:
                     platform.progress.append((job_id, value, time.monotonic()))
-                self._answer(200, {})
+                return self._answer(200, {})
+
+            def _run(self, job_input: Any) -> None:
+                if self.headers["Authorization"] != f"Bearer {API_KEY}":
+                    return self._answer(401, {})
+                job_id = f"run-{uuid.uuid4().hex}"
+                platform.submit(job_id, job_input)
+                return self._answer(200, {"id": job_id, "status": "IN_QUEUE"})
 
             def _poll(self, source: queue.Queue[Any], shape: Any) -> None:
                 try:
@@ -67,7 +80,13 @@ class Platform:
                 self.end_headers()
                 self.wfile.write(data)
 
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Routes)
+        class Server(http.server.ThreadingHTTPServer):
+            daemon_threads = True
+
+            def handle_error(self, *_: Any) -> None:
+                """Workers that die are part of the test."""
+
+        self.server = Server(("127.0.0.1", 0), Routes)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     @property
@@ -76,9 +95,21 @@ class Platform:
         return {
             "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID?gpu=x", "RUNPOD_WEBHOOK_PING": f"{base}/ping/$RUNPOD_POD_ID",
             "RUNPOD_WEBHOOK_POST_OUTPUT": f"{base}/job-done/$ID?gpu=x",
-            "RUNPOD_WEBHOOK_POST_STREAM": f"{base}/job-stream/$ID?gpu=x", "RUNPOD_AI_API_KEY": "canary-api-key",
+            "RUNPOD_WEBHOOK_POST_STREAM": f"{base}/job-stream/$ID?gpu=x", "RUNPOD_AI_API_KEY": API_KEY,
             "RUNPOD_POD_ID": "pod1", "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true", "RUNPOD_SKIP_GPU_CHECK": "true",
         }
+
+    @property
+    def api(self) -> str:
+        """The endpoint as its callers see it: POST /run, GET /status/ID."""
+        return f"http://127.0.0.1:{self.server.server_port}/v2/endpoint"
+
+    def state(self, job_id: str) -> dict[str, Any]:
+        """A job as /status shows it: an `error` makes it FAILED, and `output` is kept."""
+        posted = self.results.get(job_id)
+        if posted is None:
+            return {"id": job_id, "status": "IN_PROGRESS" if job_id in self.taken else "IN_QUEUE"}
+        return {"id": job_id, "status": "FAILED" if posted.get("error") else "COMPLETED", **posted}
 
     def submit(self, job_id: str, job_input: Any) -> None:
         """Queue a job."""

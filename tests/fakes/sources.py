@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,6 +20,7 @@ class Sources:
 
     def __init__(self) -> None:
         self.hits: Counter[str] = Counter()
+        self.folder = Path()  # of /file/...
         sources = self
 
         class Routes(http.server.BaseHTTPRequestHandler):
@@ -39,6 +41,34 @@ class Sources:
                     self.send_header(key.replace("_", "-"), value)
                 self.end_headers()
                 self.wfile.write(data)
+
+            def _file(self, name: str, _: int) -> None:
+                self.send((sources.folder / name).read_bytes())
+
+            def _recovers(self, rest: str, hit: int) -> None:
+                code, failures, name = rest.split("/", 2)
+                if (hit - 1) % (int(failures) + 1) < int(failures):
+                    return self.send(b"", int(code), Retry_After="1")
+                return self._file(name, hit)
+
+            def _late(self, rest: str, hit: int) -> None:
+                seconds, name = rest.split("/", 1)
+                time.sleep(float(seconds))
+                self._file(name, hit)
+
+            def _redirect(self, name: str, _: int) -> None:
+                self.send(b"", 307, Location=f"/file/{name}")
+
+            def _garbage(self, _: str, __: int) -> None:
+                self.wfile.write(b"220 mail.example ESMTP\r\n")
+                self.close_connection = True
+
+            def _length(self, _: str, __: int) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", "many")
+                self.end_headers()
+                self.wfile.write(b"x" * 5000)
+                self.close_connection = True
 
             def _good(self, _: str, __: int) -> None:
                 self.send(GOOD)

@@ -1,0 +1,149 @@
+"""Loading and preparing at the published sizes, with random weights in the published layout.
+
+    python -m benchmarks.published [--frames 24]
+
+Preparation runs the real code on a 720p clip; since random weights find nobody, the two networks' outputs are replaced
+by a scripted face after they were computed. `official` is what upstream computes for every frame: S3FD on the frame,
+RTMPose with its mirrored pass, two VAE encodes and BiSeNet, one by one in float32; measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from benchmarks import common
+from musetalk import LipSync, Options, faces
+from musetalk.avatar import Avatar
+from musetalk.blend import parse_input
+from musetalk.checkpoints import PARTS, Networks, builders, default_dtype, write_manifest
+from musetalk.faces import Detection
+from musetalk.nets.bisenet import BiSeNet
+from musetalk.nets.rtmpose import RtmPose
+from musetalk.nets.s3fd import S3fd
+from musetalk.nets.vae import Vae
+
+WIDTH, HEIGHT = 1280, 720
+FACE = (500, 200, 740, 480)  # of the scripted face, pixels
+
+
+def write_weights(folder: Path) -> None:
+    """All six networks in the converted layout: half precision safetensors, as `fetch` leaves them."""
+    configs = {"musetalkV15/musetalk.json": "{}", "sd-vae/config.json": "{}", "whisper/config.json": "{}"}
+    for name, text in configs.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / PARTS["v15"][0].files[0]).touch()  # tells the version before the weights are there
+    for part, build in builders(folder, "v15"):
+        path = folder / part.files[0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state = {k: v.half() if v.is_floating_point() else v for k, v in build().state_dict().items()}
+        save_file({k: v.contiguous() for k, v in state.items()}, path)
+    write_manifest(folder, "v15")
+
+
+def load(device: torch.device) -> dict[str, float]:
+    """Seconds from a folder in the page cache to loaded networks and to the first generated face."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_weights(folder)
+        size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+        LipSync.load(folder, device)
+        began = time.perf_counter()
+        lipsync = LipSync.load(folder, device)
+        loaded = time.perf_counter() - began
+        prompts = lipsync.prompts(np.zeros(1600, np.float32), Fraction(25))
+        with torch.inference_mode():
+            lipsync.generate(torch.zeros(1, 8, 32, 32), prompts.batch(range(1)))
+        return {"weights_gb": size / 1e9, "load_sec": loaded, "load_to_first_face_sec": time.perf_counter() - began}
+
+
+def networks(device: torch.device, dtype: torch.dtype) -> Any:
+    """The networks of preparation at their published sizes, as loading lays them out."""
+    torch.manual_seed(0)
+
+    def laid(net: nn.Module, to: torch.dtype) -> Any:
+        fast: Any = net.eval().requires_grad_(False)
+        return fast.to(device, to, memory_format=torch.channels_last)
+
+    return (laid(S3fd(), torch.float32), laid(RtmPose(), torch.float32), laid(Vae(), dtype), laid(BiSeNet(), dtype))
+
+
+def scripted() -> ExitStack:
+    """The networks are computed, then a face that moves slowly is found."""
+    detect, landmarks = faces.detect, faces.landmarks
+    calls = [0]
+
+    def found(net: S3fd, frame: Tensor) -> list[Detection]:
+        detect(net, frame)
+        return [Detection(float(FACE[0]), float(FACE[1]), float(FACE[2]), float(FACE[3]), 0.99)]
+
+    def seen(net: RtmPose, frames: list[Tensor], regions: Any = None) -> tuple[Tensor, Tensor]:
+        landmarks(net, frames, regions)
+        x = torch.linspace(FACE[0], FACE[2], 68).long()
+        y = torch.linspace(FACE[1], FACE[3], 68).long()
+        y[29] = (FACE[1] + FACE[3]) // 2
+        calls[0] += len(frames)
+        return torch.stack([torch.stack([x + calls[0] // 8, y], dim=1)] * len(frames)), torch.full((len(frames),), 0.9)
+
+    stack = ExitStack()
+    stack.enter_context(mock.patch.object(faces, "detect", found))
+    stack.enter_context(mock.patch.object(faces, "landmarks", seen))
+    return stack
+
+
+@torch.inference_mode()
+def prepare(device: torch.device, count: int) -> dict[str, float]:
+    """Seconds a frame: what upstream computes, and what this project takes for an unseen clip."""
+    dtype = default_dtype(device)
+    frames = [torch.randint(0, 255, (HEIGHT, WIDTH, 3), dtype=torch.uint8) for _ in range(count)]
+    detector, pose, vae, parser = networks(device, torch.float32)
+    picture, crop = torch.randn(1, 3, 384, 288, device=device), torch.randn(1, 3, 256, 256, device=device)
+    square = parse_input(torch.randint(0, 255, (1, 512, 512, 3), dtype=torch.uint8, device=device))
+    steps: dict[str, Callable[[], Any]] = {
+        "s3fd": lambda: faces.detect(detector, frames[0]), "rtmpose_flip": lambda: (pose(picture), pose(picture.flip(-1))),
+        "vae_encode_2": lambda: (vae.encode(crop), vae.encode(crop)), "bisenet": lambda: parser(square)}
+    out = {}
+    for name, step in steps.items():
+        step()
+        out[f"official_{name}_sec"] = common.median([common.timed(step) for _ in range(3)])
+    out["official_sec_per_frame"] = sum(out.values())
+    detector, pose, vae, parser = networks(device, dtype)
+    nets: Any = Networks(None, vae, None, pose, parser, detector, "v15", "", device, dtype)  # type: ignore[arg-type]
+    with scripted():
+        def run() -> None:
+            avatar = Avatar.new()
+            for _ in LipSync(nets).prepare_stream(iter(frames), avatar, Options()):
+                pass
+            assert len([i for i in range(count) if avatar[i] is not None]) == count, "a face in every frame"
+            avatar.close()
+        run()
+        out["sec_per_frame"] = common.timed(run) / count
+    return out | {"preparation_gain": out["official_sec_per_frame"] / out["sec_per_frame"]}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=24)
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    figures = {**load(device), **prepare(device, options.frames)}
+    common.emit("published", **{k: round(v, 3) for k, v in figures.items()}, batch=8, dtype=str(default_dtype(device)),
+                clip=f"{WIDTH}x{HEIGHT}")
+
+
+if __name__ == "__main__":
+    main()

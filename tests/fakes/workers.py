@@ -1,0 +1,85 @@
+"""Real workers as processes: the queue's handler and the HTTP door, each in a folder of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import requests
+
+from pipeline.settings import REPOSITORY
+from tests.conftest import DEMO
+from tests.fakes.b2 import B2
+from tests.fakes.platform import Platform
+
+
+class QueueWorker:
+    """handler.py talking to the fakes."""
+
+    def __init__(self, platform: Platform, b2: B2, folder: Path, command: tuple[str, ...] = ("handler.py",)) -> None:
+        self.platform, self.b2 = platform, b2
+        self.log = (folder / "log").open("w+")
+        environment = {
+            "PATH": os.environ["PATH"], "HOME": str(folder), "TMPDIR": str(folder), "MODEL_DIR": str(DEMO),
+            "DOWNLOAD_ALLOW_HOSTS": "127.0.0.0/8", "CACHE_DIR": str(folder / "cache"), **platform.environment,
+            **b2.environment(),
+        }
+        self.process = subprocess.Popen([sys.executable, *command], cwd=REPOSITORY, env=environment,
+                                        stdout=self.log, stderr=subprocess.STDOUT)
+
+    def output(self) -> str:
+        self.log.flush()
+        return Path(self.log.name).read_text()
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self.log.close()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@contextlib.contextmanager
+def serving(folder: Path, **changes: str) -> Iterator[str]:
+    """`python -m pipeline.server` as a process; yields its base URL once /ping says ready."""
+    with door(folder, **changes) as (base, _):
+        yield base
+
+
+@contextlib.contextmanager
+def door(folder: Path, **changes: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The same with the process."""
+    port = free_port()
+    environment = {
+        "PATH": os.environ["PATH"], "MODEL_DIR": str(DEMO), "PORT": str(port), "STORAGE": "local", "TMPDIR": str(folder),
+        "LOCAL_STORAGE_DIR": str(folder / "outputs"), "CACHE_DIR": str(folder / "cache"),
+        "DOWNLOAD_ALLOW_HOSTS": "127.0.0.0/8", **changes,
+    }
+    process = subprocess.Popen([sys.executable, "-m", "pipeline.server"], cwd=REPOSITORY, env=environment,
+                               stdout=subprocess.DEVNULL, stderr=(folder / "log").open("w"))
+    base = f"http://127.0.0.1:{port}"
+    try:
+        seen = set()
+        for _ in range(600):
+            with contextlib.suppress(requests.ConnectionError):
+                seen.add(requests.get(f"{base}/ping", timeout=5).status_code)
+            if 200 in seen:
+                break
+            time.sleep(0.1)
+        assert 200 in seen, (folder / "log").read_text()
+        assert seen <= {200, 204}
+        yield base, process
+    finally:
+        process.terminate()
+        process.wait(60)

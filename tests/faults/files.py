@@ -1,0 +1,318 @@
+"""Files from strangers: scripts, bombs, damage, and every odd but honest file."""
+
+from __future__ import annotations
+
+import queue
+import random
+import shutil
+import struct
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+from pipeline import media as module
+from pipeline.inference import one_thread
+from pipeline.run import Service, status_of
+from tests.conftest import make_media
+from tests.faults.world import SUCCESS, Body, Expect, Row, World, media, processing
+
+NOT_MEDIA = media("validation", words="not a media file")
+NO_FACE = media("preprocessing", words="face")
+FACE = ("-i", "{clip}")  # the clip with the presenter
+X264 = ("-c:v", "libx264", "-preset", "ultrafast")
+
+
+def make(w: World, name: str, *arguments: str) -> str:
+    """Write a file once with ffmpeg; its name."""
+    path = w.files / name
+    if not path.exists():
+        make_media(path, *(a.format(clip=w.clip, speech=w.speech) for a in arguments))
+    return name
+
+
+def write(w: World, name: str, content: bytes) -> str:
+    """Write a file; its name."""
+    (w.files / name).write_bytes(content)
+    return name
+
+
+def _script(name: str, text: str) -> Row:
+    def act(w: World) -> Body:
+        target = f"{w.sources.url}/good"
+        body = w.job(video=write(w, name, text.format(clip=w.clip, url=target).encode()))
+        assert not w.sources.hits["/good"], "the URL inside was fetched"
+        return body
+    return Row("files", f"{name} that names other files", act, NOT_MEDIA)
+
+
+SCRIPTS = {
+    "concat.mp4": "ffconcat version 1.0\nfile clip.mp4\n", "concat2.mp4": "ffconcat version 1.0\nfile '{clip}'\n",
+    "local.m3u8": "#EXTM3U\n#EXTINF:1,\nfile://{clip}\n#EXT-X-ENDLIST\n",
+    "local.mp4": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile://{clip}\n#EXT-X-ENDLIST\n",
+    "remote.mp4": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{url}\n#EXT-X-ENDLIST\n",
+    "remote.avi": "#EXTM3U\n#EXTINF:1,\nconcat:{url}|file:{clip}\n#EXT-X-ENDLIST\n",
+    "drawing.mp4": '<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" '
+                   'xmlns:x="http://www.w3.org/1999/xlink" width="64" height="64"><image '
+                   'x:href="file://{clip}" width="64" height="64"/></svg>',
+    "dash.mp4": '<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011">'
+                '<Period><BaseURL>{url}</BaseURL></Period></MPD>',
+    "session.mp4": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n",
+    "meta.mp4": ";FFMETADATA1\ntitle=x\n", "imf.mp4": '<?xml version="1.0"?><AssetMap/>',
+}
+
+# name -> (file, ffmpeg's arguments, the body that must come back): as the clip
+CLIPS: dict[str, tuple[str, tuple[str, ...], Expect]] = {
+    "odd sides": ("odd.mp4", (*FACE, "-vf", "scale=641:361", *X264, "-pix_fmt", "yuv444p"), SUCCESS),
+    "rotated by metadata": ("turned.mp4", ("-display_rotation", "90", *FACE, "-c", "copy"), Expect(0)),
+    "variable frame rate": ("vfr.mkv", (*FACE, "-vf", "setpts='PTS+mod(N,3)*0.011/TB'", "-fps_mode", "vfr", *X264), SUCCESS),
+    "10 bit": ("ten.mp4", (*FACE, *X264, "-pix_fmt", "yuv420p10le"), SUCCESS),
+    "4:2:2": ("sub.mkv", (*FACE, "-c:v", "ffv1", "-pix_fmt", "yuv422p"), SUCCESS),
+    "RGB": ("rgb.avi", (*FACE, "-c:v", "rawvideo", "-pix_fmt", "bgr24", "-vf", "scale=320:180"), SUCCESS),
+    "full range": ("full.mp4", (*FACE, *X264, "-pix_fmt", "yuvj420p"), SUCCESS),
+    "alpha": ("alpha.webm", (*FACE, "-c:v", "libvpx-vp9", "-cpu-used", "8", "-pix_fmt", "yuva420p"), SUCCESS),
+    "1000 frames a second": ("fast.mp4", (*FACE, "-vf", "setpts=N/1000/TB", "-r", "1000", *X264), SUCCESS),
+    "one frame": ("single.mp4", (*FACE, "-frames:v", "1", *X264), SUCCESS),
+    "anamorphic": ("wide.mp4", (*FACE, "-vf", "scale=320:360,setsar=2", *X264), SUCCESS),
+    "interlaced transport stream": ("inter.ts", (*FACE, "-c:v", "mpeg2video", "-flags", "+ilme+ildct"), SUCCESS),
+    "fragmented": ("frag.mp4", (*FACE, *X264, "-movflags", "frag_keyframe+empty_moov"), SUCCESS),
+    "timestamps that start late": ("late.mp4", (*FACE, *X264, "-output_ts_offset", "100"), SUCCESS),
+    "a still PNG": ("still.png", (*FACE, "-frames:v", "1"), SUCCESS),
+    "a still JPEG": ("still.jpg", (*FACE, "-frames:v", "1"), SUCCESS),
+    "a still WebP": ("still.webp", (*FACE, "-frames:v", "1", "-c:v", "libwebp"), SUCCESS),
+    "no face": ("bars.mp4", ("-f", "lavfi", "-i", "testsrc2=s=320x180:d=0.2", *X264), NO_FACE),
+    "a black screen": ("black.mp4", ("-f", "lavfi", "-i", "color=black:s=320x180:d=0.2", *X264), NO_FACE),
+    "only sound": ("sound.mp4", ("-i", "{speech}", "-c:a", "aac"), media("validation", words="no picture")),
+    "tiny": ("tiny.mp4", ("-f", "lavfi", "-i", "color=red:s=16x16:d=0.2", *X264), media("validation", words="smaller than")),
+    "16k x 16k PNG": ("huge.png", ("-f", "lavfi", "-i", "color=red:s=16000x16000", "-frames:v", "1"),
+                  media("validation", words="MAX_PIXELS")),
+    "GIF": ("film.gif", (*FACE, "-frames:v", "3"), NOT_MEDIA),
+    "longer than MAX_VIDEO_SEC": ("hours.mp4", ("-f", "lavfi", "-i", "color=red:s=64x64:r=1:d=700", *X264),
+                                  media("validation", words="MAX_VIDEO_SEC")),
+}
+
+SOUNDS: dict[str, tuple[str, tuple[str, ...], Expect]] = {
+    **{f"{rate} Hz": (f"rate{rate}.wav", ("-i", "{speech}", "-ar", str(rate)), SUCCESS)
+       for rate in (8000, 22050, 48000, 192000)},
+    **{f"{n} channels": (f"channels{n}.wav", ("-i", "{speech}", "-ac", str(n)), SUCCESS) for n in range(2, 9)},
+    **{f"{kind}": (f"speech.{kind}", ("-i", "{speech}", *codec), SUCCESS) for kind, codec in {
+        "mp3": (), "m4a": ("-c:a", "aac"), "flac": (), "ogg": ("-c:a", "libvorbis"),
+        "opus": ("-c:a", "libopus", "-ar", "48000"), "aac": (), "webm": ("-c:a", "libopus", "-ar", "48000")}.items()},
+    "a video's sound track": ("talk.mp4", (*FACE, "-i", "{speech}", "-c:v", "copy", "-c:a", "aac"), SUCCESS),
+    "silent": ("silent.wav", ("-f", "lavfi", "-i", "anullsrc=r=16000:cl=mono", "-t", "0.3"), SUCCESS),
+    "8 bit": ("eight.wav", ("-i", "{speech}", "-c:a", "pcm_u8"), SUCCESS),
+    "float": ("float.wav", ("-i", "{speech}", "-c:a", "pcm_f32le"), SUCCESS),
+    "no sound track": ("mute.mp4", (*FACE, "-an", "-c", "copy"), media("validation", words="no sound track")),
+    "a picture": ("picture.png", (*FACE, "-frames:v", "1"), media("validation", words="no sound track")),
+    "longer than MAX_AUDIO_SEC": ("long.mp3", ("-f", "lavfi", "-i", "anullsrc=r=8000:cl=mono", "-t", "700", "-b:a", "8k"),
+                                  media("validation", words="MAX_AUDIO_SEC")),
+}
+
+
+def _clip(name: str) -> Row:
+    file, arguments, expect = CLIPS[name]
+    if expect.status:
+        return Row("files", f"clip: {name}", lambda w: w.job(video=make(w, file, *arguments)), expect)
+    return Row("files", f"clip: {name}", lambda w: _clean(w.job(video=make(w, file, *arguments))))
+
+
+def _sound(name: str) -> Row:
+    file, arguments, expect = SOUNDS[name]
+    return Row("files", f"speech: {name}", lambda w: w.job(audio=make(w, file, *arguments)), expect)
+
+
+def _clean(body: Body) -> None:
+    """Success, or the sender's fault: a damaged file never harms the worker."""
+    if status_of(body) not in (200, 422) or body.get("retryable"):
+        raise AssertionError(f"{body['error_type']} {body['stage']}: {body['error_message'][:300]}")
+
+
+# -- damage and lies -------------------------------------------------------------------------------------------------
+
+
+def no_index(w: World) -> Body:
+    """The moov atom stands at the end and is cut off."""
+    make(w, "plain.mp4", *FACE, "-c", "copy")
+    data = (w.files / "plain.mp4").read_bytes()
+    return w.job(video=write(w, "no_moov.mp4", data[: data.index(b"moov") - 4]))
+
+
+def truncated(w: World) -> None:
+    """The index promises 50 frames, the data ends half way: what is there is used."""
+    make(w, "fifty.mp4", "-stream_loop", "9", *FACE, "-frames:v", "50", *X264, "-movflags", "+faststart", "-g", "5")
+    data = (w.files / "fifty.mp4").read_bytes()
+    body = w.job(video=write(w, "half.mp4", data[: len(data) * 6 // 10]))
+    assert body["status"] == "success", body
+
+
+def forged_duration(seconds: float) -> Callable[[World], Body]:
+    """Another length in the metadata (mvhd, tkhd, mdhd are 32-bit here) than the packets have."""
+    def act(w: World) -> Body:
+        make(w, "plain.mp4", *FACE, "-c", "copy")
+        data = bytearray((w.files / "plain.mp4").read_bytes())
+        at = data.index(b"mvhd")
+        scale = struct.unpack(">I", data[at + 16 : at + 20])[0]
+        data[at + 20 : at + 24] = struct.pack(">I", min(int(seconds * scale), 2**32 - 1))
+        return w.job(video=write(w, f"forged{seconds}.mp4", bytes(data)))
+    return act
+
+
+def endless(w: World) -> None:
+    """Three frames a day apart would be two million at 25 a second: only what is needed is read."""
+    name = make(w, "endless.mkv", *FACE, "-frames:v", "3", "-vf", "setpts=N*86400/TB", "-fps_mode", "passthrough", *X264)
+    _clean(w.job(video=name))
+
+
+def cover_art(w: World) -> Body:
+    """A song's cover is no video."""
+    make(w, "art.png", *FACE, "-frames:v", "1")
+    name = make(w, "song.mp3", "-i", "{speech}", "-i", str(w.files / "art.png"), "-map", "0", "-map", "1",
+                "-disposition:v", "attached_pic", "-c:v", "copy")
+    return w.job(video=name)
+
+
+def huge_h264(w: World) -> Body:
+    """16,000 x 16,000 H.264 in a small file: refused before a frame is allocated."""
+    return w.job(video=make(w, "huge.mp4", "-f", "lavfi", "-i", "color=gray:s=16000x16000:d=0.04", *X264))
+
+
+def header_only(w: World) -> Body:
+    """A WAV with a header and no samples."""
+    data = w.speech.read_bytes()
+    return w.job(audio=write(w, "header.wav", data[: data.index(b"data") + 8]))
+
+
+def forged_wav(w: World) -> None:
+    """A WAV that announces 4 GB."""
+    data = bytearray(w.speech.read_bytes())
+    at = data.index(b"data")
+    data[at + 4 : at + 8] = b"\xff\xff\xff\xff"
+    _clean(w.job(audio=write(w, "forged.wav", bytes(data))))
+
+
+def many_channels(w: World) -> Body:
+    """A header that announces 60,000 channels."""
+    make(w, "speech.m4a", "-i", "{speech}", "-c:a", "aac")
+    data = bytearray((w.files / "speech.m4a").read_bytes())
+    at = data.index(b"mp4a") + 20
+    data[at : at + 2] = struct.pack(">H", 60_000)
+    return w.job(audio=write(w, "channels.m4a", bytes(data)))
+
+
+def child_memory(w: World) -> None:
+    """ffmpeg gets 64 MB (really, by its limit): the job fails cleanly and promptly."""
+    make(w, "hd.mp4", *FACE, "-vf", "scale=3840:2160", "-frames:v", "3", *X264)
+    with mock.patch.object(module, "MEMORY_LIMIT", 64 << 20):
+        body = w.job(video="hd.mp4")
+    assert body["status"] == "failed", body
+
+
+def hung_child(w: World) -> Body:
+    """An ffmpeg that hangs and ignores SIGTERM, with a child of its own: its whole group is killed at the time limit."""
+    script = w.folder / "hangs.sh"
+    script.write_text("#!/bin/sh\ntrap '' TERM\nsh -c 'trap \"\" TERM; sleep 999; : hangs.sh'\n")
+    script.chmod(0o755)
+    with (
+        mock.patch.object(module, "ffmpeg", return_value=str(script)), mock.patch.object(module, "PROBE_SEC", 1),
+        mock.patch.object(shutil, "which", return_value=None),
+    ):
+        body = w.job()
+    left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if b"hangs.sh" in _read(p)]
+    assert not left, "a process of the hung group lives on"
+    return body
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+# -- fuzzing ---------------------------------------------------------------------------------------------------------
+
+CONTAINERS = {
+    "mp4": X264, "mov": X264, "mkv": X264, "webm": ("-c:v", "libvpx", "-deadline", "realtime"), "avi": ("-c:v", "mpeg4"),
+    "ts": X264, "png": ("-frames:v", "1"), "jpg": ("-frames:v", "1"), "webp": ("-frames:v", "1", "-c:v", "libwebp"),
+    "wav": (), "mp3": (), "m4a": ("-c:a", "aac"), "flac": (), "ogg": ("-c:a", "libvorbis"), "aac": (),
+    "opus": ("-c:a", "libopus"),
+}
+SOUND = ("wav", "mp3", "m4a", "flac", "ogg", "aac", "opus")
+
+
+def mutate(data: bytes, r: random.Random) -> bytes:
+    """One to four wounds: flipped bits, overwritten, removed, repeated or swapped pieces, extreme lengths; or a cut."""
+    out = bytearray(data)
+    for _ in range(r.randint(1, 4)):
+        at, size = r.randrange(len(out)), r.choice((1, 4, 16, 64, 512))
+        if r.random() < 0.5:
+            at = r.randrange(min(len(out), 600))  # headers are worth more
+        kind = r.randrange(7)
+        if kind == 0:
+            out[at] ^= 1 << r.randrange(8)
+        elif kind == 1:
+            out[at : at + size] = r.randbytes(size)
+        elif kind == 2:
+            del out[at : at + size]
+        elif kind == 3:
+            out[at:at] = out[at : at + size]
+        elif kind == 4:
+            other = r.randrange(len(out))
+            out[at : at + size], out[other : other + size] = out[other : other + size], out[at : at + size]
+        elif kind == 5:
+            out[at : at + 4] = r.choice((b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff", b"\x80\0\0\0"))
+        else:
+            del out[max(16, at) :]
+        if len(out) < 16:
+            break
+    return bytes(out)
+
+
+def fuzz(count: int) -> Callable[[World], None]:
+    """`count` mutated files over all containers: success or the sender's fault, every time, two jobs at once."""
+    def one(w: World, services: queue.SimpleQueue[Service], seed: int, seeds: dict[str, bytes]) -> str:
+        r = random.Random(seed)
+        kind = list(CONTAINERS)[seed % len(CONTAINERS)]
+        name = f"fuzz{seed}.{kind}"
+        write(w, name, mutate(seeds[kind], r))
+        changes = {"audio": name} if kind in SOUND else {"video": name, "audio": "word.wav"}
+        service = services.get()
+        body = w.job(service, job_id=f"fuzz-{seed}", **changes)
+        services.put(service)
+        (w.files / name).unlink()
+        try:
+            _clean(body)
+        except AssertionError as e:
+            return f"seed {seed} ({kind}): {e}"
+        return ""
+
+    def act(w: World) -> None:
+        seeds = {}
+        make(w, "word.wav", "-i", "{speech}", "-t", "0.08")
+        for kind, codec in CONTAINERS.items():
+            source = ("-i", "{speech}") if kind in SOUND else ("-i", "{clip}", "-vf", "scale=160:90")
+            seeds[kind] = (w.files / make(w, f"seed.{kind}", *source, *codec)).read_bytes()
+        services: queue.SimpleQueue[Service] = queue.SimpleQueue()
+        for _ in range(2):
+            services.put(w.another())
+        with ThreadPoolExecutor(2) as pool, one_thread():
+            wrong = [e for e in pool.map(lambda seed: one(w, services, seed, seeds), range(count)) if e]
+        assert not wrong, f"{len(wrong)} of {count}: {wrong[0]}"
+    return act
+
+
+ROWS = [
+    *[_script(name, text) for name, text in SCRIPTS.items()],
+    *map(_clip, CLIPS), *map(_sound, SOUNDS),
+    Row("files", "missing index (moov)", no_index, media("validation", words="moov")),
+    Row("files", "truncated", truncated), Row("files", "forged duration: hours", forged_duration(36000)),
+    Row("files", "forged duration: none", forged_duration(0)),
+    Row("files", "endless", endless), Row("files", "cover art as video", cover_art, media("validation", words="cover art")),
+    Row("files", "16k x 16k H.264 in a small file", huge_h264, media("validation", words="MAX_PIXELS")),
+    Row("files", "WAV without samples", header_only, media("validation", words="empty")),
+    Row("files", "WAV that announces 4 GB", forged_wav),
+    Row("files", "sound of 60,000 channels", many_channels), Row("files", "ffmpeg's memory limit", child_memory),
+    Row("files", "ffmpeg hangs and ignores SIGTERM", hung_child, processing("validation", True, "took more than")),
+    Row("files", "150 mutated files", fuzz(150), limit_sec=200),
+    Row("files", "2,000 mutated files", fuzz(2000), limit_sec=1800, long=True),
+]

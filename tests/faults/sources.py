@@ -1,0 +1,80 @@
+"""A host that misbehaves while an input is fetched."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from typing import Any
+from unittest import mock
+
+from tests.faults.world import SUCCESS, Body, Expect, Row, World, media
+
+GONE, LATER = media("download"), media("download", retryable=True)
+BEHAVIOURS: dict[str, tuple[str, Expect]] = {
+    "404": ("/status/404", media("download", words="Download failed: 404")),
+    "403": ("/status/403", media("download", words="403")), "410": ("/status/410", media("download", words="410")),
+    "401": ("/status/401", media("download", words="401")),
+    "429 for ever": ("/status/429", LATER), "500 for ever": ("/status/500", LATER), "503 for ever": ("/status/503", LATER),
+    "429 with Retry-After, then well": ("/recovers/429/1/clip.mp4", SUCCESS),
+    "500, then well": ("/recovers/500/1/clip.mp4", SUCCESS), "503 twice, then well": ("/recovers/503/2/clip.mp4", SUCCESS),
+    "reset in the body": ("/reset", LATER), "slow drip": ("/drip", LATER), "silent past the idle limit": ("/silent/3", LATER),
+    "shorter than announced": ("/short", LATER), "never ending": ("/endless", media("download", words="MAX_DOWNLOAD_MB")),
+    "too large, announced": ("/announced/5000000", media("download", words="MAX_DOWNLOAD_MB")),
+    "empty": ("/empty", media("download", words="empty")),
+    "a web page": ("/page", media("validation", words="web page")),
+    "noise": ("/good", media("validation", words="not a media file")),
+    "gzip bomb": ("/bomb/50", media("download", words="MAX_DOWNLOAD_MB")),
+    "redirect loop": ("/loop/0", media("download", words="redirects")),
+    "redirect to a good file": ("/redirect/clip.mp4", SUCCESS),
+    "malformed answer": ("/garbage", LATER),
+    "malformed Content-Length": ("/length", media("validation", words="not a media file")),
+}
+
+
+def _row(name: str, path: str, expect: Expect) -> Row:
+    return Row("sources", name, lambda w: w.job(video=path), expect)
+
+
+def dns_failure(w: World) -> Body:
+    """The name does not exist; nobody is asked."""
+    def unknown(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    with mock.patch.object(socket, "getaddrinfo", unknown):
+        return w.job(video_url="http://no.such.host/clip.mp4")
+
+
+def refused(w: World) -> Body:
+    """Nobody listens on the port."""
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return w.job(video_url=f"http://127.0.0.1:{port}/clip.mp4")
+
+
+def tls(w: World) -> Body:
+    """https to a host that does not speak it."""
+    return w.job(video_url=w.url("clip.mp4").replace("http:", "https:"))
+
+
+def stops_asking(w: World) -> None:
+    """A refusal is asked once, an outage three times."""
+    for path, want in (("/status/404", 1), ("/status/503", 3)):
+        w.sources.hits.clear()
+        w.job(video=path)
+        assert w.sources.hits[path] == want, f"{path} was asked {w.sources.hits[path]} times"
+
+
+ROWS = [
+    *[_row(name, path, expect) for name, (path, expect) in BEHAVIOURS.items()],
+    Row("sources", "speech: 404", lambda w: w.job(audio="/status/404"), GONE),
+    Row("sources", "speech: slow drip", lambda w: w.job(audio="/drip"), LATER),
+    Row("sources", "no such name", dns_failure, LATER), Row("sources", "connection refused", refused, LATER),
+    Row("sources", "https to a host that speaks http", tls, GONE),
+    Row("sources", "a password in the URL", lambda w: w.job(
+        video_url=w.url("/status/404").replace("://", "://user:canary-password@")), GONE),
+    Row("sources", "number of tries", stops_asking),
+    *[Row("sources", f"redirect to {target.split(':')[0]}:", lambda w, t=target: w.job(video_url=w.sources.redirect_to(t)),
+          media("download", words="not http"))
+      for target in ("file:///etc/passwd", "ftp://127.0.0.1/x", "gopher://127.0.0.1/x", "data:video/mp4,x")],
+]

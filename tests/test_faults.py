@@ -1,0 +1,41 @@
+"""The fault harness as tests: every row with its checks (`python -m tests.faults` prints them as a table)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.faults import world as faults
+from tests.faults.rows import ROWS
+from tests.faults.world import SUCCESS, Row, World, media
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    with faults.world() as made:
+        yield made
+
+
+@pytest.mark.parametrize("row", [
+    pytest.param(row, id=f"{row.group}: {row.name}", marks=[pytest.mark.full] if row.long else []) for row in ROWS])
+def test_row(world: World, row: Row) -> None:
+    wrong = world.run(row)
+    assert not wrong, wrong
+
+
+def test_the_harness_can_fail(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong body, a file left behind, a secret said and a worker that is broken afterwards are each seen."""
+    monkeypatch.setattr(faults, "SETTLE_SEC", 0.2)
+    assert "expected success" in world.run(Row("self", "body", lambda w: w.job(video="/status/404"), SUCCESS))
+    assert "expected (422" in world.run(Row("self", "stage", lambda w: w.job(video="/page"), media("download")))
+
+    def leaves_a_file(w: World) -> None:
+        (w.temporary / "left").write_text("")
+
+    assert "temporary files ['left']" in world.run(Row("self", "file", leaves_a_file))
+    (world.temporary / "left").unlink()
+    assert "a secret was said" in world.run(Row("self", "secret", lambda w: w.said.append(faults.CANARY)))
+    monkeypatch.setattr(world.service.engine, "lost", True)
+    assert "the healthy job" in world.run(Row("self", "unfit", lambda w: None))
+    world.said.clear()
