@@ -277,10 +277,10 @@ def read_pcm(info: MediaInfo, max_seconds: float, timeout: float, max_pixels: in
         raise BadMedia(f"the sound has {audio.channels} channels, more than {MAX_CHANNELS}",
                        size=audio.channels, limit=MAX_CHANNELS)
     mean = "+".join(f"{1 / audio.channels:.9f}*c{i}" for i in range(audio.channels))
-    chain = f"pan=mono|c0={mean},aresample=16000:filter_size=64:cutoff=0.95"
+    chain = f"atrim=end={max_seconds + 1:.3f},pan=mono|c0={mean},aresample=16000:filter_size=64:cutoff=0.95"
     command = [
         ffmpeg(), "-nostdin", "-v", "error", *guarded(info.path, max_pixels), "-map", f"0:{audio.index}", "-vn", "-sn",
-        "-dn", "-af", chain, "-t", f"{max_seconds + 1:.3f}", "-f", "f32le", "-ar", "16000", "-ac", "1", "pipe:1",
+        "-dn", "-af", chain, "-f", "f32le", "-ar", "16000", "-ac", "1", "pipe:1",
     ]
     code, out, err = run(command, timeout)
     pcm = np.frombuffer(out[: len(out) // 4 * 4], np.float32)
@@ -321,8 +321,10 @@ class Mp4Writer(Child):
             "-s", f"{source.width}x{source.height}", "-r", rate, "-i", "pipe:0",
             *guarded(speech.path, source.max_pixels),
             "-map", "0:v", "-map", f"1:{audio.index}", "-map_metadata", "-1", *(encoder or video_encoder()),
-            *colour_tags(video), "-pix_fmt", "yuv420p", "-c:a", "aac", "-b:a", "160k", "-ar", str(sound_rate),
-            "-ac", str(min(audio.channels, 2)), "-t", f"{seconds:.6f}", "-movflags", "+faststart", "-f", "mp4", f"file:{path}",
+            *colour_tags(video), "-pix_fmt", "yuv420p",
+            # not -t: ffmpeg 9 now and then waits for ever when that ends a damaged sound
+            "-af", f"atrim=end={seconds:.6f}", "-c:a", "aac", "-b:a", "160k", "-ar", str(sound_rate),
+            "-ac", str(min(audio.channels, 2)), "-movflags", "+faststart", "-f", "mp4", f"file:{path}",
         ]
         super().__init__(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
         self.path = path

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from pipeline import media as m
 from pipeline.errors import BadMedia
 from pipeline.geometry import plan
 from pipeline.media import FrameReader, FrameSource, Mp4Writer
+from tests.conftest import SAMPLES
+from tests.faults.files import mutate
 
 PIXELS = 8_847_360
 Make = Callable[..., Path]
@@ -185,6 +189,27 @@ def test_encoded_file_has_the_sound_and_the_tags(media: Make, tmp_path: Path) ->
         assert abs(before[:, plane].mean() - after[:, plane].mean()) < 0.5
     data = (tmp_path / "o.mp4").read_bytes()
     assert data.index(b"moov") < data.index(b"mdat"), "faststart"
+
+
+def test_damaged_sound_never_hangs_the_encoder(media: Make, tmp_path: Path) -> None:
+    """A sound that ffmpeg 9 could not always end with -t: about one encode in eight waited for ever."""
+    presenter, cut = SAMPLES / "presenter.mp4", ("-ss", "0.3", "-i", str(SAMPLES / "speech.wav"), "-t", "0.3")
+    whole = media("whole.mp3", "-i", str(media("cut.wav", *cut)))
+    (tmp_path / "damaged.mp3").write_bytes(mutate(whole.read_bytes(), random.Random(1018)))
+    speech, src = m.probe(tmp_path / "damaged.mp3", PIXELS), source(presenter, resolution="360p")
+    pictures = frames(src, 0, 4)
+
+    def encode(number: int) -> None:
+        writer = Mp4Writer(tmp_path / f"{number}.mp4", src, speech, 0.16)
+        try:
+            for frame in pictures:
+                writer.write(frame)
+            writer.finish(10)
+        finally:
+            writer.close()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(encode, range(32)))
 
 
 def test_children_get_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
