@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from musetalk.box import Box
 from musetalk.faces import face_box
@@ -74,6 +75,16 @@ def crops(seed: int, count: int) -> NDArray[np.uint8]:
         mouth = random_mouth(r)
         out[i] = scene(r, Identity.random(int(r.integers(TRAIN_IDENTITIES))), mouth).crop(mouth)
     return out
+
+
+def tinted(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Levels (N, ..., 3) under another light each, so that no tone of skin is one never seen: a gain and an offset for
+    every channel of every item.
+    """
+    shape = (len(images), *[1] * (images.ndim - 2), 3)
+    gain = torch.rand(shape, generator=generator) * 0.24 + 0.86
+    offset = torch.rand(shape, generator=generator) * 24 - 12
+    return (images * gain + offset).clamp(0, 255).round().to(torch.uint8)
 
 
 def in_parallel(function: Callable[[int, int], NDArray[Any]], count: int, piece: int) -> NDArray[Any]:

@@ -109,7 +109,8 @@ def main() -> None:
         chosen = torch.from_numpy(np.asarray(rows[np.sort(r.integers(len(rows), size=8))], np.float32)).to(device)
         image = chosen[:, :-4].view(-1, SIDE, SIDE, 3)
         image = (image * torch.empty(8, 1, 1, 3).uniform_(0.8, 1.15) + torch.randn_like(image) * 3).clamp(0, 255)
-        levels = net(s3fd_input(image).contiguous(memory_format=torch.channels_last))
+        with common.mixed_precision(device):
+            levels = net(s3fd_input(image).contiguous(memory_format=torch.channels_last))
         loss = loss_of(levels, chosen[:, -4:])
         training.step(loss)
         if training.due(50):

@@ -51,7 +51,8 @@ def main() -> None:
         chosen = torch.from_numpy(np.asarray(rows[np.sort(training.random.integers(len(rows), size=6))])).to(device)
         image = parse_input(chosen[..., :3]) + 0.25 * torch.randn(6, 3, 1, 1, device=device)
         labels = chosen[:, ::4, ::4, 3].long()
-        logits = net(image.contiguous(memory_format=torch.channels_last))
+        with common.mixed_precision(device):
+            logits = net(image.contiguous(memory_format=torch.channels_last))
         full = F.interpolate(logits.float(), size=512, mode="bilinear", align_corners=True)[:, :, ::4, ::4]
         loss = F.cross_entropy(full, labels)
         training.step(loss)

@@ -86,7 +86,8 @@ def main() -> None:
         chosen = torch.from_numpy(np.concatenate(mixed).astype(np.float32)).to(device)
         image = pose_input(vary(chosen[:, :-136].view(-1, 384, 288, 3))).contiguous(memory_format=torch.channels_last)
         points = chosen[:, -136:].view(-1, 68, 2)
-        x, y = net(image)
+        with common.mixed_precision(device):
+            x, y = net(image)
         loss = (simcc_loss(x[:, FACE_POINTS], points[..., 0] * 2) + simcc_loss(y[:, FACE_POINTS], points[..., 1] * 2))
         training.step(loss)
         if training.due(50):

@@ -56,10 +56,10 @@ def encode(images: NDArray[np.uint8], device: torch.device) -> NDArray[np.float1
     """Pairs -> (N, 12, h, w) half precision: masked and reference latents of the source, latent of the target."""
     net = common.on(Vae(vae.CONFIG), device).eval()
     common.load(net, "vae")
-    out = []
+    out, light = [], torch.Generator().manual_seed(14)
     for part in common.parts(len(images), 32):
-        pair = torch.from_numpy(np.array(images[part]))
-        with torch.autocast(device.type, torch.bfloat16):
+        pair = data.tinted(torch.from_numpy(np.array(images[part])), light)
+        with common.mixed_precision(device):
             source = generate.latents(net, pair[:, 0])
             target = net.encode(generate.vae_inputs(pair[:, 1].to(device))[1])
         out.append(torch.cat([source, target], dim=1).half().cpu().numpy())
@@ -92,7 +92,7 @@ def prompts(states: Tensor, seconds: NDArray[np.float64], moment: NDArray[np.int
 def main() -> None:
     """Draw and encode the pairs, train, write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=3250)
+    parser.add_argument("--steps", type=int, default=3600)
     parser.add_argument("--pairs", type=int, default=14000)
     parser.add_argument("--rate", type=float, default=1.5e-3)
     options = parser.parse_args()
@@ -111,7 +111,7 @@ def main() -> None:
         pick = np.sort(training.random.integers(len(latents), size=32))
         batch = torch.from_numpy(np.asarray(latents[pick])).to(device).float()
         tokens = prompts(states, seconds, when[pick], positions)
-        with torch.autocast(device.type, torch.bfloat16):
+        with common.mixed_precision(device):
             out = net(batch[:, :8].contiguous(memory_format=torch.channels_last), tokens).float()
         error = (out - batch[:, 8:]).abs()
         training.step((error * weight).mean())

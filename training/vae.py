@@ -63,11 +63,11 @@ def main() -> None:
     weight = mouth_weight(CONFIG.crop_size).to(device)
     for step in training.steps():
         pick = images[training.random.integers(len(images), size=options.batch)]
-        image = torch.from_numpy(pick).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        image = data.tinted(torch.from_numpy(pick)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
         if step % 8 == 7:
             image[:, :, CONFIG.crop_size // 2 :] = -1  # the masked crops are encoded too
         image = image.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16):
+        with common.mixed_precision(device):
             loss = loss_of(net, image, weight, noise=True)
         training.step(loss)
         if training.due(100):

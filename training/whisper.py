@@ -91,7 +91,7 @@ def disguise(mel: Tensor) -> Tensor:
 def main() -> None:
     """Train and write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--rate", type=float, default=1.5e-3)
     options = parser.parse_args()
     device = common.setup(2)
