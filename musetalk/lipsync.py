@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musetalk import blend, checkpoints, faces, generate
+from musetalk import blend, checkpoints, faces, generate, tuning
 from musetalk.audio import Prompts, silent_frames
 from musetalk.avatar import Avatar, Face
 from musetalk.blend import ParsingMode
@@ -60,6 +60,9 @@ class LipSync:
     nets: checkpoints.Networks
     largest_batch: int = field(default=1 << 30)  # halved for good when memory ran out
 
+    def __post_init__(self) -> None:
+        self.generator: tuning.Generator = tuning.plain(self.nets.unet, self.nets.vae)
+
     @classmethod
     def load(
         cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
@@ -71,6 +74,11 @@ class LipSync:
     def crop_size(self) -> int:
         """Side of the face crops the networks work on, pixels."""
         return self.nets.vae.cfg.crop_size
+
+    def tune(self, batch_size: int, tokens: int) -> None:
+        """On a GPU, find the fastest right way to generate such batches. Takes some seconds and memory for one more batch."""
+        if self.nets.device.type == "cuda":
+            self.generator = tuning.tune(self.nets.unet, self.nets.vae, batch_size, tokens)
 
     # -- preparing -----------------------------------------------------------------------------------------------------
 
@@ -152,8 +160,9 @@ class LipSync:
         while made is None:
             try:
                 parts = [slice(i, i + self.largest_batch) for i in range(0, len(latents), self.largest_batch)]
-                made = [generate.faces(self.nets.unet, self.nets.vae, latents[p], prompts[p]) for p in parts]
+                made = [self.generator(latents[p], prompts[p]) for p in parts]
             except torch.OutOfMemoryError:
+                self.generator = tuning.plain(self.nets.unet, self.nets.vae)  # a recorded generator holds a batch's memory
                 size = min(len(latents), self.largest_batch)
                 if size == 1:
                     raise

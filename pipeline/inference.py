@@ -102,7 +102,7 @@ class Engine:
             return self._lipsync
 
     def warm_up(self) -> None:
-        """One pass of every network, so that the first job finds kernels chosen and memory laid out."""
+        """One pass of every network, so that the first job finds kernels chosen and memory laid out; tunes a GPU."""
         lipsync = self.load()
         with translated("inference"), torch.inference_mode():
             size, cfg = lipsync.crop_size, lipsync.nets.vae.cfg
@@ -110,6 +110,7 @@ class Engine:
             prompts = lipsync.prompts(np.zeros(1600, np.float32), Fraction(25))
             tokens = prompts.batch(range(1)).expand(batch, -1, -1)
             latents = torch.zeros(batch, 2 * cfg.latent_channels, side, side)
+            lipsync.tune(batch, tokens.shape[1])
             lipsync.generate(latents, tokens)
             grey = [torch.full((256, 256, 3), 127, dtype=torch.uint8)]
             for _ in lipsync.prepare_stream(iter(grey), Avatar.new(), Options()):

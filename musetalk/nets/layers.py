@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -72,6 +73,49 @@ def fold_batch_norm(net: nn.Module) -> None:
             module.bn = nn.Identity()  # type: ignore[assignment]
 
 
+class NormSilu(nn.GroupNorm):
+    """GroupNorm, then SiLU.
+
+    `fused`, for channels-last pictures on a GPU: the statistics become one scale and one shift per channel, and a single
+    pass applies them with the activation, where norm and activation apart take two and may reorder the memory. Its error
+    against the plain way is rounding; musetalk/tuning.py decides whether it pays.
+    """
+
+    fused = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C, H, W)."""
+        if not self.fused:
+            return F.silu(super().forward(x))
+        scale, shift = self.per_channel(x)
+        return affine_silu(x, scale, shift)
+
+    def per_channel(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of (N, C, H, W) as a scale and a shift (N, C, 1, 1), from statistics in float32."""
+        n, channels, height, width = x.shape
+        groups = x.permute(0, 2, 3, 1).reshape(n, height * width, self.num_groups, -1)
+        mean = groups.mean(dim=(1, 3), dtype=torch.float32)
+        square = torch.linalg.vector_norm(groups, dim=(1, 3), dtype=torch.float32).square() / (x[0].numel() / self.num_groups)
+        inverse = (square - mean.square()).clamp(min=0).add(self.eps).rsqrt()
+        scale = self.weight.float().view(1, self.num_groups, -1) * inverse[..., None]
+        shift = self.bias.float().view(1, self.num_groups, -1) - mean[..., None] * scale
+        return scale.to(x.dtype).view(n, channels, 1, 1), shift.to(x.dtype).view(n, channels, 1, 1)
+
+
+@lru_cache(maxsize=1)
+def _affine_silu_kernel() -> Callable[..., Tensor]:
+    """One element-wise CUDA kernel, compiled by the driver's own compiler at its first call."""
+    kernel: Callable[..., Tensor] = torch.cuda.jiterator._create_jit_fn(
+        "template <typename T> T affine_silu(T x, T scale, T shift) {"
+        " const T y = x * scale + shift; return y / (T(1) + std::exp(-y)); }")
+    return kernel
+
+
+def affine_silu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """SiLU of x * scale + shift."""
+    return _affine_silu_kernel()(x, scale, shift) if x.is_cuda else F.silu(torch.addcmul(shift, x, scale))
+
+
 class ResnetBlock(nn.Module):
     """GroupNorm-SiLU-conv twice plus the (projected) input; optionally a time embedding between the two.
 
@@ -80,19 +124,19 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, cin: int, cout: int, groups: int, eps: float, time_dim: int = 0) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, cin, eps)
+        self.norm1 = NormSilu(groups, cin, eps)
         self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_dim, cout) if time_dim else None
-        self.norm2 = nn.GroupNorm(groups, cout, eps)
+        self.norm2 = NormSilu(groups, cout, eps)
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else None
 
     def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
         """(N, cin, H, W), SiLU of the time embedding (1, time_dim) or None -> (N, cout, H, W)."""
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(self.norm1(x))
         if self.time_emb_proj is not None and time is not None:
             h = h + self.time_emb_proj(time)[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(self.norm2(h))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
     def fold_time(self, time: Tensor) -> None:

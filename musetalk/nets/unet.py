@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musetalk.nets.layers import Downsample, ResnetBlock, Upsample, attend
+from musetalk.nets.layers import Downsample, NormSilu, ResnetBlock, Upsample, attend
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class UNet(nn.Module):
             ins = [(width if j == 0 else out) + skips.pop() for j in range(per + 1)]
             self.up_blocks.append(Block(ins, out, cfg, cross[last - i], up=i < last))
             width = out
-        self.conv_norm_out = nn.GroupNorm(cfg.norm_num_groups, width, 1e-5)
+        self.conv_norm_out = NormSilu(cfg.norm_num_groups, width, 1e-5)
         self.conv_out = nn.Conv2d(width, cfg.out_channels, 3, padding=1)
 
     def time(self) -> Tensor | None:
@@ -219,7 +219,7 @@ class UNet(nn.Module):
                 x = block.layer(i, torch.cat([x, skips.pop()], dim=1), time, audio)
             if block.up:
                 x = block.upsamplers[0](x)
-        return cast(Tensor, self.conv_out(F.silu(self.conv_norm_out(x))))
+        return cast(Tensor, self.conv_out(self.conv_norm_out(x)))
 
     @torch.no_grad()
     def fold_time(self) -> None:

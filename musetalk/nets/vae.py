@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musetalk.nets.layers import Downsample, ResnetBlock, Upsample, attend
+from musetalk.nets.layers import Downsample, NormSilu, ResnetBlock, Upsample, attend
 
 EPS = 1e-6
 
@@ -104,7 +103,7 @@ class Encoder(nn.Module):
             self.down_blocks.append(Level(width, out, cfg.layers_per_block, groups, "" if last else "down"))
             width = out
         self.mid_block = MidBlock(width, groups)
-        self.conv_norm_out = nn.GroupNorm(groups, width, EPS)
+        self.conv_norm_out = NormSilu(groups, width, EPS)
         self.conv_out = nn.Conv2d(width, 2 * cfg.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,7 +111,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for level in self.down_blocks:
             x = level(x)
-        return cast(Tensor, self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x)))))
+        return cast(Tensor, self.conv_out(self.conv_norm_out(self.mid_block(x))))
 
 
 class Decoder(nn.Module):
@@ -129,7 +128,7 @@ class Decoder(nn.Module):
             last = i == len(widths) - 1
             self.up_blocks.append(Level(width, out, cfg.layers_per_block + 1, groups, "" if last else "up"))
             width = out
-        self.conv_norm_out = nn.GroupNorm(groups, width, EPS)
+        self.conv_norm_out = NormSilu(groups, width, EPS)
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -137,7 +136,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(z))
         for level in self.up_blocks:
             x = level(x)
-        return cast(Tensor, self.conv_out(F.silu(self.conv_norm_out(x))))
+        return cast(Tensor, self.conv_out(self.conv_norm_out(x)))
 
 
 class Vae(nn.Module):
