@@ -36,7 +36,7 @@ def plain(unet: UNet, vae: Vae) -> Generator:
 
 def record_cuda(work: Callable[[], Made]) -> tuple[Made, Callable[[], None]]:
     """Capture `work` as a CUDA graph, after runs aside in which libraries choose their kernels and take their memory."""
-    aside = torch.cuda.Stream()
+    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
         for _ in range(ROUNDS):
@@ -118,6 +118,9 @@ def tune(
         fuse_norms(unet, vae)
         return best
 
+    def unfuse() -> None:
+        fuse_norms(unet, vae, False)
+
     def graph(best: Generator) -> Generator:
         return Recorded(best, *inputs[0], record=record)
 
@@ -125,7 +128,9 @@ def tune(
     want = [best(*each) for each in inputs]
     with torch.backends.cudnn.flags(benchmark=True, deterministic=False):  # a graph keeps the kernels chosen here
         least = measure(best, *inputs[0])
-        for name, build, undo in (("fused norm", fuse, lambda: fuse_norms(unet, vae, False)), ("graph", graph, lambda: None)):
+        ways: list[tuple[str, Callable[[Generator], Generator], Callable[[], object]]] = [
+            ("fused norm", fuse, unfuse), ("graph", graph, torch.cuda.empty_cache)]
+        for name, build, undo in ways:
             try:
                 way = build(best)
                 wrong, took = difference([way(*each) for each in inputs], want), measure(way, *inputs[0])

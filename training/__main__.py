@@ -13,7 +13,7 @@ import sys
 STEPS = {
     "speech": "--pieces 2", "vae": "--steps 3 --images 16", "whisper": "--steps 3",
     "detector": "--steps 3 --images 16", "pose": "--steps 3 --images 16 --large 8", "parser": "--steps 3 --images 12",
-    "unet": "--steps 3 --pairs 32", "assemble": "", "samples": "",
+    "unet": "--steps 3 --pairs 32", "vae --decoder": "--steps 3 --images 16", "assemble": "", "samples": "",
 }
 
 
@@ -26,7 +26,9 @@ def main() -> int:
         if quick and step == "samples":
             continue
         print(f"== {step}", flush=True)
-        if code := subprocess.run([sys.executable, "-m", f"training.{step}", *(small.split() if quick else [])]).returncode:
+        name, *flags = step.split()
+        command = [sys.executable, "-m", f"training.{name}", *flags, *(small.split() if quick else [])]
+        if code := subprocess.run(command).returncode:
             return code
     return 0
 

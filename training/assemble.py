@@ -47,7 +47,7 @@ def main() -> None:
     """Write weights, configs, manifest and the training's report."""
     put("musetalkV15/unet.pth", trained("unet"))
     config("musetalkV15/musetalk.json", {"_class_name": "UNet2DConditionModel", **asdict(unet.CONFIG)})
-    put("sd-vae/diffusion_pytorch_model.bin", trained("vae"))
+    put("sd-vae/diffusion_pytorch_model.bin", trained("decoder"))
     config("sd-vae/config.json", {"_class_name": "AutoencoderKL", **asdict(vae.CONFIG)})
     put("whisper/pytorch_model.bin", {f"model.encoder.{k}": v for k, v in trained("whisper").items()})
     config("whisper/config.json", {"model_type": "whisper", **asdict(whisper.CONFIG)})

@@ -25,7 +25,8 @@ def setup(seed: int) -> torch.device:
     """Fix the seeds and the algorithms and take the GPU where there is one."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it, and filling takes a tenth of a step
+    # nothing reads uninitialized memory, and filling it takes a tenth of a step
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.manual_seed(seed)
     WORK.mkdir(exist_ok=True, parents=True)
     if threads := os.environ.get("TRAIN_THREADS"):

@@ -1,15 +1,17 @@
-"""Train the demo autoencoder: python -m training.vae [--steps N]."""
+"""Train the demo autoencoder: python -m training.vae [--steps N]; then its decoder alone: --decoder.
+
+The first training fixes what latents mean, under lights of every tone. The second leaves the encoder as it is, so that
+the UNet's latents keep their meaning, and sharpens the decoder on the pictures as they are drawn.
+"""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from musetalk import checkpoints
 from musetalk.nets.vae import Vae, VaeConfig
 from training import common, data
 
@@ -45,26 +47,25 @@ def loss_of(net: Vae, image: Tensor, weight: Tensor, noise: bool) -> Tensor:
 def main() -> None:
     """Draw the crops, train, write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=3800)
+    parser.add_argument("--steps", type=int, help="default: 3800, with --decoder 1800")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--images", type=int, default=12000)
-    parser.add_argument("--decoder-of", type=Path, help="go on with the decoder of the weights in this folder; the "
-                        "encoder stays as it is, so that the UNet's latents keep their meaning")
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--decoder", action="store_true", help="go on with the decoder alone, after training.vae")
     options = parser.parse_args()
     device = common.setup(1)
     images = common.cached("crops", lambda: data.in_parallel(data.crops, options.images, 500))
     net = common.on(Vae(CONFIG), device)
-    if options.decoder_of:
-        net.load_state_dict(checkpoints.load(options.decoder_of, dtype=torch.float32).vae.state_dict())
+    name, steps, rate = ("decoder", 1800, 1.2e-3) if options.decoder else ("vae", 3800, 2e-3)
+    if options.decoder:
+        common.load(net, "vae")
         for part in (net.encoder, net.quant_conv):
             part.requires_grad_(False)
-    training = common.Training("vae", net, options.steps, options.rate, seed=2)
+    training = common.Training(name, net, options.steps or steps, rate, seed=2)
     weight = mouth_weight(CONFIG.crop_size).to(device)
     for step in training.steps():
-        pick = images[training.random.integers(len(images), size=options.batch)]
-        image = data.tinted(torch.from_numpy(pick)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        if step % 8 == 7:
+        pick = torch.from_numpy(images[training.random.integers(len(images), size=options.batch)])
+        image = (pick if options.decoder else data.tinted(pick)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        if step % 8 == 7 and not options.decoder:
             image[:, :, CONFIG.crop_size // 2 :] = -1  # the masked crops are encoded too
         image = image.contiguous(memory_format=torch.channels_last)
         with common.mixed_precision(device):
