@@ -38,7 +38,7 @@ def config(relative: str, values: dict[str, Any]) -> None:
 
 
 def report() -> dict[str, Any]:
-    """The last line that each network's training logged."""
+    """The last line that each training logged: steps, seconds, errors."""
     lines = [json.loads(line) for line in (common.WORK / "report.jsonl").read_text().splitlines()]
     return {line.pop("net"): line for line in lines}
 
@@ -58,7 +58,7 @@ def main() -> None:
     put("s3fd-619a316812.pth", trained("detector"))
     config("s3fd.json", asdict(detector.CONFIG))
     checkpoints.write_manifest(TARGET, "v15")
-    config("training.json", report())
+    config("report.json", {"command": "python -m training", "trained": report()})
     size = sum(f.stat().st_size for f in TARGET.rglob("*") if f.is_file())
     print(f"{TARGET}: {size / 1e6:.1f} MB")
 
