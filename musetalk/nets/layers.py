@@ -107,7 +107,7 @@ def _affine_silu_kernel() -> Callable[..., Tensor]:
     """One element-wise CUDA kernel, compiled by the driver's own compiler at its first call."""
     kernel: Callable[..., Tensor] = torch.cuda.jiterator._create_jit_fn(
         "template <typename T> T affine_silu(T x, T scale, T shift) {"
-        " const T y = x * scale + shift; return y / (T(1) + std::exp(-y)); }")
+        " const float y = float(x) * float(scale) + float(shift); return T(y / (1.0f + ::exp(-y))); }")
     return kernel
 
 
