@@ -45,7 +45,7 @@ def report() -> dict[str, Any]:
 
 def main() -> None:
     """Write weights, configs, manifest and the training's report."""
-    put("musetalkV15/unet.pth", trained("unet"))
+    put("musetalkV15/unet.pth", trained("settled"))
     config("musetalkV15/musetalk.json", {"_class_name": "UNet2DConditionModel", **asdict(unet.CONFIG)})
     put("sd-vae/diffusion_pytorch_model.bin", trained("decoder"))
     config("sd-vae/config.json", {"_class_name": "AutoencoderKL", **asdict(vae.CONFIG)})

@@ -1,7 +1,11 @@
-"""Train the demo UNet: python -m training.unet [--steps N], after training.vae and training.whisper.
+"""Train the demo UNet: python -m training.unet [--steps N], after training.vae and training.whisper; then --settle.
 
 A pair is one frame drawn twice: with any mouth (what the worker is given) and with the mouth of a moment of speech
 (what it must paint). Both are encoded once; the UNet learns the second latent from the first and the audio tokens.
+
+It first hears what the worker gives it at each rate. The worker rounds a frame's time down to an encoder step below 50 fps
+and to the nearest step above, so a mouth learnt from both comes some milliseconds early at 60 fps. `--settle` goes on with
+the step nearest to every frame, as the published weights learnt (at 25 fps each frame has a step of its own).
 """
 
 from __future__ import annotations
@@ -79,12 +83,16 @@ def hear(device: torch.device) -> Tensor:
     return torch.stack(copies)
 
 
-def prompts(states: Tensor, seconds: NDArray[np.float64], moment: NDArray[np.int64], positions: Tensor) -> Tensor:
-    """Audio tokens (N, 50, width) of the given moments, from a random copy of the speech."""
+def prompts(
+    states: Tensor, seconds: NDArray[np.float64], moment: NDArray[np.int64], positions: Tensor, nearest: bool
+) -> Tensor:
+    """Audio tokens (N, 50, width) of the given moments, from a random copy of the speech; `nearest`: see above."""
     out = []
     for u, rate, frame in moment:
         copy = int(torch.randint(0, len(states), ()))
         fps, steps = RATES[rate], audio.step_count(round(seconds[u] * audio.SAMPLE_RATE))
+        if nearest:
+            frame, fps = round(frame * audio.STEP_RATE / fps), Fraction(audio.STEP_RATE)
         out.append(audio.windows(states[copy, u], range(frame, frame + 1), fps, steps))
     return torch.cat(out).float() + positions
 
@@ -92,9 +100,9 @@ def prompts(states: Tensor, seconds: NDArray[np.float64], moment: NDArray[np.int
 def main() -> None:
     """Draw and encode the pairs, train, write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, help="default: 3600, with --settle 500")
     parser.add_argument("--pairs", type=int, default=14000)
-    parser.add_argument("--rate", type=float, default=1.5e-3)
+    parser.add_argument("--settle", action="store_true", help="go on with the nearest steps, after training.unet")
     options = parser.parse_args()
     device = common.setup(9)
     images = common.cached("pairs", lambda: data.in_parallel(pictures, options.pairs, 500))
@@ -102,7 +110,10 @@ def main() -> None:
     when, seconds = moments(len(latents)), np.array([u.seconds for u in speech.training_set()])
     states = hear(device)
     net = common.on(UNet(CONFIG), device)
-    training = common.Training("unet", net, options.steps, options.rate, seed=10)
+    name, steps, rate = ("settled", 500, 4e-4) if options.settle else ("unet", 3600, 1.5e-3)
+    if options.settle:
+        common.load(net, "unet")
+    training = common.Training(name, net, options.steps or steps, rate, seed=10)
     size = latents.shape[-1]
     weight = F.adaptive_avg_pool2d(vae.mouth_weight(vae.CONFIG.crop_size), size).to(device)
     weight[..., int(0.62 * size) : int(0.95 * size), int(0.25 * size) : int(0.75 * size)] *= 2
@@ -110,7 +121,7 @@ def main() -> None:
     for _ in training.steps():
         pick = np.sort(training.random.integers(len(latents), size=32))
         batch = torch.from_numpy(np.asarray(latents[pick])).to(device).float()
-        tokens = prompts(states, seconds, when[pick], positions)
+        tokens = prompts(states, seconds, when[pick], positions, nearest=options.settle)
         with common.mixed_precision(device):
             out = net(batch[:, :8].contiguous(memory_format=torch.channels_last), tokens).float()
         error = (out - batch[:, 8:]).abs()
