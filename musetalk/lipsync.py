@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -78,7 +79,8 @@ class LipSync:
     def tune(self, batch_size: int, tokens: int) -> None:
         """On a GPU, find the fastest right way to generate such batches. Takes some seconds and memory for one more batch."""
         if self.nets.device.type == "cuda":
-            self.generator = tuning.tune(self.nets.unet, self.nets.vae, batch_size, tokens)
+            with contextlib.suppress(torch.OutOfMemoryError):  # the plain path stays, and `generate` halves the batch
+                self.generator = tuning.tune(self.nets.unet, self.nets.vae, batch_size, tokens)
 
     # -- preparing -----------------------------------------------------------------------------------------------------
 

@@ -135,7 +135,7 @@ def tune(
                 way = build(best)
                 wrong, took = difference([way(*each) for each in inputs], want), measure(way, *inputs[0])
             except RuntimeError as e:  # this device or driver cannot: it costs speed alone, and a lost device shows again
-                log.warning("tuning failed", extra={"way": name, "reason": str(e).splitlines()[0]})
+                log.warning("tuning failed", extra={"way": name, "reason": str(e).partition("\n")[0]})
                 undo()
                 continue
             kept = wrong <= LEVELS and took < least
