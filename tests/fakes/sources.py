@@ -15,142 +15,136 @@ from urllib.parse import urlsplit
 GOOD = b"media" * 2000
 
 
+class Routes(http.server.BaseHTTPRequestHandler):
+    """One method for each kind of path: (rest of the path, how often it was asked for)."""
+
+    sources: Sources
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        self.sources.hits[path] += 1
+        kind, _, rest = path.lstrip("/").partition("/")
+        getattr(self, f"_{kind}")(rest, self.sources.hits[path])
+
+    def send(self, data: bytes, code: int = 200, **headers: str) -> None:
+        self.begin(code, **{"Content-Length": str(len(data)), **headers})
+        self.wfile.write(data)
+
+    def begin(self, code: int = 200, **headers: str) -> None:
+        self.send_response(code)
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.end_headers()
+
+    def _file(self, name: str, _: int) -> None:
+        self.send((self.sources.folder / name).read_bytes())
+
+    def _recovers(self, rest: str, hit: int) -> None:
+        code, failures, name = rest.split("/", 2)
+        if (hit - 1) % (int(failures) + 1) < int(failures):
+            return self.send(b"", int(code), Retry_After="1")
+        return self._file(name, hit)
+
+    def _late(self, rest: str, hit: int) -> None:
+        seconds, name = rest.split("/", 1)
+        time.sleep(float(seconds))
+        self._file(name, hit)
+
+    def _redirect(self, name: str, _: int) -> None:
+        self.send(b"", 307, Location=f"/file/{name}")
+
+    def _garbage(self, _: str, __: int) -> None:
+        self.wfile.write(b"220 mail.example ESMTP\r\n")
+        self.close_connection = True
+
+    def _length(self, _: str, __: int) -> None:
+        self.begin(Content_Length="many")
+        self.wfile.write(b"x" * 5000)
+        self.close_connection = True
+
+    def _good(self, _: str, __: int) -> None:
+        self.send(GOOD)
+
+    def _status(self, code: str, _: int) -> None:
+        self.send(b"no", int(code))
+
+    def _flaky(self, failures: str, hit: int) -> None:
+        self.send(GOOD, 200 if hit > int(failures) else 503)
+
+    def _wait(self, seconds: str, hit: int) -> None:
+        self.send(GOOD, 200) if hit > 1 else self.send(b"", 429, Retry_After=seconds)
+
+    def _reset(self, _: str, __: int) -> None:
+        self.begin(Content_Length="100000")
+        self.wfile.write(b"x" * 5000)
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        self.connection.close()
+        self.close_connection = True
+
+    def _short(self, _: str, __: int) -> None:
+        self.begin(Content_Length="100000")
+        self.wfile.write(b"x" * 5000)
+        self.close_connection = True
+
+    def _empty(self, _: str, __: int) -> None:
+        self.send(b"")
+
+    def _page(self, _: str, __: int) -> None:
+        self.send(b"<!DOCTYPE html><html>sign in</html>", Content_Type="text/html")
+
+    def _announced(self, size: str, _: int) -> None:
+        self.begin(Content_Length=size)
+        self.close_connection = True
+
+    def _endless(self, _: str, __: int) -> None:
+        self.begin(Connection="close")
+        self.close_connection = True
+        while True:
+            self.wfile.write(b"x" * 65536)
+
+    def _bomb(self, megabytes: str, _: int) -> None:
+        self.send(gzip.compress(bytes(int(megabytes) << 20)), Content_Encoding="gzip")
+
+    def _silent(self, seconds: str, _: int) -> None:
+        self.begin(Content_Length="100000")
+        self.wfile.write(b"x")
+        time.sleep(float(seconds))
+        self.close_connection = True
+
+    def _drip(self, _: str, __: int) -> None:
+        self.begin(Content_Length="100000")
+        self.close_connection = True
+        for _ in range(200):
+            self.wfile.write(b"x")
+            time.sleep(0.05)
+
+    def _loop(self, _: str, hit: int) -> None:
+        self.send(b"", 302, Location=f"/loop/{hit}")
+
+    def _to(self, target: str, _: int) -> None:
+        self.send(b"", 302, Location=bytes.fromhex(target).decode())
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Leaves no thread to wait for."""
+
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        """Clients that hang up are part of the test."""
+
+
 class Sources:
     """Serves /good, /status/404, /flaky/2, /reset, /drip, ... and counts the requests for each path."""
 
     def __init__(self) -> None:
         self.hits: Counter[str] = Counter()
         self.folder = Path()  # of /file/...
-        sources = self
-
-        class Routes(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: Any) -> None:
-                """Say nothing."""
-
-            def do_GET(self) -> None:
-                path = urlsplit(self.path).path
-                sources.hits[path] += 1
-                kind, _, rest = path.lstrip("/").partition("/")
-                getattr(self, f"_{kind}")(rest, sources.hits[path])
-
-            def send(self, data: bytes, code: int = 200, **headers: str) -> None:
-                self.send_response(code)
-                for key, value in {"Content-Length": str(len(data)), **headers}.items():
-                    self.send_header(key.replace("_", "-"), value)
-                self.end_headers()
-                self.wfile.write(data)
-
-            def _file(self, name: str, _: int) -> None:
-                self.send((sources.folder / name).read_bytes())
-
-            def _recovers(self, rest: str, hit: int) -> None:
-                code, failures, name = rest.split("/", 2)
-                if (hit - 1) % (int(failures) + 1) < int(failures):
-                    return self.send(b"", int(code), Retry_After="1")
-                return self._file(name, hit)
-
-            def _late(self, rest: str, hit: int) -> None:
-                seconds, name = rest.split("/", 1)
-                time.sleep(float(seconds))
-                self._file(name, hit)
-
-            def _redirect(self, name: str, _: int) -> None:
-                self.send(b"", 307, Location=f"/file/{name}")
-
-            def _garbage(self, _: str, __: int) -> None:
-                self.wfile.write(b"220 mail.example ESMTP\r\n")
-                self.close_connection = True
-
-            def _length(self, _: str, __: int) -> None:
-                self.send_response(200)
-                self.send_header("Content-Length", "many")
-                self.end_headers()
-                self.wfile.write(b"x" * 5000)
-                self.close_connection = True
-
-            def _good(self, _: str, __: int) -> None:
-                self.send(GOOD)
-
-            def _status(self, code: str, _: int) -> None:
-                self.send(b"no", int(code))
-
-            def _flaky(self, failures: str, hit: int) -> None:
-                self.send(GOOD, 200 if hit > int(failures) else 503)
-
-            def _wait(self, seconds: str, hit: int) -> None:
-                self.send(GOOD, 200) if hit > 1 else self.send(b"", 429, Retry_After=seconds)
-
-            def _reset(self, _: str, __: int) -> None:
-                self.send_response(200)
-                self.send_header("Content-Length", "100000")
-                self.end_headers()
-                self.wfile.write(b"x" * 5000)
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-                self.connection.close()
-                self.close_connection = True
-
-            def _short(self, _: str, __: int) -> None:
-                self.send_response(200)
-                self.send_header("Content-Length", "100000")
-                self.end_headers()
-                self.wfile.write(b"x" * 5000)
-                self.close_connection = True
-
-            def _empty(self, _: str, __: int) -> None:
-                self.send(b"")
-
-            def _page(self, _: str, __: int) -> None:
-                self.send(b"<!DOCTYPE html><html>sign in</html>", Content_Type="text/html")
-
-            def _announced(self, size: str, _: int) -> None:
-                self.send_response(200)
-                self.send_header("Content-Length", size)
-                self.end_headers()
-                self.close_connection = True
-
-            def _endless(self, _: str, __: int) -> None:
-                self.send_response(200)
-                self.send_header("Connection", "close")
-                self.end_headers()
-                self.close_connection = True
-                while True:
-                    self.wfile.write(b"x" * 65536)
-
-            def _bomb(self, megabytes: str, _: int) -> None:
-                self.send(gzip.compress(bytes(int(megabytes) << 20)), Content_Encoding="gzip")
-
-            def _silent(self, seconds: str, _: int) -> None:
-                self.send_response(200)
-                self.send_header("Content-Length", "100000")
-                self.end_headers()
-                self.wfile.write(b"x")
-                time.sleep(float(seconds))
-                self.close_connection = True
-
-            def _drip(self, _: str, __: int) -> None:
-                self.send_response(200)
-                self.send_header("Content-Length", "100000")
-                self.end_headers()
-                self.close_connection = True
-                for _ in range(200):
-                    self.wfile.write(b"x")
-                    time.sleep(0.05)
-
-            def _loop(self, _: str, hit: int) -> None:
-                self.send(b"", 302, Location=f"/loop/{hit}")
-
-            def _to(self, target: str, _: int) -> None:
-                self.send(b"", 302, Location=bytes.fromhex(target).decode())
-
-        class Server(http.server.ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, *_: Any) -> None:
-                """Clients that hang up are part of the test."""
-
-        self.server = Server(("127.0.0.1", 0), Routes)
+        self.server = Server(("127.0.0.1", 0), type("Routes", (Routes,), {"sources": self}))
         self.port = self.server.server_port
         self.url = f"http://127.0.0.1:{self.port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
