@@ -1,0 +1,70 @@
+"""The worker on a CUDA device, as far as a machine without one can tell: nothing lies on the wrong side."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import media
+from pipeline.run import Service
+from pipeline.settings import Settings
+from tests.fakes import cuda
+
+
+@pytest.fixture
+def counts() -> Iterator[Counter[str]]:
+    """A device in this process, and what it counts."""
+    with cuda.device() as counts:
+        yield counts
+
+
+def frames_of(settings: Settings, folder: Path, video: Path, audio: Path) -> list[np.ndarray]:
+    """What reaches the encoder in a fresh and then a cached job of a new worker."""
+    seen: list[np.ndarray] = []
+    original = media.Mp4Writer.write
+
+    def write(self: media.Mp4Writer, frame: np.ndarray) -> None:
+        seen.append(frame.copy())
+        original(self, frame)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(media.Mp4Writer, "write", write)
+        service = Service(settings.model_copy(update={"cache_dir": folder}))
+        service.engine.warm_up()
+        for cached in (False, True):
+            body = service.run_job({"musetalk_job_id": "device", "video_url": str(video), "audio_url": str(audio)})
+            assert body["status"] == "success", body
+            assert body["metrics"]["avatar_cached"] == cached
+    return seen
+
+
+def test_a_job_gives_the_same_frames_as_on_the_cpu(
+    settings: Settings, short_clip: Path, short_speech: Path, tmp_path: Path
+) -> None:
+    half = settings.model_copy(update={"dtype": "float16"})
+    want = frames_of(half, tmp_path / "cpu", short_clip, short_speech)
+    with cuda.device():
+        got = frames_of(settings.model_copy(update={"device": "cuda"}), tmp_path / "cuda", short_clip, short_speech)
+    assert len(got) == len(want) == 80
+    worst = max(int(np.abs(a.astype(int) - b).max()) for a, b in zip(got, want, strict=True))
+    assert worst == 0
+
+
+@pytest.mark.usefixtures("counts")
+def test_the_device_refuses_what_a_gpu_refuses() -> None:
+    here, there = torch.ones(3, 3), torch.ones(3, 3, device="cuda")
+    assert there.device.type == "cuda"
+    for wrong in (lambda: here + there, lambda: torch.cat([here, there]), lambda: here[there.long()],
+                  lambda: there.int() @ there.int(), lambda: torch.nn.functional.linear(there, here)):
+        with pytest.raises(RuntimeError, match=r"CUDA|cuda"):
+            wrong()
+    for wrong in (lambda: there.numpy(), lambda: np.asarray(there)):
+        with pytest.raises(TypeError, match="cuda:0"):
+            wrong()
+    assert float((there + 1).cpu().numpy().sum()) == 18
+    assert float((there[here[0].long()] * here.to("cuda")).sum()) == 9
