@@ -75,9 +75,9 @@ def job(engine: Engine, inputs: Inputs, clip: Path, target: Path) -> None:
 _put = Worker.put
 
 
-def put_in_step(self: Worker, item: Any) -> bool:
+def put_in_step(self: Worker, item: Any, control: Control | None = None) -> bool:
     """Hand over an item and wait until it is taken: what the job costs without streaming."""
-    done = _put(self, item)
+    done = _put(self, item, control)
     while done and not self.items.empty() and not self.stopped.is_set():
         time.sleep(0.0002)
     return done

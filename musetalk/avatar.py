@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -57,6 +58,7 @@ class Avatar:
         self.faces = 0  # frames that hold a face
         self.frames: list[Tensor] = []  # the clip itself, where the library holds it; the streaming worker does not
         self._pending: list[Face | None] = []
+        self._lock = threading.RLock()  # one thread may append while another reads
         self._held: OrderedDict[int, list[Face | None]] = OrderedDict()
         self.complete = complete  # whether the clip ends here, or only what a short speech needed
 
@@ -71,26 +73,27 @@ class Avatar:
 
     def append(self, face: Face | None) -> None:
         """Add the next source frame."""
-        self._pending.append(face)
-        self._count += 1
-        self.faces += face is not None
-        if len(self._pending) == CHUNK:
-            self._flush()
+        with self._lock:
+            self._pending.append(face)
+            self._count += 1
+            self.faces += face is not None
+            if len(self._pending) == CHUNK:
+                self._flush()
 
     def finish(self, complete: bool = True) -> None:
         """No more frames will come; `complete` when the clip has no more."""
-        if self._pending:
-            self._flush()
-        self.complete = complete
+        with self._lock:
+            if self._pending:
+                self._flush()
+            self.complete = complete
 
     def __getitem__(self, i: int) -> Face | None:
         """Source frame i."""
         if not 0 <= i < self._count:
             raise IndexError(i)
         chunk, at = divmod(i, CHUNK)
-        if chunk == len(self._index):
-            return self._pending[at]
-        return self._chunk(chunk)[at]
+        with self._lock:
+            return self._pending[at] if chunk == len(self._index) else self._chunk(chunk)[at]
 
     def __iter__(self) -> Iterator[Face | None]:
         return (self[i] for i in range(len(self)))

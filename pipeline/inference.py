@@ -7,25 +7,23 @@ length of the clip or the speech. Errors of musetalk and CUDA become leaves of t
 from __future__ import annotations
 
 import collections
-import contextlib
 import errno
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from musetalk import AvatarCache, BadAudio, BadCheckpoint, LipSync, NoFace, NonFiniteOutput, Options
-from musetalk.avatar import Avatar, cache_key
+from musetalk.avatar import Avatar, Face, cache_key
 from musetalk.checkpoints import digests
 from musetalk.colour import Colour, Planes, from_rgb, paste, to_rgb
 from musetalk.generate import source_index
@@ -45,21 +43,20 @@ from pipeline.errors import (
     Unfit,
 )
 from pipeline.geometry import plan
-from pipeline.media import FrameReader, FrameSource, Mp4Writer, video_encoder
+from pipeline.media import FrameSource, Mp4Writer, video_encoder
 from pipeline.metrics import gpu_name
+from pipeline.playback import Buffer, Playback
 from pipeline.schema import JobRequest
 from pipeline.settings import Settings
-from pipeline.streaming import POLL_SEC, Worker
+from pipeline.streaming import Crew, Worker
 from pipeline.validate import Inputs
 
 log = logging.getLogger("musetalk.inference")
 
-SPARE = 48  # frame buffers beside two batches: a tracker window and the queues
-CHUNK_BYTES = 96 << 20  # frames held to play a clip backwards
+SPARE = 48  # frame buffers beside four batches (prepared, generated, waiting, blended): a tracker window and the queues
 ENCODER_SEC = 120.0
 FRAME_BYTES, SPARE_BYTES = 400 << 20, 1500 << 20  # device memory: of one frame's activations; kept for preparing
 LARGEST_BATCH = 16  # larger ones are no faster, and a frame waits for its whole batch
-Buffer = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -72,6 +69,16 @@ class Result:
     avatar_cached: bool
 
 
+@dataclass(frozen=True)
+class Painted:
+    """One output frame on its way to the encoder: pixels, and the face to be pasted, if any, into the source's."""
+
+    slot: Slot
+    buffer: Buffer
+    entry: Face | None
+    face: torch.Tensor | None
+
+
 class Engine:
     """The loaded model and its caches; one job at a time."""
 
@@ -82,6 +89,7 @@ class Engine:
         self.cache = AvatarCache(folder, int(settings.cache_max_gb * 1e9))
         self.lost = False  # the GPU is gone: every later job fails at once
         self.batch_size = settings.batch_size or 8  # known once the weights lie on the device
+        self._streams: dict[str, torch.cuda.Stream] = {}
         self._lipsync: LipSync | None = None
         self._loading = threading.Lock()
         self._running = threading.Lock()
@@ -112,9 +120,25 @@ class Engine:
             latents = torch.zeros(batch, 2 * cfg.latent_channels, side, side)
             lipsync.tune(batch, tokens.shape[1])
             lipsync.generate(latents, tokens)
-            grey = [torch.full((256, 256, 3), 127, dtype=torch.uint8)]
+        grey = [torch.full((256, 256, 3), 127, dtype=torch.uint8)]
+        with translated("inference"), self.beside("prepare"):
             for _ in lipsync.prepare_stream(iter(grey), Avatar.new(), Options()):
                 pass
+
+    @contextmanager
+    def beside(self, name: str) -> Iterator[None]:
+        """For a thread beside the generator's: on a GPU a stream of its own, lest its small kernels wait for large ones.
+
+        The same one for every job, so that what the thread caches on the device is always freed in order.
+        """
+        with torch.inference_mode():
+            if self.device.type != "cuda":
+                yield
+                return
+            if name not in self._streams:
+                self._streams[name] = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            with torch.cuda.stream(self._streams[name]):
+                yield
 
     def report(self) -> dict[str, Any]:
         """What this worker runs on: device, data type, encoder, the weights' version and hashes."""
@@ -185,7 +209,7 @@ def translated(stage: Stage) -> Iterator[None]:
 
 
 class _Run:
-    """One job's streaming."""
+    """One job's streaming: five stages in a thread each, and a queue between one and the next."""
 
     def __init__(
         self, engine: Engine, lipsync: LipSync, request: JobRequest, inputs: Inputs, content: str, target: Path,
@@ -204,10 +228,8 @@ class _Run:
         self.key = cache_key(content, str(self.source.fps), geometry.output, geometry.content,
                              self.options.avatar_part(), lipsync.nets.identity, str(lipsync.nets.dtype))
         self.generation_sec = 0.0
-        self.pool: queue.LifoQueue[Buffer] = queue.LifoQueue()  # the last one used is still in the cache
-        for _ in range(SPARE + 2 * self.options.batch_size):
-            self.pool.put(np.empty(self.source.frame_bytes, np.uint8))
-        self.workers: list[Worker] = []
+        self.crew = Crew()
+        self.playback = Playback(self.source, self.crew, control, SPARE + 4 * self.options.batch_size)
 
     def go(self) -> Result:
         """Run to the end and clean up whatever happens."""
@@ -221,105 +243,68 @@ class _Run:
                 cached.close()
                 cached = None
             avatar = cached or Avatar.new()
-            writer = self._start("encode", self._encode)
+            encode = self.crew.start("encode", self._encode)
+            blend = self.crew.start("blend", partial(self._blend, encode), size=1)
             for batch in self._batches(avatar, cached is not None):
-                self._speak(avatar, batch, writer)
-            writer.put(None)
-            while writer.is_alive():
-                writer.join(POLL_SEC)
-                self.control.check()
-            if writer.error is not None:
-                raise writer.error
+                self._hand(blend, self._generate(avatar, batch))
+            self._hand(blend, None)
+            self.crew.wait(blend, self.control)
+            self.crew.wait(encode, self.control)
             if cached is None:
                 self.engine.cache.put(self.key, avatar)
             return Result(self.generation_sec, time.perf_counter() - began, len(self.prompts), cached is not None)
         finally:
-            self._stop()
+            self.crew.stop()
             if avatar is not None:
                 avatar.close()
 
-    # -- threads -------------------------------------------------------------------------------------------------------
+    def _hand(self, worker: Worker, item: object) -> None:
+        if not worker.put(item, self.control):
+            self.crew.check()
+            raise ProcessingError("the encoder stopped early", stage="postprocessing")
 
-    def _start(self, name: str, work: Callable[[Worker], None]) -> Worker:
-        worker = Worker(name, work)
-        self.workers.append(worker)
-        worker.start()
-        return worker
+    # -- prepare: on a GPU a thread --------------------------------------------------------------------------------------
 
-    def _stop(self) -> None:
-        for worker in self.workers:
-            worker.stop()
-        for worker in self.workers:
-            worker.join()
+    def _first_pass(self, avatar: Avatar, cached: bool) -> Iterator[Buffer]:
+        """The clip's own frames in order, prepared on the way unless the avatar came from the cache."""
+        needed = len(self.prompts)
+        reader = self.playback.read(0, min(needed, len(avatar)) if cached else needed)
+        if cached:
+            return reader.each(self.control)
+        frames = self._prepared(avatar, reader)
+        if self.engine.device.type == "cpu":  # each network takes all cores: two threads of them would fight over those
+            return frames
+        return self.crew.ahead("prepare", frames, self.control, self.engine.beside("prepare"))
 
-    def _buffer(self, worker: Worker) -> Buffer | None:
-        """A free buffer; None when the worker is told to stop."""
-        while not worker.stopped.is_set():
-            with contextlib.suppress(queue.Empty):
-                return self.pool.get(timeout=POLL_SEC)
-        return None
+    def _prepared(self, avatar: Avatar, reader: Worker) -> Iterator[Buffer]:
+        """Frames whose entries are in the avatar."""
+        waiting: collections.deque[Buffer] = collections.deque()
+        device = self.engine.device
 
-    def _read(self, start: int, count: int, backwards: bool = False) -> Worker:
-        """Start decoding `count` frames from frame `start` of the clip, in order or in reverse."""
-        def forwards(worker: Worker) -> None:
-            with self._reader(worker, start, count) as reader:
-                for _ in range(count):
-                    buffer = self._buffer(worker)
-                    if buffer is None or not reader.read_into(buffer) or not worker.put(buffer):
-                        return
+        def pictures() -> Iterator[torch.Tensor]:
+            for buffer in reader.each(self.control):
+                waiting.append(buffer)
+                yield to_rgb(self._planes(torch.from_numpy(buffer).to(device)), self.colour)
+            self.crew.check()  # before the last, incomplete window is prepared for nobody
 
-        def reversed_chunks(worker: Worker) -> None:
-            size = max(8, CHUNK_BYTES // self.source.frame_bytes)
-            chunk = np.empty((min(size, count), self.source.frame_bytes), np.uint8)
-            for end in range(start + count, start, -size):
-                first = max(start, end - size)
-                with self._reader(worker, first, end - first) as reader:
-                    got = 0
-                    while got < end - first and reader.read_into(chunk[got]):
-                        got += 1
-                for frame in chunk[:got][::-1]:
-                    buffer = self._buffer(worker)
-                    if buffer is None:
-                        return
-                    buffer[:] = frame
-                    if not worker.put(buffer):
-                        return
+        done = 0
+        for ready in self.lipsync.prepare_stream(pictures(), avatar, self.options):
+            for _ in range(done, ready):
+                yield waiting.popleft()
+            done = ready
+        avatar.finish(complete=done < len(self.prompts))
+        if done and not avatar.faces:
+            raise NoFace(f"none of its {done} frames holds a face")
 
-        return self._start("decode", reversed_chunks if backwards else forwards)
-
-    @contextmanager
-    def _reader(self, worker: Worker, start: int, count: int) -> Iterator[FrameReader]:
-        """A frame reader whose child dies when the worker is stopped, also in the middle of a read."""
-        reader = FrameReader(self.source, start, count)
-        worker.abort = reader.abort
-        try:
-            yield reader
-        finally:
-            worker.abort = lambda: None
-            self.complaint = "" if worker.stopped.is_set() else reader.complaint()
-            reader.close()
-
-    def _encode(self, worker: Worker) -> None:
-        seconds = len(self.prompts) / float(self.source.fps)
-        writer = Mp4Writer(self.target, self.source, self.inputs.speech, seconds)
-        worker.abort = writer.abort
-        try:
-            while (frame := worker.get()) is not None:
-                writer.write(frame)
-                self.pool.put(frame)
-            if not worker.stopped.is_set():
-                writer.finish(min(ENCODER_SEC, self.control.remaining + 1))
-        finally:
-            worker.abort = lambda: None
-            writer.close()
-
-    # -- frames in output order ------------------------------------------------------------------------------------------
+    # -- generate: the job's own thread ----------------------------------------------------------------------------------
 
     def _batches(self, avatar: Avatar, cached: bool) -> Iterator[list[tuple[Slot, Buffer]]]:
         """All output frames with the source pixels they start from, a batch at a time."""
         batch: list[tuple[Slot, Buffer]] = []
         outputs = len(self.prompts)
-        for output, (source, buffer) in enumerate(self._frames(avatar, cached)):
+        frames = self.playback.in_order(self._first_pass(avatar, cached), outputs,
+                                        partial(source_index, loop=self.options.loop))
+        for output, (source, buffer) in enumerate(frames):
             batch.append((Slot(output, source, self.weights[output]), buffer))
             if len(batch) == self.options.batch_size or output == outputs - 1:
                 yield batch
@@ -327,115 +312,59 @@ class _Run:
                 self.control.check()
                 self.control.progress("inference", (output + 1) / outputs)
 
-    def _frames(self, avatar: Avatar, cached: bool) -> Iterator[tuple[int, Buffer]]:
-        """(source index, pixels) of every output frame: the clip once, then as the loop mode says."""
-        outputs = len(self.prompts)
-        count = 0
-        for count, buffer in enumerate(self._first_pass(avatar, cached), start=1):
-            yield count - 1, buffer
-        if not count:
-            raise BadMedia(f"video_url: no frame can be decoded {self.complaint}".strip(), stage="preprocessing",
-                           field="video_url", ffprobe_stderr=self.complaint)
-        output = count
-        while output < outputs:
-            source = source_index(output, count, self.options.loop)
-            run = 1
-            step = source_index(output + 1, count, self.options.loop) - source if count > 1 else 0
-            while output + run < outputs and step and (
-                source_index(output + run, count, self.options.loop) == source + run * step
-            ):
-                run += 1
-            yield from self._again(source, run, step, outputs - output)
-            output += run if step else outputs - output
-
-    def _again(self, source: int, run: int, step: int, rest: int) -> Iterator[tuple[int, Buffer]]:
-        """Frames source, source + step, ... decoded once more; a still one (step 0) is repeated to the end."""
-        if not step:
-            reader = self._read(source, 1)
-            still = reader.get(self.control)
-            if still is None:
-                raise ProcessingError("the clip's frames could not be read again", stage="inference")
-            for _ in range(rest):
-                yield source, self._copy(still)
-            self.pool.put(still)
-            return
-        first = source if step > 0 else source - run + 1
-        reader = self._read(first, run, backwards=step < 0)
-        for i in range(run):
-            buffer = reader.get(self.control)
-            if buffer is None:
-                raise ProcessingError("the clip's frames could not be read again", stage="inference")
-            yield source + i * step, buffer
-        reader.stop()
-
-    def _copy(self, still: Buffer) -> Buffer:
-        while True:
-            with contextlib.suppress(queue.Empty):
-                buffer = self.pool.get(timeout=POLL_SEC)
-                buffer[:] = still
-                return buffer
-            self.control.check()
-            self._raise_worker_errors()
-
-    def _raise_worker_errors(self) -> None:
-        for worker in self.workers:
-            if worker.error is not None:
-                raise worker.error
-
-    def _first_pass(self, avatar: Avatar, cached: bool) -> Iterator[Buffer]:
-        """The clip's own frames in order, prepared on the way unless the avatar came from the cache."""
-        needed = len(self.prompts)
-        limit = min(needed, len(avatar)) if cached else needed
-        reader = self._read(0, limit)
-        if cached:
-            while (buffer := reader.get(self.control)) is not None:
-                yield buffer
-            return
-        waiting: collections.deque[Buffer] = collections.deque()
-
-        def pictures() -> Iterator[torch.Tensor]:
-            while (buffer := reader.get(self.control)) is not None:
-                waiting.append(buffer)
-                yield to_rgb(self._planes(buffer), self.colour)
-
-        done = 0
-        for ready in self.lipsync.prepare_stream(pictures(), avatar, self.options):
-            while done < ready:
-                done += 1
-                yield waiting.popleft()
-        avatar.finish(complete=done < needed)
-        if done and not avatar.faces:
-            raise NoFace(f"none of its {done} frames holds a face")
-
-    def _planes(self, buffer: Buffer) -> Planes:
-        return Planes.of(torch.from_numpy(buffer), self.source.width, self.source.height)
-
-    # -- generating ------------------------------------------------------------------------------------------------------
+    def _generate(self, avatar: Avatar, batch: list[tuple[Slot, Buffer]]) -> list[Painted]:
+        """The batch with its generated faces."""
+        made = self._timed(lambda: self.lipsync.generate_batch(avatar, self.prompts, [slot for slot, _ in batch]))
+        return [Painted(slot, buffer, avatar[slot.source], made.get(slot.output)) for slot, buffer in batch]
 
     def _timed(self, work: Callable[[], Any]) -> Any:
         """Run device work to its end and count its time as generation."""
         began = time.perf_counter()
         out = work()
         if self.engine.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
         self.generation_sec += time.perf_counter() - began
         return out
 
-    def _speak(self, avatar: Avatar, batch: list[tuple[Slot, Buffer]], writer: Worker) -> None:
-        """Generate the batch's faces, blend them into the frames and hand those to the encoder."""
-        made = self._timed(lambda: self.lipsync.generate_batch(avatar, self.prompts, [slot for slot, _ in batch]))
-        with one_thread():
-            faces = dict(zip(made, from_rgb(torch.stack(list(made.values())), self.colour), strict=True)) if made else {}
-            for slot, buffer in batch:
-                face, entry = faces.get(slot.output), avatar[slot.source]
-                if face is not None and entry is not None:
-                    paste(self._planes(buffer), face, entry.box, slot.region(entry, face.device))
-        for _, buffer in batch:
-            while not writer.put(buffer):
-                if writer.error is not None:
-                    raise writer.error
-                self.control.check()
-                raise ProcessingError("the encoder stopped early", stage="postprocessing")
+    # -- blend and encode: a thread each ---------------------------------------------------------------------------------
+
+    def _blend(self, encode: Worker, worker: Worker) -> None:
+        """Paste the faces of one batch after the other into its frames and hand those to the encoder."""
+        with self.engine.beside("blend"):
+            for batch in worker.each():
+                with one_thread():
+                    self._paste([p for p in batch if p.face is not None])
+                for painted in batch:
+                    if not encode.put(painted.buffer):
+                        return
+        if not worker.stopped.is_set():
+            encode.put(None)
+
+    def _paste(self, batch: list[Painted]) -> None:
+        if batch:
+            faces = from_rgb(torch.stack([p.face for p in batch if p.face is not None]), self.colour)
+            for painted, face in zip(batch, faces, strict=True):
+                entry = painted.entry
+                if entry is not None:
+                    planes = self._planes(torch.from_numpy(painted.buffer))
+                    paste(planes, face, entry.box, painted.slot.region(entry, face.device))
+
+    def _planes(self, buffer: torch.Tensor) -> Planes:
+        return Planes.of(buffer, self.source.width, self.source.height)
+
+    def _encode(self, worker: Worker) -> None:
+        seconds = len(self.prompts) / float(self.source.fps)
+        writer = Mp4Writer(self.target, self.source, self.inputs.speech, seconds)
+        worker.abort = writer.abort
+        try:
+            for frame in worker.each():
+                writer.write(frame)
+                self.playback.give_back(frame)
+            if not worker.stopped.is_set():
+                writer.finish(min(ENCODER_SEC, self.control.remaining + 1))
+        finally:
+            worker.abort = lambda: None
+            writer.close()
 
 
 @contextmanager

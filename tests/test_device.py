@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline import media
+from musetalk import LipSync
+from pipeline import inference, media
 from pipeline.run import Service
 from pipeline.settings import Settings
 from tests.fakes import cuda
@@ -53,6 +57,36 @@ def test_a_job_gives_the_same_frames_as_on_the_cpu(
     assert len(got) == len(want) == 80
     worst = max(int(np.abs(a.astype(int) - b).max()) for a, b in zip(got, want, strict=True))
     assert worst == 0
+
+
+@pytest.mark.usefixtures("counts")
+def test_five_stages_run_at_once(
+    settings: Settings, short_clip: Path, short_speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Preparing goes on only once a first batch is generated, and blending only once a second one is."""
+    generated, waited = [threading.Event(), threading.Event()], []
+    generate, append, paste = LipSync.generate_batch, LipSync._append, inference.paste
+
+    def counted(*arguments: Any) -> Any:
+        made = generate(*arguments)
+        next(event for event in generated if not event.is_set()).set() if not generated[1].is_set() else None
+        return made
+
+    def after(event: threading.Event, work: Callable[..., Any], *arguments: Any) -> Any:
+        waited.append(event.wait(20))
+        return work(*arguments)
+
+    def prepared(*arguments: Any) -> Any:
+        return after(generated[0], append, *arguments) if len(arguments[1]) else append(*arguments)
+
+    monkeypatch.setattr(LipSync, "generate_batch", counted)
+    monkeypatch.setattr(LipSync, "_append", prepared)
+    monkeypatch.setattr(inference, "paste", partial(after, generated[1], paste))
+    service = Service(settings.model_copy(update={"cache_dir": tmp_path, "device": "cuda", "batch_size": 5}))
+    body = service.run_job({"musetalk_job_id": "device", "video_url": str(short_clip), "audio_url": str(short_speech)})
+    assert body["status"] == "success", body
+    assert len(waited) > 10
+    assert all(waited)
 
 
 @pytest.mark.usefixtures("counts")
