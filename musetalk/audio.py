@@ -6,6 +6,7 @@ PCM (S,) at 16 kHz -> log-mel (80, 3000) per 30 s -> Whisper hidden states (T, 5
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
 
@@ -82,7 +83,7 @@ def window_start(frame: int, fps: Fraction, padding: int) -> int:
     return math.floor(position + 0.5 if fps >= STEP_RATE else position) - 2 * padding
 
 
-def windows(states: Tensor, frames: range, fps: Fraction, steps: int, left: int = 2, right: int = 2) -> Tensor:
+def windows(states: Tensor, frames: Sequence[int], fps: Fraction, steps: int, left: int = 2, right: int = 2) -> Tensor:
     """Hidden states (T, L, C) -> windows (len(frames), W * L, C), token = step * L + layer.
 
     A window has 2 * (left + right + 1) steps: 10 with the default padding of two frames on both sides. Steps before
@@ -98,7 +99,7 @@ def windows(states: Tensor, frames: range, fps: Fraction, steps: int, left: int 
 
 
 class Prompts:
-    """The speech of one job as audio tokens: `len()` video frames, `batch(range)` their prompts."""
+    """The speech of one job as audio tokens: `len()` video frames, `batch(frames)` the prompts of some."""
 
     def __init__(
         self, net: WhisperEncoder, pcm: np.ndarray | Tensor, fps: Fraction, left: int = 2, right: int = 2
@@ -113,16 +114,16 @@ class Prompts:
         self.count = frame_count(len(wave), fps)
         self.steps = max(1, step_count(len(wave)))
         self.states = whisper_states(net, wave)
-        self.positions = audio_positions(2 * (left + right + 1) * self.states.shape[1], self.states.shape[2])
+        self.positions = audio_positions(2 * (left + right + 1) * self.states.shape[1], self.states.shape[2]).to(
+            self.states.device)
 
     def __len__(self) -> int:
         return self.count
 
-    def batch(self, frames: range) -> Tensor:
+    def batch(self, frames: Sequence[int]) -> Tensor:
         """Prompts (len(frames), tokens, width) float32, position code added."""
         tokens = windows(self.states, frames, self.fps, self.steps, self.left, self.right)
-        return tokens + self.positions.to(tokens.device)
-
+        return tokens + self.positions
 
 
 def silent_frames(pcm: np.ndarray, fps: Fraction, count: int, floor_db: float = -45.0) -> list[bool]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from musetalk.box import Box, Region
-from musetalk.imaging import blend_u8, gaussian_blur, linear, pillow_resize
+from musetalk.imaging import blend_u8, constants, gaussian_blur, linear, pillow_resize
 from musetalk.nets.bisenet import BiSeNet
 
 ParsingMode = Literal["jaw", "raw", "neck"]
@@ -46,7 +46,7 @@ def cut(frame: Tensor, square: Box) -> Tensor:
 
 def parse_input(squares: Tensor) -> Tensor:
     """RGB (N, 512, 512, 3) uint8 -> ImageNet-normalised float32 (N, 3, 512, 512)."""
-    mean, std = (squares.new_tensor(v, dtype=torch.float32) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = constants(squares.device, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     return ((squares.float() / 255 - mean) / std).permute(0, 3, 1, 2)
 
 
@@ -151,7 +151,7 @@ def soft_mask(mask512: Tensor, square: Box, box: Box, share: float = 0.05) -> Te
     resized = pillow_resize(mask512.to(torch.uint8) * 255, side, side, bicubic=True, top=lower)
     mask = resized.new_zeros(side, side)
     mask[rows, columns] = resized[: rows.stop - lower, columns]
-    return gaussian_blur(mask, blur_kernel(side, share))
+    return gaussian_blur(mask, blur_kernel(side, share), rows, columns)
 
 
 def within(mask: Tensor, square: Box, box: Box) -> Tensor:

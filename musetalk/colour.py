@@ -8,13 +8,13 @@ the source ever goes to RGB and back.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from musetalk.box import Box, Region
+from musetalk.imaging import kept
 
 LUMA = {"bt709": (0.2126, 0.0722), "bt601": (0.299, 0.114), "bt2020": (0.2627, 0.0593)}  # Kr, Kb
 
@@ -77,20 +77,26 @@ def to_rgb(planes: Planes, colour: Colour) -> Tensor:
     return out
 
 
-def from_rgb(faces: Tensor, colour: Colour) -> Tensor:
-    """RGB (N, S, S, 3) uint8 -> Y'CbCr in the colour's levels, all three at full size: (N, 3, S, S) float32."""
-    n, side, _, _ = faces.shape
+@kept(12)
+def _from_rgb_matrix(colour: Colour) -> tuple[Tensor, Tensor]:
+    """Matrix (3, 3) and offset (3, 1) from RGB to Y'CbCr, both in levels."""
     black, span, chroma_span = colour.scales
     kr, kb = LUMA[colour.matrix]
     luma = torch.tensor([kr, 1 - kr - kb, kb])
     cb, cr = (torch.tensor([0.0, 0.0, 1.0]) - luma) / (2 * (1 - kb)), (torch.tensor([1.0, 0.0, 0.0]) - luma) / (2 * (1 - kr))
-    matrix = torch.stack([luma * (span / 255), cb * (chroma_span / 255), cr * (chroma_span / 255)]).to(faces.device)
-    offset = torch.tensor([[black], [128.0], [128.0]], device=faces.device)
+    matrix = torch.stack([luma * (span / 255), cb * (chroma_span / 255), cr * (chroma_span / 255)])
+    return matrix, torch.tensor([[black], [128.0], [128.0]])
+
+
+def from_rgb(faces: Tensor, colour: Colour) -> Tensor:
+    """RGB (N, S, S, 3) uint8 -> Y'CbCr in the colour's levels, all three at full size: (N, 3, S, S) float32."""
+    n, side, _, _ = faces.shape
+    matrix, offset = _from_rgb_matrix(faces.device, colour)
     pixels = faces.permute(0, 3, 1, 2).float().flatten(2)
     return torch.baddbmm(offset, matrix.expand(n, 3, 3), pixels).view(n, 3, side, side)
 
 
-@lru_cache(maxsize=512)
+@kept(512)
 def _stretch(n_in: int, n_out: int, first: int, count: int) -> tuple[Tensor, Tensor]:
     """Bilinear weights (count, n_in) of outputs first.. of a stretch from n_in to n_out pixels, and of their pairs' means.
 
@@ -114,8 +120,8 @@ def paste(planes: Planes, face: Tensor, box: Box, region: Region) -> None:
     area, size = region.box, face.shape[-1]
     if not region.mask.numel():
         return
-    down, half_down = (m.to(face.device) for m in _stretch(size, box.height, area.y1 - box.y1, area.height))
-    across, half_across = (m.to(face.device) for m in _stretch(size, box.width, area.x1 - box.x1, area.width))
+    down, half_down = _stretch(face.device, size, box.height, area.y1 - box.y1, area.height)
+    across, half_across = _stretch(face.device, size, box.width, area.x1 - box.x1, area.width)
     mask = region.mask.to(face.device) * (1 / 255)
     pairs = mask[::2] + mask[1::2]
     half_mask = (pairs[:, ::2] + pairs[:, 1::2]) * 0.25

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from musetalk.box import Box
-from musetalk.imaging import lanczos4, scale_shift
+from musetalk.imaging import constants, lanczos4, scale_shift
 from musetalk.nets.rtmpose import RtmPose
 from musetalk.nets.s3fd import STRIDES, S3fd
 
@@ -47,7 +47,8 @@ class Detection:
 
 def s3fd_input(frames: Tensor) -> Tensor:
     """RGB frames (N, H, W, 3) uint8 -> mean-subtracted float32 (N, 3, H, W)."""
-    return (frames.float() - frames.new_tensor(CAFFE_MEAN, dtype=torch.float32)).permute(0, 3, 1, 2)
+    (mean,) = constants(frames.device, CAFFE_MEAN)
+    return (frames.float() - mean).permute(0, 3, 1, 2)
 
 
 def decode_s3fd(levels: list[tuple[Tensor, Tensor]], item: int = 0) -> list[Detection]:
@@ -127,7 +128,7 @@ def pose_picture(frame: Tensor, where: PoseFrame, width: int = 288, height: int 
 
 def pose_input(pictures: Tensor) -> Tensor:
     """RGB (N, 384, 288, 3) uint8 -> normalised float32 (N, 3, 384, 288)."""
-    mean, std = (pictures.new_tensor(v, dtype=torch.float32) for v in (POSE_MEAN, POSE_STD))
+    mean, std = constants(pictures.device, POSE_MEAN, POSE_STD)
     return ((pictures.float() - mean) / std).permute(0, 3, 1, 2)
 
 
@@ -168,9 +169,9 @@ def landmarks(net: RtmPose, frames: list[Tensor], regions: list[PoseFrame] | Non
     x, y = net(image)
     if cfg.flip_test:
         x, y = simcc_mean((x, y), net(image.flip(-1)))
-    points, scores = decode_simcc(x, y, cfg.split)
+    points, scores = (t.cpu() for t in decode_simcc(x, y, cfg.split))
     face = torch.stack([to_frame(p[FACE_POINTS], where, *sizes) for p, where in zip(points, regions, strict=True)])
-    return face.trunc().long().cpu(), scores[:, FACE_POINTS].mean(dim=1).cpu()
+    return face.trunc().long(), scores[:, FACE_POINTS].mean(dim=1)
 
 
 # -- boxes and crops -------------------------------------------------------------------------------------------------

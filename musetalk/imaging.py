@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVarTuple, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Floats = NDArray[Any]
+Numbers = TypeVarTuple("Numbers")
+
+
+def kept(maxsize: int) -> Callable[[Callable[[*Numbers], tuple[Tensor, ...]]],
+                                   Callable[[torch.device, *Numbers], tuple[Tensor, ...]]]:
+    """For functions that make tensors of numbers: they take a device first, and their latest results stay there.
+
+    Each copy from the host would make the host wait; a clip asks for the same few sizes again and again.
+    """
+    def decorate(make: Callable[[*Numbers], tuple[Tensor, ...]]) -> Callable[[torch.device, *Numbers], tuple[Tensor, ...]]:
+        def on_device(device: torch.device, *numbers: *Numbers) -> tuple[Tensor, ...]:
+            return tuple(t.to(device) for t in make(*numbers))
+
+        return cast("Callable[[torch.device, *Numbers], tuple[Tensor, ...]]", lru_cache(maxsize)(on_device))
+
+    return decorate
+
+
+@kept(16)
+def constants(*values: tuple[float, ...]) -> tuple[Tensor, ...]:
+    """Each tuple of numbers as a float32 tensor."""
+    return tuple(torch.tensor(v, dtype=torch.float32) for v in values)
 
 
 def _positions(n_in: int, n_out: int) -> NDArray[np.float32]:
@@ -24,8 +46,8 @@ def _positions(n_in: int, n_out: int) -> NDArray[np.float32]:
     return ((np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5).astype(np.float32)
 
 
-@lru_cache(maxsize=256)
-def _lanczos4_matrix(n_in: int, n_out: int) -> Tensor:
+@kept(256)
+def _lanczos4_matrix(n_in: int, n_out: int) -> tuple[Tensor]:
     """(n_out, n_in) weights in 1/2048: taps -3..+4 around the floor, border replicated."""
     position = _positions(n_in, n_out)
     base = np.floor(position).astype(int)
@@ -40,13 +62,13 @@ def _lanczos4_matrix(n_in: int, n_out: int) -> Tensor:
             weights = (weights / weights.sum()).astype(np.float32).astype(np.float64)
         taps = np.clip(start - 3 + np.arange(8), 0, n_in - 1)
         np.add.at(matrix[row], taps, np.rint(weights * 2048))
-    return torch.from_numpy(matrix)
+    return (torch.from_numpy(matrix),)
 
 
-@lru_cache(maxsize=256)
-def _pillow_taps(n_in: int, n_out: int, support: float, bicubic: bool) -> tuple[Tensor, Tensor]:
-    """Pillow's antialiasing resampler: source indices (taps, n_out) and weights in 2^-22, int32."""
-    scale = n_in / n_out
+@kept(256)
+def _pillow_taps(n_in: int, n_out: int, bicubic: bool, top: int) -> tuple[Tensor, Tensor]:
+    """Pillow's antialiasing resampler from output `top` on: source indices (taps, n) and weights in 2^-22, int32."""
+    scale, support = n_in / n_out, 2.0 if bicubic else 1.0
     stretch = max(scale, 1.0)
     kernel: Callable[[Floats], Floats] = _cubic if bicubic else (lambda x: np.clip(1 - np.abs(x), 0, None))
     count = int(np.ceil(support * stretch)) * 2 + 1
@@ -58,10 +80,11 @@ def _pillow_taps(n_in: int, n_out: int, support: float, bicubic: bool) -> tuple[
         high = min(int(centre + support * stretch + 0.5), n_in)
         weights: Floats = kernel((np.arange(low, high) - centre + 0.5) / stretch)
         weights /= weights.sum()
+        index[:, i] = low  # the unused taps' too
         index[: high - low, i] = np.arange(low, high)
         fixed[: high - low, i] = np.trunc(weights * (1 << 22) + np.copysign(0.5, weights))
     used = int(np.flatnonzero(fixed.any(axis=1))[-1]) + 1
-    return torch.from_numpy(index[:used]), torch.from_numpy(fixed[:used])
+    return torch.from_numpy(index[:used, top:]), torch.from_numpy(fixed[:used, top:])
 
 
 def _cubic(x: Floats) -> Floats:
@@ -71,8 +94,8 @@ def _cubic(x: Floats) -> Floats:
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))
 
 
-@lru_cache(maxsize=64)
-def _blur_matrix(n: int, kernel: int) -> Tensor:
+@kept(64)
+def _blur_matrix(n: int, kernel: int) -> tuple[Tensor]:
     """(n, n) Gaussian weights in 1/256 with reflect-101 borders, for an odd kernel of `kernel` taps."""
     weights, radius = gaussian_weights(kernel), kernel // 2
     matrix = np.zeros((n, n))
@@ -80,7 +103,7 @@ def _blur_matrix(n: int, kernel: int) -> Tensor:
     rows = np.arange(n)[:, None]
     taps = np.abs(rows + np.arange(-radius, radius + 1)) % period
     np.add.at(matrix, (rows, np.where(taps >= n, period - taps, taps)), weights)
-    return torch.from_numpy(matrix)
+    return (torch.from_numpy(matrix),)
 
 
 def gaussian_weights(kernel: int) -> NDArray[np.int64]:
@@ -123,8 +146,7 @@ def _finish(values: Tensor, like: Tensor) -> Tensor:
 
 def lanczos4(image: Tensor, height: int, width: int) -> Tensor:
     """cv2.resize(..., INTER_LANCZOS4) without antialiasing: (H, W, C) uint8 -> (height, width, C) uint8."""
-    ry = _lanczos4_matrix(image.shape[0], height).to(image.device)
-    rx = _lanczos4_matrix(image.shape[1], width).to(image.device)
+    (ry,), (rx,) = (_lanczos4_matrix(image.device, *sizes) for sizes in zip(image.shape, (height, width), strict=False))
     total = _rows(ry, _columns(rx, _as_3d(image)))
     return _finish(torch.floor((total + 2**21) / 2**22), image)
 
@@ -134,12 +156,11 @@ def pillow_resize(image: Tensor, height: int, width: int, bicubic: bool = False,
 
     Rounds between the passes, as Pillow does.
     """
-    support = 2.0 if bicubic else 1.0
-    across, across_weights = _pillow_taps(image.shape[1], width, support, bicubic)
-    down, down_weights = (t[:, top:] for t in _pillow_taps(image.shape[0], height, support, bicubic))
-    first = int(down[down_weights != 0].min())
-    pixels = _tap_sum(image[first:].int(), 1, across, across_weights)
-    return _tap_sum(pixels, 0, (down - first).clamp(min=0), down_weights).to(torch.uint8)
+    across = _pillow_taps(image.device, image.shape[1], width, bicubic, 0)
+    down = _pillow_taps(image.device, image.shape[0], height, bicubic, top)
+    first = int(_pillow_taps(torch.device("cpu"), image.shape[0], height, bicubic, top)[0][0, 0])  # rows above are not used
+    pixels = _tap_sum(image[first:].int(), 1, *across)
+    return _tap_sum(pixels, 0, down[0] - first, down[1]).to(torch.uint8)
 
 
 def _tap_sum(pixels: Tensor, dim: int, index: Tensor, weights: Tensor) -> Tensor:
@@ -147,28 +168,25 @@ def _tap_sum(pixels: Tensor, dim: int, index: Tensor, weights: Tensor) -> Tensor
     shape = [1] * pixels.ndim
     shape[dim] = index.shape[1]
     total = torch.full((), 1 << 21, dtype=torch.int32, device=pixels.device)
-    for taps, weight in zip(index.to(pixels.device), weights.to(pixels.device), strict=True):
+    for taps, weight in zip(index, weights, strict=True):
         total = total + pixels.index_select(dim, taps) * weight.view(shape)
     return (total >> 22).clamp_(0, 255)
 
 
-def gaussian_blur(mask: Tensor, kernel: int) -> Tensor:
-    """cv2.GaussianBlur(mask, (kernel, kernel), 0) on (H, W) uint8; only the part that is not black is worked on."""
-    spans = []
-    for dim in (1, 0):
-        used = torch.nonzero(mask.any(dim=dim)).flatten()
-        if not len(used):
-            return mask.clone()
-        margin = kernel // 2 + 1
-        spans.append(slice(max(int(used[0]) - margin, 0), int(used[-1]) + 1 + margin))
-    part = mask[spans[0], spans[1]]
-    ry, rx = (_blur_matrix(n, kernel).to(mask.device) for n in part.shape)
+def gaussian_blur(mask: Tensor, kernel: int, rows: slice, columns: slice) -> Tensor:
+    """cv2.GaussianBlur(mask, (kernel, kernel), 0) on (H, W) uint8 that is black outside `rows` and `columns`."""
+    margin = kernel // 2 + 1
+    top, left = max(rows.start - margin, 0), max(columns.start - margin, 0)
+    part = mask[top : rows.stop + margin, left : columns.stop + margin]
     out = torch.zeros_like(mask)
-    out[spans[0], spans[1]] = _finish(torch.floor((_rows(ry, _columns(rx, _as_3d(part))) + 32768) / 65536), part)
+    if part.numel():
+        (ry,), (rx,) = (_blur_matrix(mask.device, n, kernel) for n in part.shape)
+        blurred = torch.floor((_rows(ry, _columns(rx, _as_3d(part))) + 32768) / 65536)
+        out[top : rows.stop + margin, left : columns.stop + margin] = _finish(blurred, part)
     return out
 
 
-@lru_cache(maxsize=512)
+@kept(512)
 def _linear_taps(n_in: int, n_out: int, clamp_fraction: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Indices and weights (1/2048) of the two taps; along x the fraction is zeroed at the border, along y kept."""
     position = _positions(n_in, n_out)
@@ -189,15 +207,15 @@ def linear(image: Tensor, height: int, width: int) -> Tensor:
     if (h, w) == (2 * height, 2 * width):  # OpenCV takes the area path here
         quads = image.int().view(height, 2, width, 2, -1).sum(dim=(1, 3))
         return ((quads + 2) >> 2).to(torch.uint8)
-    x0, x1, a0, a1 = (t.to(image.device) for t in _linear_taps(w, width, True))
-    y0, y1, b0, b1 = (t.to(image.device) for t in _linear_taps(h, height, False))
+    x0, x1, a0, a1 = _linear_taps(image.device, w, width, True)
+    y0, y1, b0, b1 = _linear_taps(image.device, h, height, False)
     pixels = image.int()
     across = (pixels[:, x0] * a0[:, None] + pixels[:, x1] * a1[:, None]) >> 4
     top, bottom = across[y0] * b0[:, None, None] >> 16, across[y1] * b1[:, None, None] >> 16
     return ((top + bottom + 2) >> 2).clamp(0, 255).to(torch.uint8)
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def _affine_taps(scale: float, offset: float, n_in: int, n_out: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Taps and weights (1/32) of output i at source `scale * i + offset`; weights outside the image are zero."""
     fixed = (round(offset * 1024) + 16 + np.rint(scale * np.arange(n_out) * 1024).astype(np.int64)) >> 5
@@ -214,8 +232,8 @@ def scale_shift(image: Tensor, scale: float, left: float, top: float, height: in
 
     image (H, W, C) uint8 -> (height, width, C) uint8; output (x, y) samples source (left + scale x, top + scale y).
     """
-    y0, y1, b0, b1 = (t.to(image.device) for t in _affine_taps(scale, top, image.shape[0], height))
-    x0, x1, a0, a1 = (t.to(image.device) for t in _affine_taps(scale, left, image.shape[1], width))
+    y0, y1, b0, b1 = _affine_taps(image.device, scale, top, image.shape[0], height)
+    x0, x1, a0, a1 = _affine_taps(image.device, scale, left, image.shape[1], width)
     across = image[:, x0].float() * a0[:, None] + image[:, x1].float() * a1[:, None]
     out = across[y0] * b0[:, None, None] + across[y1] * b1[:, None, None]
     return _finish(torch.floor(out / 1024 + 0.5), image)

@@ -132,9 +132,8 @@ class LipSync:
     def _region(mask512: Tensor, box: Box, frame: Tensor) -> Region:
         """What blending may change in a frame (H, W, 3), with its soft mask, on the CPU."""
         square = blend.blend_square(box)
-        mask = blend.within(blend.soft_mask(mask512, square, box), square, box)
-        region = blend.region_of(mask, square, frame.shape[1], frame.shape[0])
-        return Region(region.box, region.mask.cpu())
+        mask = blend.within(blend.soft_mask(mask512, square, box).cpu(), square, box)  # trimming it needs its values
+        return blend.region_of(mask, square, frame.shape[1], frame.shape[0])
 
     def _noise(self, seed: int | None, first: int, crops: Tensor) -> Tensor | None:
         """Standard normal noise (2N, 4, h, w) for the posteriors of crops from frame `first` on; None without a seed."""
@@ -207,7 +206,7 @@ class LipSync:
         todo = [(output, entry) for output, entry in entries if entry is not None]
         if not todo:
             return {}
-        tokens = torch.cat([prompts.batch(range(output, output + 1)) for output, _ in todo])
+        tokens = prompts.batch([output for output, _ in todo])
         made = self.generate(torch.stack([entry.latents for _, entry in todo]), tokens, todo[0][0])
         return {output: face for (output, _), face in zip(todo, made, strict=True)}
 

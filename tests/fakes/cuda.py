@@ -25,7 +25,7 @@ WAITS = {"__bool__", "__float__", "__int__", "equal", "item", "nonzero", "tolist
 HOST_INDICES = {"__getitem__", "__setitem__"}  # a device's tensor takes indices and values of the host
 BOTH_SIDES = {"copy_", "_has_compatible_shallow_copy_type"}
 
-to, clone = Tensor.to, Tensor.clone
+to, clone, from_host = Tensor.to, Tensor.clone, torch.tensor
 
 
 class OnDevice(Tensor):
@@ -45,7 +45,7 @@ class OnDevice(Tensor):
             if name == "copy_":
                 sides = [isinstance(t, cls) for t in tensors[:2]]
                 count("up" if sides[0] > sides[1] else "down" if sides[0] < sides[1] else "calls")
-        count("waits" if name in WAITS else "calls")
+        count("waits" if name in WAITS else "up" if name == "new_tensor" else "calls")
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -100,6 +100,7 @@ def factory(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def make(*args: Any, device: Any = None, **kwargs: Any) -> Tensor:
         if device is None or torch.device(device).type != "cuda":
             return original(*args, device=device, **kwargs)
+        count("up" if original is from_host else "calls")
         return original(*args, **kwargs).as_subclass(OnDevice)
 
     return make
