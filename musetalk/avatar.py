@@ -17,6 +17,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,6 +31,7 @@ from musetalk.box import Box, Region
 
 CHUNK = 32  # source frames
 HELD = 4  # chunks kept in memory while reading
+MEMORY = 64 << 20  # bytes of avatars kept in memory: about a thousand frames
 FORMAT = 3
 SUFFIX = ".avatar"
 STALE_SEC = 24 * 3600  # partial files of workers that died are removed after this
@@ -107,7 +109,7 @@ class Avatar:
 
     def _flush(self) -> None:
         blob = _pack(self._pending)
-        start = self._index[-1][0] + self._index[-1][1] if self._index else 0
+        start = self.size
         self._file.seek(start)
         self._file.write(blob)
         self._index.append((start, len(blob), hashlib.sha256(blob).hexdigest()))
@@ -116,8 +118,7 @@ class Avatar:
     def _chunk(self, chunk: int) -> list[Face | None]:
         if chunk not in self._held:
             start, length, _ = self._index[chunk]
-            self._file.flush()
-            self._held[chunk] = _unpack(os.pread(self._file.fileno(), length, start))
+            self._held[chunk] = _unpack(_read(self._file, start, length))
             while len(self._held) > HELD:
                 self._held.popitem(last=False)
         self._held.move_to_end(chunk)
@@ -130,18 +131,25 @@ class Avatar:
         partial = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.part")
         try:
             with partial.open("wb") as out:
-                self._file.flush()
-                self._file.seek(0)
-                end = self._index[-1][0] + self._index[-1][1] if self._index else 0
-                _copy(self._file, out, end)
-                index = json.dumps({
-                    "format": FORMAT, "key": key, "count": self._count, "faces": self.faces,
-                    "complete": self.complete, "chunks": self._index,
-                }).encode()
-                out.write(index + len(index).to_bytes(8, "little"))
+                self.write(out, key)
             partial.rename(path)
         finally:
             partial.unlink(missing_ok=True)
+
+    def write(self, out: BinaryIO, key: str) -> None:
+        """Write the finished avatar into a file."""
+        self._file.seek(0)
+        _copy(self._file, out, self.size)
+        index = json.dumps({
+            "format": FORMAT, "key": key, "count": self._count, "faces": self.faces,
+            "complete": self.complete, "chunks": self._index,
+        }).encode()
+        out.write(index + len(index).to_bytes(8, "little"))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the chunks written so far."""
+        return self._index[-1][0] + self._index[-1][1] if self._index else 0
 
     @classmethod
     def open(cls, path: Path, key: str) -> Avatar | None:
@@ -150,17 +158,20 @@ class Avatar:
             file = path.open("rb")
         except OSError:
             return None
+        return cls.read(file, key)
+
+    @classmethod
+    def read(cls, file: BinaryIO, key: str) -> Avatar | None:
+        """The avatar in an open file, which it closes; None, and closed, when it is damaged or foreign."""
         try:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(size - 8)
-            length = int.from_bytes(file.read(8), "little")
-            file.seek(size - 8 - length)
-            index = json.loads(file.read(length))
+            size = file.seek(0, os.SEEK_END)
+            length = int.from_bytes(_read(file, size - 8, 8), "little")
+            index = json.loads(_read(file, size - 8 - length, length))
             chunks = [(int(a), int(b), str(c)) for a, b, c in index["chunks"]]
             if (index["format"], index["key"]) != (FORMAT, key) or not chunks:
                 raise ValueError("foreign")
             for start, count, digest in chunks:
-                if hashlib.sha256(os.pread(file.fileno(), count, start)).hexdigest() != digest:
+                if hashlib.sha256(_read(file, start, count)).hexdigest() != digest:
                     raise ValueError("corrupt")
             avatar = cls(file, chunks, int(index["count"]), bool(index["complete"]))
             avatar.faces = int(index["faces"])
@@ -168,6 +179,11 @@ class Avatar:
         except (ValueError, KeyError, TypeError, OSError, SafetensorError):
             file.close()
             return None
+
+
+def _read(file: BinaryIO, start: int, length: int) -> bytes:
+    file.seek(start)
+    return file.read(length)
 
 
 def _copy(source: BinaryIO, target: BinaryIO, length: int) -> None:
@@ -209,14 +225,15 @@ def _unpack(blob: bytes) -> list[Face | None]:
 
 
 class AvatarCache:
-    """Avatars on disk by key, at most `limit` bytes, least recently used first out; safe to share between workers.
+    """Avatars by key, on disk (at most `limit` bytes) and in memory (`memory` bytes), least recently used first out.
 
-    Writes are atomic renames, reads verify every byte, so a torn, corrupt or foreign file is only a miss. A folder
-    that cannot be written switches writing off, never the job.
+    Safe to share between workers: writes are atomic renames, reads verify every byte, so a torn, corrupt or foreign file
+    is only a miss. A folder that cannot be written leaves what memory holds, and never fails a job. `folder` None: no cache.
     """
 
-    def __init__(self, folder: Path | None, limit: int) -> None:
-        self.folder, self.limit = folder, limit
+    def __init__(self, folder: Path | None, limit: int, memory: int = MEMORY) -> None:
+        self.folder, self.limit, self.memory = folder, limit, memory
+        self._recent: OrderedDict[str, bytes] = OrderedDict()
 
     def path(self, key: str) -> Path | None:
         """Where the avatar of `key` lies."""
@@ -225,8 +242,11 @@ class AvatarCache:
     def get(self, key: str) -> Avatar | None:
         """The cached avatar, marked as just used."""
         path = self.path(key)
-        avatar = Avatar.open(path, key) if path else None
-        if avatar and path:
+        if path is None:
+            return None
+        avatar = Avatar.read(BytesIO(self._recent[key]), key) if key in self._recent else Avatar.open(path, key)
+        if avatar:
+            self._remember(key, avatar)
             with contextlib.suppress(OSError):
                 os.utime(path)
         return avatar
@@ -236,6 +256,7 @@ class AvatarCache:
         path = self.path(key)
         if path is None:
             return False
+        self._remember(key, avatar)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             avatar.save(path, key)
@@ -243,6 +264,16 @@ class AvatarCache:
         except OSError:
             return False
         return True
+
+    def _remember(self, key: str, avatar: Avatar) -> None:
+        """Keep the avatar in memory as the one used last."""
+        if key not in self._recent and avatar.size <= self.memory:
+            avatar.write(blob := BytesIO(), key)
+            self._recent[key] = blob.getvalue()
+        if key in self._recent:
+            self._recent.move_to_end(key)
+        while sum(map(len, self._recent.values())) > self.memory:
+            self._recent.popitem(last=False)
 
     def _trim(self, newest: Path) -> None:
         """Remove the least recently used files over the limit, and stale partial ones."""

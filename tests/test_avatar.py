@@ -62,8 +62,31 @@ def test_entries_can_be_read_while_more_are_added() -> None:
         avatar[3 * CHUNK]
 
 
+def test_the_latest_stay_in_memory(tmp_path: Path) -> None:
+    assert AvatarCache(tmp_path, 10**9).put("a", filled(40))
+    size = (tmp_path / "a.avatar").stat().st_size
+    cache = AvatarCache(tmp_path, 10**9, memory=int(2.5 * size))
+    for key in "abac":  # a is read from the disk, then from memory; c pushes b out
+        assert cache.get(key) or cache.put(key, filled(40))
+    assert not cache.put("d", filled(400)) or AvatarCache(tmp_path, 10**9).get("d"), "too large for memory, not for the disk"
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert [key for key in "abcd" if cache.get(key)] == ["a", "c"]
+    avatar = cache.get("a")
+    assert avatar
+    assert same(avatar, 40)
+
+
+def test_memory_serves_where_no_disk_does(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cache = AvatarCache(tmp_path / "file" / "cache", 10**9)
+    assert not cache.put("key", filled(3))
+    assert cache.get("key")
+    assert AvatarCache(tmp_path, 0).put("key", filled(3)) is False
+
+
 def test_damage_and_foreign_files_are_misses(tmp_path: Path) -> None:
-    cache = AvatarCache(tmp_path, 10**9)
+    cache = AvatarCache(tmp_path, 10**9, memory=0)
     assert cache.put("key", filled(50))
     assert cache.get("key")
     assert cache.get("other") is None

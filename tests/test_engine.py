@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from musetalk import LipSync, Options, checkpoints
+from musetalk import AvatarCache, LipSync, Options, checkpoints
 from musetalk.colour import Colour, Planes, from_rgb, paste, to_rgb
 from musetalk.lipsync import Slot
 from pipeline import inference, media
@@ -134,16 +134,16 @@ def test_no_face_at_all_is_named(service: Service, short_speech: Path, media: Ma
 
 
 def test_the_second_job_prepares_nothing_and_gives_the_same_bytes(
-    service: Service, short_clip: Path, short_speech: Path, written: list[np.ndarray], settings: Settings
+    service: Service, short_clip: Path, short_speech: Path, written: list[np.ndarray], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for file in settings.cache_dir.glob("*.avatar"):
-        file.unlink()
+    monkeypatch.setattr(service.engine, "cache", AvatarCache(tmp_path, 10**9, memory=0))
     first = run(service, short_clip, short_speech)
     fresh, written[:] = list(written), []
     second = run(service, short_clip, short_speech)
     assert (first["metrics"]["avatar_cached"], second["metrics"]["avatar_cached"]) == (False, True)
     assert all(np.array_equal(a, b) for a, b in zip(fresh, written, strict=True))
-    file = next(settings.cache_dir.glob("*.avatar"))
+    file = next(tmp_path.glob("*.avatar"))
     damaged = bytearray(file.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     file.write_bytes(damaged)
