@@ -85,15 +85,20 @@ def give_back_memory() -> None:
 
 
 def _resident_kb() -> int:
-    pids = ["self"]
+    """Resident kB of this process and its children; one that has not begun its own program yet still shares our memory."""
+    own = Path("/proc/self/exe").readlink()
+    total = _statm_kb("self")
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):
-            pids += (task / "children").read_text().split()
-    total = 0
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_KB
+            for pid in (task / "children").read_text().split():
+                with contextlib.suppress(OSError):
+                    if Path(f"/proc/{pid}/exe").readlink() != own:
+                        total += _statm_kb(pid)
     return total
+
+
+def _statm_kb(pid: str) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_KB
 
 
 def versions() -> dict[str, str | None]:

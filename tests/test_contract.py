@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from hypothesis import strategies as st
 from pipeline import errors, redact, schema
 from pipeline.errors import BadRequest
 from pipeline.geometry import plan
-from pipeline.metrics import StageTimer, normalise
+from pipeline.metrics import PeakMemory, StageTimer, normalise
 from pipeline.run import Service, failure, status_of
 from pipeline.schema import parse
 from pipeline.settings import BadSetting, Settings, find_weights, table
@@ -243,6 +245,31 @@ def test_gpu_names() -> None:
     assert normalise("NVIDIA GeForce RTX 3090") == "RTX-3090"
     assert normalise("NVIDIA A100-SXM4-80GB") == "A100-SXM4-80GB"
     assert normalise("Tesla T4") == "T4"
+
+
+def peak_kb() -> int:
+    with PeakMemory() as memory:
+        time.sleep(0.3)
+    assert memory.peak_kb
+    return memory.peak_kb
+
+
+def test_peak_memory_counts_children_and_what_they_share_only_once() -> None:
+    alone = peak_kb()
+    gate, open_gate = os.pipe()
+    child = os.fork()  # as between starting a child and its own program
+    if not child:
+        os.read(gate, 1)
+        os._exit(0)
+    assert peak_kb() < 1.1 * alone
+    os.write(open_gate, b".")
+    os.waitpid(child, 0)
+    grown = "x=$(head -c 50000000 /dev/zero | tr '\\0' x); echo; read y; echo $x"
+    with subprocess.Popen(["/bin/sh", "-c", grown], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as shell:
+        assert shell.stdout is not None
+        shell.stdout.readline()
+        assert peak_kb() > alone + 40_000
+        shell.communicate()
 
 
 def test_settings() -> None:
