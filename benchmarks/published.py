@@ -41,6 +41,7 @@ FACE = (500, 200, 740, 480)  # of the scripted face, pixels
 
 def write_weights(folder: Path) -> None:
     """All six networks in the converted layout: half precision safetensors, as `fetch` leaves them."""
+    torch.manual_seed(0)
     configs = {"musetalkV15/musetalk.json": "{}", "sd-vae/config.json": "{}", "whisper/config.json": "{}"}
     for name, text in configs.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ from musetalk.box import Box, Region
 CHUNK = 32  # source frames
 HELD = 4  # chunks kept in memory while reading
 MEMORY = 64 << 20  # bytes of avatars kept in memory: about a thousand frames
-FORMAT = 3
+FORMAT = 4
 SUFFIX = ".avatar"
 STALE_SEC = 24 * 3600  # partial files of workers that died are removed after this
 
@@ -49,8 +49,8 @@ class Face:
 class Avatar:
     """The entries of one clip: append while preparing, index at any time, close when done.
 
-    The file is a run of safetensors blobs, one per CHUNK frames, then a JSON index with their lengths and sha256 and
-    the index's own length in 8 bytes.
+    The file is a run of safetensors blobs, one per CHUNK frames, then a JSON index with their lengths and sha256, and
+    the index's own sha256 (32 bytes) and length (8).
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Avatar:
             "format": FORMAT, "key": key, "count": self._count, "faces": self.faces,
             "complete": self.complete, "chunks": self._index,
         }).encode()
-        out.write(index + len(index).to_bytes(8, "little"))
+        out.write(index + hashlib.sha256(index).digest() + len(index).to_bytes(8, "little"))
 
     @property
     def size(self) -> int:
@@ -165,13 +165,16 @@ class Avatar:
         """The avatar in an open file, which it closes; None, and closed, when it is damaged or foreign."""
         try:
             size = file.seek(0, os.SEEK_END)
-            length = int.from_bytes(_read(file, size - 8, 8), "little")
-            index = json.loads(_read(file, size - 8 - length, length))
+            digest, length = _read(file, size - 40, 32), int.from_bytes(file.read(8), "little")
+            text = _read(file, size - 40 - length, length)
+            if hashlib.sha256(text).digest() != digest:
+                raise ValueError("corrupt")
+            index = json.loads(text)
             chunks = [(int(a), int(b), str(c)) for a, b, c in index["chunks"]]
             if (index["format"], index["key"]) != (FORMAT, key) or not chunks:
                 raise ValueError("foreign")
-            for start, count, digest in chunks:
-                if hashlib.sha256(_read(file, start, count)).hexdigest() != digest:
+            for start, count, want in chunks:
+                if hashlib.sha256(_read(file, start, count)).hexdigest() != want:
                     raise ValueError("corrupt")
             avatar = cls(file, chunks, int(index["count"]), bool(index["complete"]))
             avatar.faces = int(index["faces"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import errno
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -87,6 +88,8 @@ class Engine:
         self.device = _device(settings.device)
         folder = settings.cache_dir if settings.cache_max_gb > 0 else None
         self.cache = AvatarCache(folder, int(settings.cache_max_gb * 1e9))
+        if folder is not None and self.device.type == "cuda":  # what the driver's compiler builds is kept for the next start
+            os.environ.setdefault("PYTORCH_KERNEL_CACHE_PATH", str(folder / "kernels"))
         self.lost = False  # the GPU is gone: every later job fails at once
         self.batch_size = settings.batch_size or 8  # known once the weights lie on the device
         self._streams: dict[str, torch.cuda.Stream] = {}

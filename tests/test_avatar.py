@@ -97,8 +97,38 @@ def test_damage_and_foreign_files_are_misses(tmp_path: Path) -> None:
     for damage in (b"", whole[:-1], whole[: len(whole) // 2], whole[:100] + b"x" + whole[101:], b"\xff" * 64):
         path.write_bytes(damage)
         assert cache.get("key") is None
+    at = whole.index(b'"count": 50') + len(b'"count": ')
+    for i in (*range(0, len(whole), 97), at, len(whole) - 40, len(whole) - 1):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
+        assert cache.get("key") is None, i
     path.write_bytes(whole)
     assert cache.get("key")
+
+
+def test_one_thread_may_add_while_another_reads() -> None:
+    avatar, stop, wrong = Avatar.new(), threading.Event(), list[str]()
+
+    def read() -> None:
+        while not stop.is_set():
+            count = len(avatar)
+            for i in {0, count // 3, count // 2, count - 1} if count else ():
+                try:
+                    entry = avatar[i]
+                except Exception as e:
+                    return wrong.append(repr(e))
+                if entry is None or entry.box.x1 != i:
+                    return wrong.append(f"frame {i}")
+        return None
+
+    threads = [threading.Thread(target=read) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for i in range(40 * CHUNK):
+        avatar.append(face(i))
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def test_size_is_bounded_and_the_least_recent_go_first(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -375,3 +376,12 @@ def test_engine_reports_ready(settings: Settings) -> None:
     assert not engine.ready
     engine.warm_up()
     assert engine.ready
+
+
+def test_kernels_are_kept_with_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_KERNEL_CACHE_PATH", "")
+    monkeypatch.delenv("PYTORCH_KERNEL_CACHE_PATH")  # and take away what the engine sets
+    Engine(Settings(cache_dir=tmp_path, device="cpu"))
+    assert "PYTORCH_KERNEL_CACHE_PATH" not in os.environ
+    Engine(Settings(cache_dir=tmp_path, device="cuda"))
+    assert os.environ["PYTORCH_KERNEL_CACHE_PATH"] == str(tmp_path / "kernels")

@@ -76,7 +76,7 @@ def main() -> None:
                 mean, _ = net.moments(image)
                 out = net.decoder(net.post_quant_conv(mean)).clamp(-1, 1)
                 psnr = -10 * torch.log10(F.mse_loss(out, image) / 4)
-            training.log(loss=float(loss), psnr=float(psnr), std=float(mean.std()))
+            training.log(loss=float(loss.detach()), psnr=float(psnr), std=float(mean.std()))
 
 
 if __name__ == "__main__":

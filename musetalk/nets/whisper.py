@@ -69,7 +69,7 @@ class WhisperEncoder(nn.Module):
         self.conv1 = nn.Conv1d(cfg.num_mel_bins, cfg.d_model, 3, padding=1)
         self.conv2 = nn.Conv1d(cfg.d_model, cfg.d_model, 3, stride=2, padding=1)
         # not drawn at random: on the meta device that alone imports torch's compiler, most of a second
-        table = torch.empty(cfg.max_source_positions, cfg.d_model)
+        table = torch.zeros(cfg.max_source_positions, cfg.d_model)
         self.embed_positions = nn.Embedding.from_pretrained(table, freeze=False)  # type: ignore[no-untyped-call]
         self.layers = nn.ModuleList(EncoderLayer(cfg) for _ in range(cfg.encoder_layers))
         self.layer_norm = nn.LayerNorm(cfg.d_model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import http.server
 import json
@@ -14,6 +15,131 @@ from urllib.parse import unquote
 
 Fault = Callable[[http.server.BaseHTTPRequestHandler], bool]  # True when it has answered (or hung up)
 
+ALLOWED: dict[str, Any] = {
+    "buckets": None, "capabilities": ["listBuckets", "readFiles", "writeFiles", "listFiles"], "namePrefix": None,
+}
+BUCKET: dict[str, Any] = {
+    "accountId": "acct", "bucketId": "b1", "bucketInfo": {}, "bucketType": "allPublic", "corsRules": [], "lifecycleRules": [],
+    "revision": 1, "options": [], "defaultServerSideEncryption": {"isClientAuthorizedToRead": False, "value": None},
+    "fileLockConfiguration": {"isClientAuthorizedToRead": False, "value": None},
+    "replicationConfiguration": {"isClientAuthorizedToRead": False, "value": None},
+}
+
+
+class Routes(http.server.BaseHTTPRequestHandler):
+    """The native API under /b2api, uploads and downloads."""
+
+    b2: B2
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+    def do_GET(self) -> None:
+        self._api(b"")
+
+    def do_POST(self) -> None:
+        self._api(self.rfile.read(int(self.headers.get("content-length") or 0)))
+
+    def do_HEAD(self) -> None:
+        self._download()
+
+    def _api(self, body: bytes) -> None:
+        name = self.path.split("?")[0].rsplit("/", 1)[-1]
+        self.b2.calls.append(name)
+        if self.path.startswith("/upload"):
+            return self._upload(body)
+        if self.path.startswith("/file/"):
+            return self._download()
+        route = getattr(self, f"_{name}", None)
+        return route(json.loads(body or b"{}")) if route else self.error(404, "not_found")
+
+    def _b2_authorize_account(self, _: Any) -> None:
+        given = base64.b64decode(self.headers["Authorization"].removeprefix("Basic ")).decode()
+        if given != f"{self.b2.key_id}:{self.b2.key}":
+            return self.error(401, "bad_auth_token")
+        storage = {
+            "apiUrl": self.b2.url, "downloadUrl": self.b2.url, "s3ApiUrl": self.b2.url, "recommendedPartSize": 10**8,
+            "absoluteMinimumPartSize": 5 * 10**6, "infoType": "storageApi", "bucketId": None, "bucketName": None,
+            "namePrefix": None, "allowed": ALLOWED,
+            "capabilities": ALLOWED["capabilities"],
+        }
+        return self.answer({
+            "accountId": "acct", "authorizationToken": "canary-token", "apiInfo": {"storageApi": storage},
+            "applicationKeyExpirationTimestamp": None,
+        })
+
+    def _b2_list_buckets(self, q: Any) -> None:
+        found = q.get("bucketName") in (None, self.b2.bucket)
+        self.answer({"buckets": [BUCKET | {"bucketName": self.b2.bucket}] if found else []})
+
+    def _b2_get_upload_url(self, _: Any) -> None:
+        self.answer({"bucketId": "b1", "uploadUrl": f"{self.b2.url}/upload", "authorizationToken": "canary-upload"})
+
+    def _upload(self, body: bytes) -> None:
+        self.body = body
+        if self.b2.faults and self.b2.faults.popleft()(self):
+            return None
+        if not self.keep():
+            return self.error(400, "bad_request", "Checksum did not match data received")
+        return self.answer(self._file(unquote(self.headers["X-Bz-File-Name"]), self.body))
+
+    def keep(self) -> bool:
+        """Store what was sent; False when its checksum is wrong."""
+        sha1 = self.headers["X-Bz-Content-Sha1"]
+        if sha1 == "hex_digits_at_end":
+            self.body, sha1 = self.body[:-40], self.body[-40:].decode()
+        if hashlib.sha1(self.body).hexdigest() != sha1:
+            return False
+        self.b2.objects.setdefault(unquote(self.headers["X-Bz-File-Name"]), []).append(self.body)
+        return True
+
+    def _file(self, name: str, body: bytes) -> dict[str, Any]:
+        return {
+            "accountId": "acct", "action": "upload", "bucketId": "b1", "contentLength": len(body),
+            "contentSha1": hashlib.sha1(body).hexdigest(), "contentType": "video/mp4", "fileId": "f1", "fileInfo": {},
+            "fileName": name, "uploadTimestamp": int(time.time() * 1000), "contentMd5": None,
+            "serverSideEncryption": {"mode": "none"}, "legalHold": {"isClientAuthorizedToRead": False, "value": None},
+            "fileRetention": {"isClientAuthorizedToRead": False, "value": None}, "replicationStatus": None,
+        }
+
+    def _download(self) -> None:
+        name = unquote(self.path.split("?")[0].removeprefix(f"/file/{self.b2.bucket}/"))
+        if name not in self.b2.objects:
+            return self.error(404, "not_found")
+        body = self.b2.objects[name][-1]
+        self.send_response(200)
+        for key, value in {
+            "Content-Length": str(len(body)), "Content-Type": "video/mp4", "x-bz-file-id": "f1",
+            "x-bz-file-name": name, "x-bz-content-sha1": hashlib.sha1(body).hexdigest(),
+            "X-Bz-Upload-Timestamp": "1700000000000",
+        }.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+        return None
+
+    def answer(self, value: Any, code: int = 200, headers: dict[str, str] | None = None) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(code)
+        own = {"Content-Type": "application/json", "Content-Length": str(len(data))}
+        for key, header in {**own, **(headers or {})}.items():
+            self.send_header(key, header)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def error(self, code: int, name: str, message: str = "no", headers: dict[str, str] | None = None) -> None:
+        self.answer({"status": code, "code": name, "message": message}, code, headers)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        """Clients that hang up are part of the test."""
+
 
 class B2:
     """Objects by name (all versions kept). `faults` are taken one for each upload, first come first served."""
@@ -24,121 +150,7 @@ class B2:
         self.calls: list[str] = []
         self.bucket = "talking-avatar"
         self.key_id, self.key = "canary-key-id", "canary-app-key"
-        b2 = self
-
-        class Routes(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: Any) -> None:
-                """Say nothing."""
-
-            def do_GET(self) -> None:
-                self._api(b"")
-
-            def do_POST(self) -> None:
-                self._api(self.rfile.read(int(self.headers.get("content-length") or 0)))
-
-            def do_HEAD(self) -> None:
-                self._download()
-
-            def _api(self, body: bytes) -> None:
-                name = self.path.split("?")[0].rsplit("/", 1)[-1]
-                b2.calls.append(name)
-                if self.path.startswith("/upload"):
-                    return self._upload(body)
-                if self.path.startswith("/file/"):
-                    return self._download()
-                route = getattr(self, f"_{name}", None)
-                return route(json.loads(body or b"{}")) if route else self.error(404, "not_found")
-
-            def _b2_authorize_account(self, _: Any) -> None:
-                import base64
-
-                given = base64.b64decode(self.headers["Authorization"].removeprefix("Basic ")).decode()
-                if given != f"{b2.key_id}:{b2.key}":
-                    return self.error(401, "bad_auth_token")
-                storage = {
-                    "apiUrl": b2.url, "downloadUrl": b2.url, "s3ApiUrl": b2.url, "recommendedPartSize": 10**8,
-                    "absoluteMinimumPartSize": 5 * 10**6, "infoType": "storageApi", "bucketId": None, "bucketName": None,
-                    "namePrefix": None, "allowed": ALLOWED,
-                    "capabilities": ALLOWED["capabilities"],
-                }
-                return self.answer({
-                    "accountId": "acct", "authorizationToken": "canary-token", "apiInfo": {"storageApi": storage},
-                    "applicationKeyExpirationTimestamp": None,
-                })
-
-            def _b2_list_buckets(self, q: Any) -> None:
-                found = q.get("bucketName") in (None, b2.bucket)
-                self.answer({"buckets": [BUCKET | {"bucketName": b2.bucket}] if found else []})
-
-            def _b2_get_upload_url(self, _: Any) -> None:
-                self.answer({"bucketId": "b1", "uploadUrl": f"{b2.url}/upload", "authorizationToken": "canary-upload"})
-
-            def _upload(self, body: bytes) -> None:
-                self.body = body
-                if b2.faults and b2.faults.popleft()(self):
-                    return None
-                if not self.keep():
-                    return self.error(400, "bad_request", "Checksum did not match data received")
-                return self.answer(self._file(unquote(self.headers["X-Bz-File-Name"]), self.body))
-
-            def keep(self) -> bool:
-                """Store what was sent; False when its checksum is wrong."""
-                sha1 = self.headers["X-Bz-Content-Sha1"]
-                if sha1 == "hex_digits_at_end":
-                    self.body, sha1 = self.body[:-40], self.body[-40:].decode()
-                if hashlib.sha1(self.body).hexdigest() != sha1:
-                    return False
-                b2.objects.setdefault(unquote(self.headers["X-Bz-File-Name"]), []).append(self.body)
-                return True
-
-            def _file(self, name: str, body: bytes) -> dict[str, Any]:
-                return {
-                    "accountId": "acct", "action": "upload", "bucketId": "b1", "contentLength": len(body),
-                    "contentSha1": hashlib.sha1(body).hexdigest(), "contentType": "video/mp4", "fileId": "f1", "fileInfo": {},
-                    "fileName": name, "uploadTimestamp": int(time.time() * 1000), "contentMd5": None,
-                    "serverSideEncryption": {"mode": "none"}, "legalHold": {"isClientAuthorizedToRead": False, "value": None},
-                    "fileRetention": {"isClientAuthorizedToRead": False, "value": None}, "replicationStatus": None,
-                }
-
-            def _download(self) -> None:
-                name = unquote(self.path.split("?")[0].removeprefix(f"/file/{b2.bucket}/"))
-                if name not in b2.objects:
-                    return self.error(404, "not_found")
-                body = b2.objects[name][-1]
-                self.send_response(200)
-                for key, value in {
-                    "Content-Length": str(len(body)), "Content-Type": "video/mp4", "x-bz-file-id": "f1",
-                    "x-bz-file-name": name, "x-bz-content-sha1": hashlib.sha1(body).hexdigest(),
-                    "X-Bz-Upload-Timestamp": "1700000000000",
-                }.items():
-                    self.send_header(key, value)
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(body)
-                return None
-
-            def answer(self, value: Any, code: int = 200, headers: dict[str, str] | None = None) -> None:
-                data = json.dumps(value).encode()
-                self.send_response(code)
-                own = {"Content-Type": "application/json", "Content-Length": str(len(data))}
-                for key, header in {**own, **(headers or {})}.items():
-                    self.send_header(key, header)
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(data)
-
-            def error(self, code: int, name: str, message: str = "no", headers: dict[str, str] | None = None) -> None:
-                self.answer({"status": code, "code": name, "message": message}, code, headers)
-
-        class Server(http.server.ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, *_: Any) -> None:
-                """Clients that hang up are part of the test."""
-
-        self.server = Server(("127.0.0.1", 0), Routes)
+        self.server = Server(("127.0.0.1", 0), type("Routes", (Routes,), {"b2": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
@@ -150,17 +162,6 @@ class B2:
         """Shut down."""
         self.server.shutdown()
         self.server.server_close()
-
-
-ALLOWED: dict[str, Any] = {
-    "buckets": None, "capabilities": ["listBuckets", "readFiles", "writeFiles", "listFiles"], "namePrefix": None,
-}
-BUCKET: dict[str, Any] = {
-    "accountId": "acct", "bucketId": "b1", "bucketInfo": {}, "bucketType": "allPublic", "corsRules": [], "lifecycleRules": [],
-    "revision": 1, "options": [], "defaultServerSideEncryption": {"isClientAuthorizedToRead": False, "value": None},
-    "fileLockConfiguration": {"isClientAuthorizedToRead": False, "value": None},
-    "replicationConfiguration": {"isClientAuthorizedToRead": False, "value": None},
-}
 
 
 def status(code: int, name: str, message: str = "no", headers: dict[str, str] | None = None) -> Fault:
