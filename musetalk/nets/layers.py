@@ -56,10 +56,10 @@ class ConvBN(nn.Module):
 
 
 def activate(x: Tensor, name: str) -> Tensor:
-    """Apply the activation `name`: relu, silu or none."""
+    """Apply the activation `name`, relu, silu or none, in place."""
     if name == "none":
         return x
-    return F.silu(x) if name == "silu" else F.relu(x)
+    return F.silu(x, inplace=True) if name == "silu" else F.relu(x, inplace=True)
 
 
 def fold_batch_norm(net: nn.Module) -> None:
@@ -86,7 +86,7 @@ class NormSilu(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         if not self.fused:
-            return F.silu(super().forward(x))
+            return F.silu(super().forward(x), inplace=True)
         scale, shift = self.per_channel(x)
         return affine_silu(x, scale, shift)
 
@@ -136,7 +136,8 @@ class ResnetBlock(nn.Module):
         h = self.conv1(self.norm1(x))
         if self.time_emb_proj is not None and time is not None:
             h = h + self.time_emb_proj(time)[:, :, None, None]
-        h = self.conv2(self.norm2(h))
+        h = self.norm2(h)  # a map at a time: the one before is freed, where nested calls would hold it
+        h = self.conv2(h)
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
     def fold_time(self, time: Tensor) -> None:

@@ -38,6 +38,10 @@ def _conv(cin: int, cout: int, kernel: int = 3, stride: int = 1, padding: int = 
     return nn.Conv2d(cin, cout, kernel, stride, padding)
 
 
+def _relu(x: Tensor) -> Tensor:
+    return F.relu(x, inplace=True)  # a map of the full picture, of which memory may hold two but not three
+
+
 class S3fd(nn.Module):
     """See the module docstring. Submodules carry the checkpoint's flat names."""
 
@@ -76,15 +80,15 @@ class S3fd(nn.Module):
         x = image
         for stage, convs in enumerate((2, 2, 3, 3, 3), start=1):
             for i in range(1, convs + 1):
-                x = F.relu(cast(nn.Module, sub[f"conv{stage}_{i}"])(x))
+                x = _relu(cast(nn.Module, sub[f"conv{stage}_{i}"])(x))
             if stage >= 3:
                 features.append(cast(nn.Module, sub[f"conv{stage}_3_norm"])(x))
             x = F.max_pool2d(x, 2)
-        x = F.relu(self.fc7(F.relu(self.fc6(x))))
+        x = _relu(self.fc7(_relu(self.fc6(x))))
         features.append(x)
-        x = F.relu(self.conv6_2(F.relu(self.conv6_1(x))))
+        x = _relu(self.conv6_2(_relu(self.conv6_1(x))))
         features.append(x)
-        features.append(F.relu(self.conv7_2(F.relu(self.conv7_1(x)))))
+        features.append(_relu(self.conv7_2(_relu(self.conv7_1(x)))))
         levels = []
         for i, (name, feature) in enumerate(zip(self.sources, features, strict=True)):
             conf = cast(nn.Module, sub[f"{name}_mbox_conf"])(feature)
