@@ -14,12 +14,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from musetalk.nets import vae
 from musetalk.nets.bisenet import BiSeNet
 from musetalk.nets.layers import fold_batch_norm
 from musetalk.nets.rtmpose import RtmPose
 from musetalk.nets.s3fd import S3fd
 from musetalk.nets.unet import UNet, audio_positions
-from musetalk.nets.vae import Vae
+from musetalk.nets.vae import Vae, VaeConfig
 from musetalk.nets.whisper import WhisperEncoder
 from tests import seeded
 
@@ -101,6 +102,21 @@ def test_vae() -> None:
     assert float(error.mean()) < 0.01
     levels = [((x / 2 + 0.5).clamp(0, 1) * 255).round() for x in (decoded, torch.from_numpy(g["decoded"]))]
     assert float((levels[0] != levels[1]).float().mean()) <= 1e-3
+
+
+def test_the_vae_takes_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Vae(VaeConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, crop_size=16)).eval()
+    images, latents, noise = torch.rand(5, 3, 16, 16), torch.rand(5, 4, 8, 8), torch.randn(5, 4, 8, 8)
+    seen: list[int] = []
+    for part in (net.encoder, net.decoder):
+        part.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    with torch.inference_mode():
+        whole = net.encode(images, noise), net.decode(latents)
+        monkeypatch.setitem(vae.MAP_BYTES, "cpu", 2 * 16 * 16 * 16 * 4)  # two maps of the decoder, four of the encoder
+        parts = net.encode(images, noise), net.decode(latents)
+    assert seen == [5, 5, 4, 1, 2, 2, 1]
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_whisper() -> None:
