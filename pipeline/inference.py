@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import errno
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -48,7 +47,7 @@ from pipeline.media import FrameSource, Mp4Writer, video_encoder
 from pipeline.metrics import gpu_name
 from pipeline.playback import Buffer, Playback
 from pipeline.schema import JobRequest
-from pipeline.settings import Settings
+from pipeline.settings import Settings, keep_kernels
 from pipeline.streaming import Crew, Worker
 from pipeline.validate import Inputs
 
@@ -88,8 +87,8 @@ class Engine:
         self.device = _device(settings.device)
         folder = settings.cache_dir if settings.cache_max_gb > 0 else None
         self.cache = AvatarCache(folder, int(settings.cache_max_gb * 1e9))
-        if folder is not None and self.device.type == "cuda":  # what the driver's compiler builds is kept for the next start
-            os.environ.setdefault("PYTORCH_KERNEL_CACHE_PATH", str(folder / "kernels"))
+        if folder is not None and self.device.type == "cuda":
+            keep_kernels(folder / "kernels")
         self.lost = False  # the GPU is gone: every later job fails at once
         self.batch_size = settings.batch_size or 8  # known once the weights lie on the device
         self._streams: dict[str, torch.cuda.Stream] = {}

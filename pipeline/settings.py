@@ -115,6 +115,11 @@ def find_weights(volume: Path = VOLUME) -> Path:
         f"{volume}/musetalk/v15, {volume}/models/v15 or {volume}/huggingface-cache/hub")
 
 
+def keep_kernels(folder: Path) -> None:
+    """Let torch keep the kernels that a GPU's driver builds at load, so that the next start finds them."""
+    os.environ.setdefault("PYTORCH_KERNEL_CACHE_PATH", str(folder))
+
+
 def child_environment() -> dict[str, str]:
     """What child processes may know: how to find libraries and devices, no credentials."""
     return {"LANG": "C.UTF-8", **{k: os.environ[k] for k in CHILD_VARIABLES if k in os.environ}}
