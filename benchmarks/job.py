@@ -1,8 +1,9 @@
 """One job, split: cold start, fresh and cached avatar, and what the worker itself adds.
 
-    python -m benchmarks.job [--rounds 5]
+    python -m benchmarks.job [--rounds 5] [--clip FILE] [--speech FILE]
 
-`added_ms` is everything of a warm job over loopback that is not network forward passes, decode or encode: the stages
+It runs on what the worker would: the environment says which device, weights and batch; published weights need a clip of a
+real face. `added_ms` is everything of a warm job over loopback that is not network forward passes, decode or encode: the stages
 download, validation (less ffmpeg's own time) and upload, and parsing, bookkeeping and cleaning up.
 """
 
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +33,31 @@ from pipeline.settings import REPOSITORY, Settings
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    """Serves the samples without logging."""
+    """Serves clip and speech without logging."""
 
     def log_message(self, *_: Any) -> None:
         """Say nothing."""
 
 
+def loopback(folder: Path) -> dict[str, str]:
+    """The environment with inputs from loopback, results and caches in `folder`."""
+    return {**os.environ, "STORAGE": "local", "LOCAL_STORAGE_DIR": str(folder / "out"), "CACHE_DIR": str(folder / "cache"),
+            "DOWNLOAD_ALLOW_HOSTS": "127.0.0.0/8"}
+
+
 def import_to_ready() -> float:
-    """Seconds from starting `handler.py`'s import to a model that could take a job, demo weights."""
+    """Seconds from starting `handler.py`'s import to a model that could take a job."""
     code = "import time; t = time.time(); import handler; handler.service.engine.warm_up(); print(time.time() - t)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     return float(done.stdout.split()[-1])
 
 
-def health_ms(base: str, folder: Path) -> dict[str, float]:
+def health_ms(job: dict[str, str], folder: Path) -> dict[str, float]:
     """Median and slowest answer of GET /hc of a live server while a job runs in it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {**os.environ, "PORT": str(port), "STORAGE": "local", "LOCAL_STORAGE_DIR": str(folder),
-                   "CACHE_MAX_GB": "0", "DOWNLOAD_ALLOW_HOSTS": "127.0.0.0/8"}
+    environment = {**loopback(folder), "PORT": str(port), "CACHE_MAX_GB": "0"}
     server = subprocess.Popen([sys.executable, "-m", "pipeline.server"], cwd=REPOSITORY, env=environment,
                               stderr=subprocess.DEVNULL)
     url, waits = f"http://127.0.0.1:{port}", []
@@ -60,7 +67,6 @@ def health_ms(base: str, folder: Path) -> dict[str, float]:
                 if requests.get(f"{url}/ping", timeout=5).status_code == 200:
                     break
             time.sleep(0.1)
-        job = {"musetalk_job_id": "h", "video_url": f"{base}/presenter.mp4", "audio_url": f"{base}/speech.wav"}
         running = threading.Thread(target=lambda: requests.post(f"{url}/generate", json=job, timeout=600))
         running.start()
         with requests.Session() as session:
@@ -79,42 +85,62 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--clip", type=Path, default=REPOSITORY / "samples/presenter.mp4")
+    parser.add_argument("--speech", type=Path, default=REPOSITORY / "samples/speech.wav")
     options = parser.parse_args()
-    handler = functools.partial(Quiet, directory=str(REPOSITORY / "samples"))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    with tempfile.TemporaryDirectory() as name, serving(options.clip, options.speech, Path(name)) as job:
+        common.emit("job", import_to_ready_sec=round(import_to_ready(), 2), **measure(job, Path(name), options.rounds))
+
+
+@contextlib.contextmanager
+def serving(clip: Path, speech: Path, folder: Path) -> Iterator[dict[str, str]]:
+    """A job whose two files a server on loopback hands out while the context is open."""
+    (folder / "in").mkdir()
+    for name, path in (("clip", clip), ("speech", speech)):
+        (folder / "in" / name).symlink_to(path.resolve())
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder / "in")))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     base = f"http://127.0.0.1:{server.server_port}"
-    ready = import_to_ready()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        service = Service(Settings(cache_dir=folder / "cache", local_storage_dir=folder / "out",
-                                   download_allow_hosts=("127.0.0.0/8",), device="cpu"))
-        service.engine.warm_up()
-        spent = _count_ffmpeg()
-        job = {"musetalk_job_id": "b", "video_url": f"{base}/presenter.mp4", "audio_url": f"{base}/speech.wav"}
-        fresh = service.run_job(job)["metrics"]
-        cached, added, looked_up = [], [], _count_cache(service)
-        for _ in range(options.rounds):
-            spent[0] = 0.0
-            began = time.perf_counter()
-            metrics = service.run_job(job)["metrics"]
-            total = time.perf_counter() - began
-            cached.append(metrics["SCRIPT_WALL_TIME_SEC"])
-            added.append(total - metrics["SCRIPT_WALL_TIME_SEC"] - spent[0])
-        again = Service(service.settings)  # another worker on the same cache folder: the entry comes from disk
-        again.engine._lipsync = service.engine.load()
-        from_disk = _count_cache(again)
-        again.run_job(job)
-        health = health_ms(base, folder)
-    preparation = fresh["SCRIPT_WALL_TIME_SEC"] - common.median(cached)
-    common.emit(
-        "job", import_to_ready_sec=round(ready, 2), fresh_total_sec=fresh["total_time"],
-        fresh_stage_times=fresh["stage_times"], generation_sec=fresh["GENERATION_TIME_SEC"],
-        cached_wall_sec=round(common.median(cached), 3), preparation_sec=round(preparation, 3),
-        cached_preparation_share=round(looked_up[0] / options.rounds / preparation, 5),
-        cached_preparation_share_from_disk=round(from_disk[0] / preparation, 5),
-        added_ms=round(1000 * common.median(added), 1), **health, frames=fresh["frames"], batch=8,
-        dtype=str(service.engine.load().nets.dtype))
+    yield {"musetalk_job_id": "b", "video_url": f"{base}/clip", "audio_url": f"{base}/speech"}
+    server.shutdown()
+
+
+def measure(job: dict[str, str], folder: Path, rounds: int) -> dict[str, Any]:
+    """The job with a fresh avatar, then with a cached one, from memory and by another worker from disk."""
+    service = Service(Settings.from_env(loopback(folder)))
+    service.engine.warm_up()
+    spent = _count_ffmpeg()
+    fresh = run(service, job)
+    cached, added, looked_up = [], [], _count_cache(service)
+    for _ in range(rounds):
+        spent[0] = 0.0
+        began = time.perf_counter()
+        cached.append(run(service, job))
+        added.append(time.perf_counter() - began - cached[-1]["SCRIPT_WALL_TIME_SEC"] - spent[0])
+    again = Service(service.settings)  # another worker on the same cache folder: the entry comes from disk
+    again.engine._lipsync = service.engine.load()
+    from_disk = _count_cache(again)
+    run(again, job)
+    wall, generation = (common.median([m[k] for m in cached]) for k in ("SCRIPT_WALL_TIME_SEC", "GENERATION_TIME_SEC"))
+    preparation = fresh["SCRIPT_WALL_TIME_SEC"] - wall
+    return {
+        "fresh_total_sec": fresh["total_time"], "fresh_stage_times": fresh["stage_times"],
+        "generation_sec": generation, "cached_wall_sec": wall, "preparation_sec": round(preparation, 3),
+        "cached_preparation_share": round(looked_up[0] / rounds / preparation, 5),
+        "cached_preparation_share_from_disk": round(from_disk[0] / preparation, 5),
+        "added_ms": round(1000 * common.median(added), 1), **health_ms(job, folder), "frames": fresh["frames"],
+        "peak_vram_mib": cached[0]["PEAK_VRAM_MIB"], "batch": service.engine.batch_size,
+        "dtype": str(service.engine.load().nets.dtype), "weights": service.settings.model_dir.name,
+    }
+
+
+def run(service: Service, job: dict[str, str]) -> dict[str, Any]:
+    """The metrics of one job; a failed one ends the benchmark with its message."""
+    answer: dict[str, Any] = service.run_job(job)
+    if "metrics" not in answer:
+        sys.exit(f"{answer['error_message']} (stage {answer['stage']})")
+    metrics: dict[str, Any] = answer["metrics"]
+    return metrics
 
 
 def _count_cache(service: Service) -> list[float]:
