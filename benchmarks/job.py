@@ -48,7 +48,7 @@ def loopback(folder: Path) -> dict[str, str]:
 def import_to_ready() -> float:
     """Seconds from starting `handler.py`'s import to a model that could take a job."""
     code = "import time; t = time.time(); import handler; handler.service.engine.warm_up(); print(time.time() - t)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True, cwd=REPOSITORY)
     return float(done.stdout.split()[-1])
 
 
