@@ -1,6 +1,6 @@
 """Loading, preparing and a cached avatar's job at the published sizes, with random weights in the published layout.
 
-    python -m benchmarks.published [--frames 24] [--seconds 1]
+    python -m benchmarks.published [--frames 24] [--seconds 1] [--batch 8]
 
 Preparation runs the real code on a 720p clip; since random weights find nobody, the two networks' outputs are replaced
 by a scripted face after they were computed. `official` is what upstream computes for every frame: S3FD on the frame,
@@ -153,12 +153,13 @@ def prepare(device: torch.device, count: int) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def job(weights: Path, seconds: int) -> dict[str, Any]:
+def job(weights: Path, seconds: int, batch_size: int | None) -> dict[str, Any]:
     """Frames/s of a job with a cached avatar, and of the generator alone with the same batch."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         clip, sound = material(folder, SIZES["720p"], seconds)
-        inputs, engine = checked(clip, sound), Engine(Settings(model_dir=weights, cache_dir=folder / "cache"))
+        settings = Settings(model_dir=weights, cache_dir=folder / "cache", batch_size=batch_size)
+        inputs, engine = checked(clip, sound), Engine(settings)
         engine.warm_up()
         with scripted():
             run(engine, inputs, clip, folder / "o.mp4")  # fills the avatar cache
@@ -179,11 +180,12 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=24)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=int, default=1 if device.type == "cpu" else 20, help="of speech in the job")
+    parser.add_argument("--batch", type=int, help="frames the job generates at once; default: what a worker would")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_weights(folder)
-        figures = {**load(device, folder), **prepare(device, options.frames), **job(folder, options.seconds)}
+        figures = {**load(device, folder), **prepare(device, options.frames), **job(folder, options.seconds, options.batch)}
     common.emit("published", **{k: round(v, 3) if isinstance(v, float) else v for k, v in figures.items()}, batch=8,
                 dtype=str(default_dtype(device)), clip=f"{WIDTH}x{HEIGHT}")
 
