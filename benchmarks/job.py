@@ -98,11 +98,14 @@ def serving(clip: Path, speech: Path, folder: Path) -> Iterator[dict[str, str]]:
     (folder / "in").mkdir()
     for name, path in (("clip", clip), ("speech", speech)):
         (folder / "in" / name).symlink_to(path.resolve())
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder / "in")))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    base = f"http://127.0.0.1:{server.server_port}"
-    yield {"musetalk_job_id": "b", "video_url": f"{base}/clip", "audio_url": f"{base}/speech"}
-    server.shutdown()
+    handler = functools.partial(Quiet, directory=str(folder / "in"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_port}"
+        try:
+            yield {"musetalk_job_id": "b", "video_url": f"{base}/clip", "audio_url": f"{base}/speech"}
+        finally:
+            server.shutdown()
 
 
 def measure(job: dict[str, str], folder: Path, rounds: int) -> dict[str, Any]:

@@ -26,9 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks import common
-from benchmarks.pipeline import SIZES, checked, material
-from benchmarks.pipeline import job as run
+from benchmarks import common, pipeline
 from musetalk import LipSync, Options, faces
 from musetalk.avatar import Avatar
 from musetalk.blend import parse_input
@@ -158,14 +156,14 @@ def job(weights: Path, seconds: int, batch_size: int | None) -> dict[str, Any]:
     """Frames/s of a job with a cached avatar, and of the generator alone with the same batch."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        clip, sound = material(folder, SIZES["720p"], seconds)
+        clip, sound = pipeline.material(folder, pipeline.SIZES["720p"], seconds)
         settings = Settings(model_dir=weights, cache_dir=folder / "cache", batch_size=batch_size)
-        inputs, engine = checked(clip, sound), Engine(settings)
+        inputs, engine = pipeline.checked(clip, sound), Engine(settings)
         engine.warm_up()
         with scripted():
-            run(engine, inputs, clip, folder / "o.mp4")  # fills the avatar cache
+            pipeline.job(engine, inputs, clip, folder / "o.mp4")  # fills the avatar cache
         with PeakMemory() as memory:
-            done = run(engine, inputs, clip, folder / "o.mp4")
+            done = pipeline.job(engine, inputs, clip, folder / "o.mp4")
     assert done.avatar_cached
     lipsync, batch = engine.load(), engine.batch_size
     latents, tokens = torch.randn(batch, 8, 32, 32), lipsync.prompts(inputs.pcm, Fraction(25)).batch(range(batch))
