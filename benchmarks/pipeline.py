@@ -27,7 +27,7 @@ from musetalk.lipsync import LipSync, Slot
 from pipeline import inference
 from pipeline.control import Control
 from pipeline.download import Source
-from pipeline.inference import Engine
+from pipeline.engine import Engine
 from pipeline.media import ffmpeg, video_encoder
 from pipeline.schema import parse
 from pipeline.settings import REPOSITORY, Settings
@@ -76,7 +76,7 @@ def transcode(clip: Path, sound: Path, seconds: int, target: Path) -> None:
 def job(engine: Engine, inputs: Inputs, clip: Path, target: Path) -> inference.Result:
     """One engine run."""
     request = parse({"musetalk_job_id": "b", "video_url": "v", "audio_url": "a", "params": {"loop": "repeat"}})
-    return engine.run(request, inputs, str(clip), target, Control(3600))
+    return inference.run(engine, request, inputs, str(clip), target, Control(3600))
 
 
 _put, _get = Worker.put, Worker.get
@@ -156,7 +156,7 @@ class _unstreamed:
 def peak_kb(seconds: int) -> int:
     """Peak resident kB, children included, of a real job in a process of its own."""
     code = ("import sys, tempfile\nfrom pathlib import Path\nfrom benchmarks import pipeline as b\n"
-            "from pipeline.inference import Engine\nfrom pipeline.metrics import PeakMemory\n"
+            "from pipeline.engine import Engine\nfrom pipeline.metrics import PeakMemory\n"
             "from pipeline.settings import Settings\n"
             "with tempfile.TemporaryDirectory() as n, b._stubbed():\n"
             " f = Path(n); c, s = b.material(f, b.SIZES['720p'], int(sys.argv[1]))\n"

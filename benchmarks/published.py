@@ -38,7 +38,7 @@ from musetalk.nets.rtmpose import RtmPose
 from musetalk.nets.s3fd import S3fd
 from musetalk.nets.vae import Vae
 from musetalk.track import WINDOW
-from pipeline.inference import Engine
+from pipeline.engine import Engine
 from pipeline.metrics import PeakMemory
 from pipeline.settings import Settings
 

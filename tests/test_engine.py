@@ -17,9 +17,9 @@ import torch
 from musetalk import AvatarCache, LipSync, Options, checkpoints
 from musetalk.colour import Colour, Planes, from_rgb, paste, to_rgb
 from musetalk.lipsync import Slot
-from pipeline import inference, media
+from pipeline import engine, inference, media
 from pipeline.control import Control
-from pipeline.inference import Engine
+from pipeline.engine import Engine
 from pipeline.media import FrameReader, FrameSource
 from pipeline.run import Service, job_folder, remove_stale
 from pipeline.settings import Settings
@@ -367,8 +367,8 @@ def test_library_speaks(settings: Settings) -> None:
 def test_batch_follows_free_memory(monkeypatch: pytest.MonkeyPatch, free_gb: float, batch: int) -> None:
     """What the device reports is simulated."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (int(free_gb * 2**30), 80 * 2**30))
-    assert inference.batch_for(torch.device("cuda")) == batch
-    assert inference.batch_for(torch.device("cpu")) == 8
+    assert engine.batch_for(torch.device("cuda")) == batch
+    assert engine.batch_for(torch.device("cpu")) == 8
 
 
 def test_engine_reports_ready(settings: Settings) -> None:
