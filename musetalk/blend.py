@@ -6,6 +6,7 @@ once. Source: upstream's get_image and get_image_prepare_material.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -187,23 +188,40 @@ def region_of(mask: Tensor, square: Box, width: int, height: int) -> Region:
     return Region(box, out)
 
 
-def face_in_region(face: Tensor, box: Box, under: Tensor, region: Box) -> Tensor:
-    """`under`, the frame's pixels of `region` (H, W, 3), with the face stretched over its box."""
-    face = linear(face, box.height, box.width)
-    out = under.clone()
-    x1, y1 = max(box.x1, region.x1), max(box.y1, region.y1)
-    x2, y2 = min(box.x2, region.x2), min(box.y2, region.y2)
-    if x1 < x2 and y1 < y2:
-        out[y1 - region.y1 : y2 - region.y1, x1 - region.x1 : x2 - region.x1] = face[
-            y1 - box.y1 : y2 - box.y1, x1 - box.x1 : x2 - box.x1
-        ]
-    return out
+def paste(planes: Sequence[Tensor], face: Tensor, box: Box, region: Region) -> None:
+    """Blend a generated face (C, S, S) uint8 into C planes of a frame in place; only `region` is read or written.
+
+    The planes are views of one frame: R, G, B of (H, W), or Y, Cb, Cr with chroma of (H/2, W/2), which takes the means of
+    the stretched face's and the mask's quads. The arithmetic is upstream's, bit for bit on RGB: cv2.resize to the box, then
+    Pillow's paste through the mask. `region` is even-aligned, as `region_of` makes it.
+    """
+    area = region.box
+    if not region.mask.numel():
+        return
+    mask = region.mask.to(face.device)[None]
+    over = stretched(face, box, area)
+    for plane, levels in zip(planes, over, strict=True):
+        step = planes[0].shape[0] // plane.shape[0]  # 2: chroma of 4:2:0
+        part = plane[area.y1 // step : area.y2 // step, area.x1 // step : area.x2 // step]
+        shown, weight = (levels, mask[0]) if step == 1 else (quads(levels), quads(mask[0]))
+        part.copy_(blend_u8(part.to(face.device), shown, weight))
 
 
-def paste(frame: Tensor, face: Tensor, box: Box, region: Region) -> Tensor:
-    """RGB frame (H, W, 3) uint8 with the face (any size, 3) in its box (margin included), blended in `region`."""
-    b = region.box
-    under = frame[b.y1 : b.y2, b.x1 : b.x2]
-    out = frame.clone()
-    out[b.y1 : b.y2, b.x1 : b.x2] = blend_u8(under, face_in_region(face, box, under, b), region.mask[..., None])
-    return out
+def stretched(face: Tensor, box: Box, area: Box) -> Tensor:
+    """The part of a face (C, S, S) uint8, stretched over its box, that lies in `area`: (C, height, width) uint8.
+
+    Outside the box the edge is repeated; the mask is zero there.
+    """
+    inside = area.clipped(box.x2, box.y2)
+    x1, y1 = max(inside.x1, box.x1), max(inside.y1, box.y1)
+    part = Box(x1 - box.x1, y1 - box.y1, inside.x2 - box.x1, inside.y2 - box.y1)
+    out = linear(face, box.height, box.width, part)
+    gaps = (x1 - area.x1, area.x2 - inside.x2, y1 - area.y1, area.y2 - inside.y2)
+    return F.pad(out[None].float(), gaps, mode="replicate")[0].to(torch.uint8) if any(gaps) else out
+
+
+def quads(plane: Tensor) -> Tensor:
+    """Rounded means of 2 x 2 pixels: (H, W) uint8 -> (H/2, W/2) uint8."""
+    wide = plane.short()
+    pairs = wide[::2] + wide[1::2]
+    return ((pairs[:, ::2] + pairs[:, 1::2] + 2) >> 2).to(torch.uint8)

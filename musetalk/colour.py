@@ -1,19 +1,18 @@
 """Between planar 4:2:0 frames and RGB, changing only what blending changes.
 
 Frames stay in the source's own Y'CbCr. The networks see RGB; a generated face is brought to Y'CbCr at its own small
-size, stretched plane by plane and blended there, so pixels outside the mask keep their exact values and no pixel of
+size and blended plane by plane (`blend.paste`), so pixels outside the mask keep their exact values and no pixel of
 the source ever goes to RGB and back.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from musetalk.box import Box, Region
 from musetalk.imaging import kept
 
 LUMA = {"bt709": (0.2126, 0.0722), "bt601": (0.299, 0.114), "bt2020": (0.2627, 0.0593)}  # Kr, Kb
@@ -32,8 +31,7 @@ class Colour:
         return (0.0, 255.0, 255.0) if self.full_range else (16.0, 219.0, 224.0)
 
 
-@dataclass(frozen=True)
-class Planes:
+class Planes(NamedTuple):
     """One 4:2:0 frame: y (H, W), u and v (H/2, W/2) uint8; H and W even. Views of one buffer."""
 
     y: Tensor
@@ -47,12 +45,6 @@ class Planes:
         half = (height // 2, width // 2)
         return Planes(buffer[:luma].view(height, width), buffer[luma : luma + chroma].view(half),
                       buffer[luma + chroma : luma + 2 * chroma].view(half))
-
-    def cut(self, box: Box) -> Planes:
-        """Views of an even-aligned rectangle."""
-        rows, columns = slice(box.y1, box.y2), slice(box.x1, box.x2)
-        half_rows, half_columns = slice(box.y1 // 2, box.y2 // 2), slice(box.x1 // 2, box.x2 // 2)
-        return Planes(self.y[rows, columns], self.u[half_rows, half_columns], self.v[half_rows, half_columns])
 
 
 def _double(chroma: Tensor) -> Tensor:
@@ -89,46 +81,9 @@ def _from_rgb_matrix(colour: Colour) -> tuple[Tensor, Tensor]:
 
 
 def from_rgb(faces: Tensor, colour: Colour) -> Tensor:
-    """RGB (N, S, S, 3) uint8 -> Y'CbCr in the colour's levels, all three at full size: (N, 3, S, S) float32."""
+    """RGB (N, S, S, 3) uint8 -> Y'CbCr in the colour's levels, all three at full size: (N, 3, S, S) uint8."""
     n, side, _, _ = faces.shape
     matrix, offset = _from_rgb_matrix(faces.device, colour)
     pixels = faces.permute(0, 3, 1, 2).float().flatten(2)
-    return torch.baddbmm(offset, matrix.expand(n, 3, 3), pixels).view(n, 3, side, side)
-
-
-@kept(512)
-def _stretch(n_in: int, n_out: int, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Bilinear weights (count, n_in) of outputs first.. of a stretch from n_in to n_out pixels, and of their pairs' means.
-
-    Pixel centres aligned and the border repeated, as cv2.resize does. `count` is even.
-    """
-    position = ((np.arange(first, first + count) + 0.5) * (n_in / n_out) - 0.5).clip(0, n_in - 1)
-    low = np.minimum(position.astype(int), n_in - 2)
-    rows, weight = np.arange(count), position - low
-    matrix = np.zeros((count, n_in), np.float32)
-    matrix[rows, low] = 1 - weight
-    matrix[rows, low + 1] = weight
-    return torch.from_numpy(matrix), torch.from_numpy(matrix.reshape(count // 2, 2, n_in).mean(1))
-
-
-def paste(planes: Planes, face: Tensor, box: Box, region: Region) -> None:
-    """Blend a generated face, (3, S, S) of `from_rgb`, into the planes in place; only `region` is read or written.
-
-    Both sides of a linear blend are linear in the pixels, so blending planes equals blending RGB up to rounding.
-    Chroma takes the mean face and the mean mask of its four pixels.
-    """
-    area, size = region.box, face.shape[-1]
-    if not region.mask.numel():
-        return
-    down, half_down = _stretch(face.device, size, box.height, area.y1 - box.y1, area.height)
-    across, half_across = _stretch(face.device, size, box.width, area.x1 - box.x1, area.width)
-    mask = region.mask.to(face.device) * (1 / 255)
-    pairs = mask[::2] + mask[1::2]
-    half_mask = (pairs[:, ::2] + pairs[:, 1::2]) * 0.25
-    part = planes.cut(area)
-    blends = ((part.y, down, face[0], across, mask), (part.u, half_down, face[1], half_across, half_mask),
-              (part.v, half_down, face[2], half_across, half_mask))
-    for plane, rows, levels, columns, weight in blends:
-        own = plane.to(face.device).float()
-        # never leaves 0..255, so adding a half and cutting off rounds; where the mask is 0 the value stays
-        plane.copy_(own.lerp_(rows @ levels @ columns.T, weight).add_(0.5))
+    levels = torch.baddbmm(offset, matrix.expand(n, 3, 3), pixels)  # never leaves 0..255: adding a half rounds
+    return levels.add_(0.5).to(torch.uint8).view(n, 3, side, side)

@@ -16,6 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from musetalk.box import Box
+
 Floats = NDArray[Any]
 Numbers = TypeVarTuple("Numbers")
 
@@ -201,18 +203,18 @@ def _linear_taps(n_in: int, n_out: int, clamp_fraction: bool) -> tuple[Tensor, T
     return a, b, c, d
 
 
-def linear(image: Tensor, height: int, width: int) -> Tensor:
-    """cv2.resize(..., INTER_LINEAR): (H, W, C) uint8 -> (height, width, C) uint8."""
-    h, w, _ = image.shape
-    if (h, w) == (2 * height, 2 * width):  # OpenCV takes the area path here
-        quads = image.int().view(height, 2, width, 2, -1).sum(dim=(1, 3))
-        return ((quads + 2) >> 2).to(torch.uint8)
-    x0, x1, a0, a1 = _linear_taps(image.device, w, width, True)
-    y0, y1, b0, b1 = _linear_taps(image.device, h, height, False)
+def linear(image: Tensor, height: int, width: int, part: Box) -> Tensor:
+    """cv2.resize(..., INTER_LINEAR) to (C, height, width), `part` of it: (C, H, W) uint8 -> (C, h, w) uint8."""
+    rows, columns = slice(part.y1, part.y2), slice(part.x1, part.x2)
+    if image.shape[1:] == (2 * height, 2 * width):  # OpenCV takes the area path here
+        quads = image.int().reshape(-1, height, 2, width, 2).sum(dim=(2, 4))
+        return ((quads[:, rows, columns] + 2) >> 2).to(torch.uint8)
+    x0, x1, a0, a1 = (v[columns] for v in _linear_taps(image.device, image.shape[2], width, True))
+    y0, y1, b0, b1 = (v[rows] for v in _linear_taps(image.device, image.shape[1], height, False))
     pixels = image.int()
-    across = (pixels[:, x0] * a0[:, None] + pixels[:, x1] * a1[:, None]) >> 4
-    top, bottom = across[y0] * b0[:, None, None] >> 16, across[y1] * b1[:, None, None] >> 16
-    return ((top + bottom + 2) >> 2).clamp(0, 255).to(torch.uint8)
+    across = (pixels[..., x0] * a0 + pixels[..., x1] * a1) >> 4
+    top, bottom = across[:, y0] * b0[:, None] >> 16, across[:, y1] * b1[:, None] >> 16
+    return ((top + bottom + 2) >> 2).to(torch.uint8)
 
 
 @kept(64)
@@ -240,7 +242,7 @@ def scale_shift(image: Tensor, scale: float, left: float, top: float, height: in
 
 
 def blend_u8(under: Tensor, over: Tensor, mask: Tensor) -> Tensor:
-    """Pillow's paste: `over` on `under` through `mask` (0..255), all uint8, rounded as (x + x/255) / 255."""
-    m = mask.int()
-    t = under.int() * (255 - m) + over.int() * m + 128
+    """Pillow's paste: `over` on `under` through `mask` (0..255), all uint8 of one shape, rounded as (x + x/255) / 255."""
+    t = under.int()
+    t = (over.int() - t) * mask.int() + t * 255 + 128
     return (((t >> 8) + t) >> 8).to(torch.uint8)

@@ -194,11 +194,11 @@ class LipSync:
             batch = [Slot(o, generate.source_index(o, len(avatar), options.loop), weights[o]) for o in outputs]
             made = self.generate_batch(avatar, prompts, batch)
             for slot in batch:
-                frame, face = avatar.frames[slot.source], made.get(slot.output)
+                frame, face = avatar.frames[slot.source].clone(), made.get(slot.output)
                 entry = avatar[slot.source]
                 if face is not None and entry is not None:
-                    frame = blend.paste(frame.to(self.nets.device), face, entry.box, slot.region(entry, face.device)).cpu()
-                yield frame.numpy().copy()
+                    blend.paste(frame.unbind(-1), face.permute(2, 0, 1), entry.box, slot.region(entry, face.device))
+                yield frame.numpy()
 
     def generate_batch(self, avatar: Avatar, prompts: Prompts, batch: Sequence[Slot]) -> dict[int, Tensor]:
         """Faces (S, S, 3) uint8, on the device, of the slots that speak and have a face, by output frame."""

@@ -19,7 +19,8 @@ import torch
 
 from musetalk import LipSync, NoFace, Options
 from musetalk.avatar import Avatar, Face, cache_key
-from musetalk.colour import Colour, Planes, from_rgb, paste, to_rgb
+from musetalk.blend import paste
+from musetalk.colour import Colour, Planes, from_rgb, to_rgb
 from musetalk.generate import source_index
 from musetalk.lipsync import Slot, speech_weights
 from pipeline.control import Control
