@@ -151,10 +151,10 @@ def _count_cache(service: Service) -> list[float]:
     spent, cache = [0.0], service.engine.cache
     original = cache.get
 
-    def get(key: str) -> Any:
+    def get(key: str, frames: int = 0) -> Any:
         began = time.perf_counter()
         try:
-            return original(key)
+            return original(key, frames)
         finally:
             spent[0] += time.perf_counter() - began
 

@@ -14,7 +14,7 @@ import math
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,15 @@ import torch
 from benchmarks import common
 from musetalk.audio import Prompts
 from musetalk.avatar import Avatar
-from musetalk.lipsync import LipSync, Slot
-from pipeline import inference
+from musetalk.lipsync import LipSync, Painted, Slot
+from pipeline import runner, stream
 from pipeline.control import Control
 from pipeline.download import Source
 from pipeline.engine import Engine
 from pipeline.media import ffmpeg, video_encoder
+from pipeline.runner import Stage
 from pipeline.schema import parse
 from pipeline.settings import REPOSITORY, Settings
-from pipeline.streaming import Worker
 from pipeline.validate import Inputs, validate
 
 SIZES = {"720p": "1280:720", "1080p": "1920:1080"}
@@ -45,9 +45,10 @@ def face(size: int) -> torch.Tensor:
     return torch.full((size, size, 3), 127, dtype=torch.uint8)
 
 
-def stub(self: LipSync, avatar: Avatar, prompts: Prompts, batch: list[Slot]) -> dict[int, torch.Tensor]:  # noqa: ARG001
+def stub(self: LipSync, avatar: Avatar, prompts: Prompts, slots: list[Slot]) -> list[Painted | None]:  # noqa: ARG001
     """A fixed face for every frame that has one."""
-    return {slot.output: face(self.crop_size) for slot in batch if avatar[slot.source] is not None}
+    entries = [avatar[slot.source] for slot in slots]
+    return [None if entry is None else Painted(face(self.crop_size), entry.box, entry.region) for entry in entries]
 
 
 def material(folder: Path, size: str, seconds: int) -> tuple[Path, Path]:
@@ -73,26 +74,20 @@ def transcode(clip: Path, sound: Path, seconds: int, target: Path) -> None:
          str(target)])
 
 
-def job(engine: Engine, inputs: Inputs, clip: Path, target: Path) -> inference.Result:
+def job(engine: Engine, inputs: Inputs, clip: Path, target: Path) -> stream.Result:
     """One engine run."""
     request = parse({"musetalk_job_id": "b", "video_url": "v", "audio_url": "a", "params": {"loop": "repeat"}})
-    return inference.run(engine, request, inputs, str(clip), target, Control(3600))
+    return stream.speak(engine, request, inputs, str(clip), target, Control(3600))
 
 
-_put, _get = Worker.put, Worker.get
+class Whole(Stage):
+    """Between two stages: the second begins when the first has done the whole clip."""
 
+    name = "whole"
 
-def put_at_once(self: Worker, item: Any, control: Control | None = None) -> bool:
-    """Without streaming a stage never waits for the next: all frames are held."""
-    self.items.maxsize = 0
-    return _put(self, item, control)
-
-
-def get_after_all(self: Worker, control: Control | None = None) -> Any:
-    """Without streaming a stage begins when the one before it has done the whole clip."""
-    while not (self.stopped.is_set() or (self.items.queue and self.items.queue[-1] is None)):
-        time.sleep(0.001)
-    return _get(self, control)
+    def run(self, items: Iterator[Any]) -> Generator[Any, None, None]:
+        """The same items, once all are there."""
+        yield from list(items)
 
 
 def measure(seconds: int) -> dict[str, float]:
@@ -145,12 +140,15 @@ class _unstreamed:
         self.frames = frames
 
     def __enter__(self) -> None:
-        self.spare, inference.SPARE = inference.SPARE, self.frames
-        Worker.put, Worker.get = put_at_once, get_after_all  # type: ignore[method-assign]
+        self.saved = stream.buffers_needed, runner.run
+        stream.buffers_needed = lambda _: self.frames  # type: ignore[assignment]
+        runner.run = self._run  # type: ignore[assignment]
 
     def __exit__(self, *_: object) -> None:
-        inference.SPARE = self.spare
-        Worker.put, Worker.get = _put, _get  # type: ignore[method-assign]
+        stream.buffers_needed, runner.run = self.saved
+
+    def _run(self, stages: Sequence[Stage], *rest: Any) -> None:
+        self.saved[1]([part for stage in stages for part in (stage, Whole())][:-1], *rest)
 
 
 def peak_kb(seconds: int) -> int:

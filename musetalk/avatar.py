@@ -242,12 +242,15 @@ class AvatarCache:
         """Where the avatar of `key` lies."""
         return self.folder / f"{key}{SUFFIX}" if self.folder and self.limit > 0 else None
 
-    def get(self, key: str) -> Avatar | None:
-        """The cached avatar, marked as just used."""
+    def get(self, key: str, frames: int = 0) -> Avatar | None:
+        """The cached avatar, marked as just used; None unless it holds the whole clip or at least `frames` of it."""
         path = self.path(key)
         if path is None:
             return None
         avatar = Avatar.read(BytesIO(self._recent[key]), key) if key in self._recent else Avatar.open(path, key)
+        if avatar and not avatar.complete and len(avatar) < frames:
+            avatar.close()
+            avatar = None
         if avatar:
             self._remember(key, avatar)
             with contextlib.suppress(OSError):

@@ -20,7 +20,7 @@ import json
 import pickle
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +114,11 @@ class Networks:
     identity: str
     device: torch.device
     dtype: torch.dtype
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Every module of all of them."""
+        for net in (self.unet, self.vae, self.whisper, self.pose, self.parser, self.detector):
+            yield from net.modules()
 
 
 # -- reading files ---------------------------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ MuseTalkError
  |-- NoFace              no frame of the clip holds a usable face
  |-- BadCheckpoint       a weight or config file is missing, damaged, foreign or of another shape (file, key)
  |-- BadAudio            the speech cannot be used (empty, not finite)
- `-- NonFiniteOutput     the networks produced NaN or infinity (frame)
+ |-- NonFiniteOutput     the networks produced NaN or infinity (frame)
+ `-- Interrupted         another thread asked for it
 """
 
 from __future__ import annotations
@@ -36,3 +37,7 @@ class NonFiniteOutput(MuseTalkError):
     def __init__(self, frame: int) -> None:
         super().__init__(f"the networks produced non-finite values at output frame {frame}")
         self.frame = frame
+
+
+class Interrupted(MuseTalkError):
+    """`LipSync.interrupted` was set while a network ran."""

@@ -1,30 +1,12 @@
-"""Crops -> latents -> UNet -> faces, and which source frame each output frame shows."""
+"""Crops -> latents -> UNet -> faces."""
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from musetalk.nets.unet import UNet
 from musetalk.nets.vae import Vae
-
-Loop = Literal["pingpong", "repeat", "hold"]
-
-
-def source_index(output: int, count: int, loop: Loop) -> int:
-    """Source frame of output frame `output` for a clip of `count` frames.
-
-    `pingpong` is upstream's: forwards, then backwards, the end frames twice in a row. `repeat` starts over, `hold`
-    stays on the last frame.
-    """
-    if loop == "hold":
-        return min(output, count - 1)
-    if loop == "repeat":
-        return output % count
-    at = output % (2 * count)
-    return at if at < count else 2 * count - 1 - at
 
 
 def vae_inputs(crops: Tensor) -> tuple[Tensor, Tensor]:

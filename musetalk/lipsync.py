@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -26,8 +27,8 @@ from musetalk.audio import Prompts, silent_frames
 from musetalk.avatar import Avatar, Face
 from musetalk.blend import ParsingMode
 from musetalk.box import Box, Region
-from musetalk.errors import NoFace, NonFiniteOutput
-from musetalk.generate import Loop
+from musetalk.errors import Interrupted, NoFace, NonFiniteOutput
+from musetalk.order import Loop, source_index
 from musetalk.track import Found, Tracker
 
 
@@ -62,6 +63,10 @@ class LipSync:
     largest_batch: int = field(default=1 << 30)  # halved for good when memory ran out
 
     def __post_init__(self) -> None:
+        self.interrupted = threading.Event()  # set from another thread: networks on a CPU end with Interrupted
+        if self.nets.device.type == "cpu":  # where one pass can take half a minute; a GPU's launches are over at once
+            for module in self.nets.modules():
+                module.register_forward_pre_hook(self._check)
         self.generator: tuning.Generator = tuning.plain(self.nets.unet, self.nets.vae)
 
     @classmethod
@@ -70,6 +75,10 @@ class LipSync:
     ) -> LipSync:
         """Load the weights in `folder` (official or converted layout); raises BadCheckpoint."""
         return cls(checkpoints.load(folder, device, dtype))
+
+    def _check(self, *_: object) -> None:
+        if self.interrupted.is_set():
+            raise Interrupted("the work was interrupted")
 
     @property
     def crop_size(self) -> int:
@@ -191,24 +200,23 @@ class LipSync:
         weights = speech_weights(np.asarray(pcm), fps, len(prompts), options)
         for start in range(0, len(prompts), options.batch_size):
             outputs = range(start, min(start + options.batch_size, len(prompts)))
-            batch = [Slot(o, generate.source_index(o, len(avatar), options.loop), weights[o]) for o in outputs]
-            made = self.generate_batch(avatar, prompts, batch)
-            for slot in batch:
-                frame, face = avatar.frames[slot.source].clone(), made.get(slot.output)
-                entry = avatar[slot.source]
-                if face is not None and entry is not None:
-                    blend.paste(frame.unbind(-1), face.permute(2, 0, 1), entry.box, slot.region(entry, face.device))
+            slots = [Slot(o, source_index(o, len(avatar), options.loop), weights[o]) for o in outputs]
+            for slot, painted in zip(slots, self.generate_batch(avatar, prompts, slots), strict=True):
+                frame = avatar.frames[slot.source].clone()
+                if painted is not None:
+                    blend.paste(frame.unbind(-1), painted.face.permute(2, 0, 1), painted.box, painted.region)
                 yield frame.numpy()
 
-    def generate_batch(self, avatar: Avatar, prompts: Prompts, batch: Sequence[Slot]) -> dict[int, Tensor]:
-        """Faces (S, S, 3) uint8, on the device, of the slots that speak and have a face, by output frame."""
-        entries = [(slot.output, avatar[slot.source]) for slot in batch if slot.weight > 0]
-        todo = [(output, entry) for output, entry in entries if entry is not None]
+    def generate_batch(self, avatar: Avatar, prompts: Prompts, slots: Sequence[Slot]) -> list[Painted | None]:
+        """What each slot's frame gets pasted; None where it has no face or is silent."""
+        entries = [avatar[slot.source] if slot.weight > 0 else None for slot in slots]
+        todo = [(slot, entry) for slot, entry in zip(slots, entries, strict=True) if entry is not None]
         if not todo:
-            return {}
-        tokens = prompts.batch([output for output, _ in todo])
-        made = self.generate(torch.stack([entry.latents for _, entry in todo]), tokens, todo[0][0])
-        return {output: face for (output, _), face in zip(todo, made, strict=True)}
+            return [None] * len(slots)
+        tokens = prompts.batch([slot.output for slot, _ in todo])
+        faces = iter(self.generate(torch.stack([entry.latents for _, entry in todo]), tokens, todo[0][0].output))
+        return [None if entry is None else Painted(next(faces), entry.box, slot.region(entry))
+                for slot, entry in zip(slots, entries, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -219,12 +227,20 @@ class Slot:
     source: int
     weight: float = 1.0
 
-    def region(self, face: Face, device: torch.device) -> Region:
-        """The face's blended region on the device, its mask times the slot's weight."""
-        mask = face.region.mask.to(device)
-        if self.weight < 1:
-            mask = (mask.float() * self.weight).round().to(torch.uint8)
-        return Region(face.region.box, mask)
+    def region(self, face: Face) -> Region:
+        """The face's blended region, its mask times the slot's weight."""
+        if self.weight == 1:
+            return face.region
+        return Region(face.region.box, (face.region.mask.float() * self.weight).round().to(torch.uint8))
+
+
+@dataclass(frozen=True)
+class Painted:
+    """A generated face (S, S, 3) uint8, on the device, the box it is stretched over, and where it shows."""
+
+    face: Tensor
+    box: Box
+    region: Region
 
 
 def speech_weights(pcm: np.ndarray, fps: Fraction, outputs: int, options: Options) -> list[float]:

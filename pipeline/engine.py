@@ -79,7 +79,7 @@ class Engine:
         The same one for every job, so that what the thread caches on the device is always freed in order.
         """
         with torch.inference_mode():
-            if self.device.type != "cuda":
+            if self.device.type != "cuda" or name == "generate":
                 yield
                 return
             if name not in self._streams:
@@ -102,6 +102,7 @@ class Engine:
             raise Unfit("this worker's GPU is lost; it is being replaced", stage="inference")
         with self._running:
             lipsync = self.load()
+            lipsync.interrupted.clear()
             try:
                 with translated("inference"), torch.inference_mode():
                     yield lipsync

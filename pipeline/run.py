@@ -14,16 +14,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline import errors, inference, redact
+from pipeline import errors, redact, stream
 from pipeline.control import Control
 from pipeline.download import Downloader
 from pipeline.engine import Engine
 from pipeline.errors import JobError, Stage
-from pipeline.inference import Result
 from pipeline.metrics import PeakMemory, StageTimer, give_back_memory, gpu_class, versions
 from pipeline.schema import Failure, JobRequest, Metrics, SelfTest, StageTimes, Success, parse
 from pipeline.settings import REPOSITORY, Settings
 from pipeline.storage import storage_of
+from pipeline.stream import Result
 from pipeline.validate import validate
 
 log = logging.getLogger("musetalk.job")
@@ -78,7 +78,7 @@ class Service:
             self._log(request, "validation", timer)
             control.progress("validation", 1)
             with timer.stage("inference"):
-                result = inference.run(self.engine, request, inputs, video.sha256, folder / "output.mp4", control)
+                result = stream.speak(self.engine, request, inputs, video.sha256, folder / "output.mp4", control)
             self._log(request, "inference", timer)
             with timer.stage("upload"):
                 url = self.storage.upload(folder / "output.mp4", request.musetalk_job_id, control)

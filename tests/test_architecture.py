@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-STAGES = {"download", "validate", "inference", "storage"}
+STAGES = {"download", "validate", "stream", "storage"}
 STEPS = {"audio", "faces", "generate", "blend"}
 FILES = [*sorted((ROOT / "musetalk").rglob("*.py")), *sorted((ROOT / "pipeline").glob("*.py")), ROOT / "handler.py"]
 
@@ -44,14 +44,16 @@ def test_arrows(path: Path) -> None:
     if inside[0] == "musetalk" and name in STEPS:
         assert not [s for s in STEPS - {name} if uses(path, f"musetalk.{s}")]
     if inside[0] == "pipeline":
-        assert name in ("engine", "inference") or not uses(path, "musetalk"), "engine and stream alone import musetalk"
+        assert name in ("engine", "stream", "stages") or not uses(path, "musetalk"), "who may import musetalk"
         assert name in ("server", "__main__") or not uses(path, "pipeline.run"), "nobody walks back to run"
         assert name == "run" or name not in STAGES or not [
             s for s in STAGES - {name} if uses(path, f"pipeline.{s}") and (name, s) not in ALLOWED]
+        if name == "runner":
+            assert {i for i in imports(path) if i.startswith("pipeline")} == {"pipeline.control", "pipeline.control.Control"}
         assert name == "media" or not uses(path, "subprocess"), "only media starts children"
 
 
-ALLOWED = {("validate", "download"), ("inference", "validate")}  # their result types
+ALLOWED = {("validate", "download"), ("stream", "validate")}  # their result types
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

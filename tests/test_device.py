@@ -15,7 +15,7 @@ import torch
 
 from musetalk import LipSync
 from musetalk.checkpoints import default_dtype
-from pipeline import inference, media
+from pipeline import media, stages
 from pipeline.run import Service
 from pipeline.settings import Settings
 from tests.fakes import cuda
@@ -94,7 +94,7 @@ def test_five_stages_run_at_once(
 ) -> None:
     """Preparing goes on only once a first batch is generated, and blending only once a second one is."""
     generated, waited = [threading.Event(), threading.Event()], []
-    generate, append, paste = LipSync.generate_batch, LipSync._append, inference.paste
+    generate, append, paste = LipSync.generate_batch, LipSync._append, stages.paste
 
     def counted(*arguments: Any) -> Any:
         made = generate(*arguments)
@@ -110,7 +110,7 @@ def test_five_stages_run_at_once(
 
     monkeypatch.setattr(LipSync, "generate_batch", counted)
     monkeypatch.setattr(LipSync, "_append", prepared)
-    monkeypatch.setattr(inference, "paste", partial(after, generated[1], paste))
+    monkeypatch.setattr(stages, "paste", partial(after, generated[1], paste))
     service = Service(settings.model_copy(update={"cache_dir": tmp_path, "device": "cuda", "batch_size": 5}))
     speak(service, short_clip, short_speech)
     assert len(waited) > 10

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from musetalk import audio, blend, faces, generate, imaging
+from musetalk import audio, blend, faces, generate, imaging, order
 from musetalk.box import Box
 from tests.seeded import seeded_uniform
 from tests.test_networks import golden
@@ -261,12 +261,23 @@ def test_ping_pong_order() -> None:
     g = golden("order")
     for key in (k for k in g if k.endswith("_frame")):
         count = int(key.split("_")[0][1:])
-        got = [generate.source_index(i, count, "pingpong") for i in range(40)]
+        got = [order.source_index(i, count, "pingpong") for i in range(40)]
         assert got == g[key].tolist(), key
         if "noface" in key:  # upstream pairs later latents with the wrong frames; here they stay together
             assert got != g[key.replace("_frame", "_latent")].tolist()
 
 
 def test_other_orders() -> None:
-    assert [generate.source_index(i, 3, "repeat") for i in range(7)] == [0, 1, 2, 0, 1, 2, 0]
-    assert [generate.source_index(i, 3, "hold") for i in range(5)] == [0, 1, 2, 2, 2]
+    assert [order.source_index(i, 3, "repeat") for i in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+    assert [order.source_index(i, 3, "hold") for i in range(5)] == [0, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("loop", ["pingpong", "repeat", "hold"])
+@pytest.mark.parametrize(("count", "outputs"), [(1, 1), (1, 5), (3, 2), (3, 3), (3, 4), (3, 20), (5, 23)])
+def test_runs_are_the_order(loop: order.Loop, count: int, outputs: int) -> None:
+    """The first pass and the runs together show for every output the frame that the rule names, each run in one direction."""
+    shown = list(range(min(count, outputs)))
+    for run in order.runs(count, outputs, loop):
+        assert run.output == len(shown)
+        shown += [run.source + i * run.step for i in range(run.length)]
+    assert shown == [order.source_index(i, count, loop) for i in range(outputs)]

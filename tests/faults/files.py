@@ -12,8 +12,8 @@ from pathlib import Path
 from unittest import mock
 
 from pipeline import media as module
-from pipeline.inference import one_thread
 from pipeline.run import Service, status_of
+from pipeline.stages import one_thread
 from tests.conftest import make_media
 from tests.faults.world import SUCCESS, Body, Expect, Row, World, media, processing
 

@@ -1,0 +1,216 @@
+"""Runs a list of stages at once: a thread for each, a bounded queue between neighbours. It knows no stage.
+
+It owns all that stages must not care about: threads, queues, the buffers that items travel in, errors, cancellation and
+the deadline. A run ends when its last stage has ended. Then, or at the first error, every thread is stopped where it is:
+waiting for an item or a buffer it gets `Stopped` raised, in a pipe or a computation its stage's `stop` ends that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Generic, TypeVar
+
+from pipeline.control import Control
+
+POLL_SEC = 0.1  # how often cancellation and the deadline are looked at
+ROOM = 8  # items that may wait between two stages: enough to ride out a neighbour's hiccup
+T = TypeVar("T")
+
+
+class Stage:
+    """A step of a stream. `room` is how many items may wait before it."""
+
+    name: str
+    room: int = ROOM
+
+    def run(self, items: Iterator[Any]) -> Generator[Any, None, None]:
+        """Take items from the stage before, hand items on; return when there is no more to do."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """Called from another thread, perhaps more than once: end a call in which `run` is blocked. Nothing, if none is."""
+
+
+class Stopped(Exception):
+    """The stream has ended for this thread: what it would have made, nobody waits for."""
+
+
+class Queue:
+    """A bounded queue between two threads that either side can end."""
+
+    def __init__(self, room: int) -> None:
+        self._items: deque[Any] = deque()
+        self._room = room
+        self._changed = threading.Condition()
+        self._ended = self._closed = False
+
+    def put(self, item: Any) -> None:
+        """Add an item when there is room; raises Stopped when nobody will take it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or len(self._items) < self._room)
+            if self._closed:
+                raise Stopped
+            self._items.append(item)
+            self._changed.notify_all()
+
+    def end(self) -> None:
+        """No more items will come; what waits is still taken."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nobody gives or takes any more."""
+        with self._changed:
+            self._closed = True
+            self._items.clear()
+            self._changed.notify_all()
+
+    def __iter__(self) -> Iterator[Any]:
+        """Item after item; raises Stopped when the stream is stopped before its end."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._items or self._ended or self._closed)
+                if self._closed:
+                    raise Stopped
+                if not self._items:
+                    return
+                item = self._items.popleft()
+                self._changed.notify_all()
+            yield item
+
+
+class Buffers(Generic[T]):
+    """A fixed number of buffers that items travel in, so that memory does not grow with the stream.
+
+    The stage that holds an item owns its buffer; the one that passes nothing on gives it back. There must be more of them
+    than all stages and queues behind the taker can hold without handing one on: with fewer, the taker would wait for a
+    buffer in the hands of a stage that waits for the taker's next item.
+    """
+
+    def __init__(self, make: Callable[[], T], count: int) -> None:
+        self.count = count
+        self._free = [make() for _ in range(count)]
+        self._changed = threading.Condition()
+        self._closed = False
+
+    @property
+    def free(self) -> int:
+        """How many lie here."""
+        return len(self._free)
+
+    def take(self) -> T:
+        """A free buffer, the one used last since it may still be in the cache; raises Stopped once the stream has ended."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free or self._closed)
+            if self._closed:
+                raise Stopped
+            return self._free.pop()
+
+    def give_back(self, buffer: T) -> None:
+        """Make a buffer free again."""
+        with self._changed:
+            self._free.append(buffer)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Nobody gets one any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+class Together(Stage):
+    """Stages in one thread: an item passes through all of them before the next is taken."""
+
+    def __init__(self, *stages: Stage) -> None:
+        self.stages = stages
+        self.name, self.room = "+".join(s.name for s in stages), stages[0].room
+
+    def run(self, items: Iterator[Any]) -> Generator[Any, None, None]:
+        """The last stage's items."""
+        for stage in self.stages:
+            items = stage.run(items)
+        yield from items
+
+    def stop(self) -> None:
+        """Stop each."""
+        for stage in self.stages:
+            stage.stop()
+
+
+def run(
+    stages: Sequence[Stage], control: Control, buffers: Buffers[Any] | None = None,
+    enter: Callable[[str], AbstractContextManager[Any]] = lambda _: nullcontext(),
+) -> None:
+    """Run the stages to the end of the last one; what that hands on is dropped.
+
+    `enter(name)` gives the context in which a stage's thread works. Raises the error that came first, or Cancelled or
+    DeadlineExceeded; whatever happens, no thread is left and nobody holds a buffer.
+    """
+    stream = _Stream(stages, buffers, enter)
+    try:
+        while not stream.over.wait(POLL_SEC):
+            control.check()
+    finally:
+        stream.stop()
+    if stream.error is not None:
+        raise stream.error
+    if buffers is not None and buffers.free != buffers.count:
+        raise RuntimeError(f"{buffers.count - buffers.free} of {buffers.count} buffers were not given back")
+
+
+class _Stream:
+    """The threads and queues of one run."""
+
+    def __init__(self, stages: Sequence[Stage], buffers: Buffers[Any] | None,
+                 enter: Callable[[str], AbstractContextManager[Any]]) -> None:
+        self.stages, self.buffers, self.enter = stages, buffers, enter
+        self.over = threading.Event()  # the last stage has ended, or one has failed
+        self.error: BaseException | None = None
+        self.queues = [Queue(stage.room) for stage in stages]
+        self.queues[0].end()  # nothing comes before the first stage
+        self._first = threading.Lock()
+        # each thread works in a copy of the job's context variables
+        self.threads = [
+            threading.Thread(target=contextvars.copy_context().run, args=(self._work, i), name=stage.name, daemon=True)
+            for i, stage in enumerate(stages)]
+        for thread in self.threads:
+            thread.start()
+
+    def _work(self, i: int) -> None:
+        """A thread's life: the stage's items go into the next one's queue."""
+        stage, after = self.stages[i], self.queues[i + 1] if i + 1 < len(self.stages) else None
+        try:
+            with self.enter(stage.name), contextlib.closing(stage.run(iter(self.queues[i]))) as made:
+                for item in made:
+                    if after is not None:
+                        after.put(item)
+            if after is not None:
+                after.end()
+        except Stopped:
+            pass
+        except BaseException as e:
+            with self._first:
+                self.error = self.error or (None if self.over.is_set() else e)
+            self.over.set()
+        finally:
+            self.queues[i].close()  # the stage before need not go on
+            if after is None:
+                self.over.set()
+
+    def stop(self) -> None:
+        """End all threads, wherever they are, and wait for them."""
+        for queue in self.queues:
+            queue.close()
+        if self.buffers is not None:
+            self.buffers.close()
+        while alive := [pair for pair in zip(self.stages, self.threads, strict=True) if pair[1].is_alive()]:
+            for stage, _ in alive:
+                stage.stop()  # again each time: it may only now enter the call that is to be ended
+            alive[0][1].join(POLL_SEC)

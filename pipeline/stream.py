@@ -1,0 +1,114 @@
+"""One job's stream: decode -> prepare -> generate -> blend -> encode.
+
+A frame enters each stage once, in this order, in a buffer of its own; `pipeline.runner` runs the stages at once.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from musetalk import LipSync, Options
+from musetalk.avatar import Avatar, cache_key
+from musetalk.colour import Colour
+from musetalk.lipsync import speech_weights
+from musetalk.track import WINDOW
+from pipeline import runner
+from pipeline.control import Control
+from pipeline.engine import Engine
+from pipeline.errors import BadMedia, BadRequest
+from pipeline.geometry import plan
+from pipeline.media import FrameSource, Mp4Writer
+from pipeline.mediainfo import MediaInfo
+from pipeline.runner import ROOM, Buffers, Stage, Together
+from pipeline.schema import JobRequest
+from pipeline.stages import Blend, Clock, Decode, Encode, Generate, Prepare
+from pipeline.validate import Inputs
+
+ENCODER_SEC = 120.0  # to finish the file after the last frame
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run reports."""
+
+    generation_sec: float
+    wall_sec: float
+    frames: int
+    avatar_cached: bool
+
+
+def speak(engine: Engine, request: JobRequest, inputs: Inputs, content: str, target: Path, control: Control) -> Result:
+    """Write the lip-synced MP4 to `target`. `content` is the clip's sha256."""
+    began = time.perf_counter()
+    with engine.job() as lipsync:
+        options = _options(request, engine.batch_size, lipsync.nets.version)
+        source, colour, key = _clip(engine, lipsync, request, options, inputs.clip, content)
+        clock = Clock(engine.device)
+        with clock.running():
+            prompts = lipsync.prompts(inputs.pcm, source.fps, options)
+        outputs, batch = len(prompts), options.batch_size
+        cached = engine.cache.get(key, outputs)
+        buffers = Buffers(lambda: np.empty(source.frame_bytes, np.uint8), buffers_needed(batch))
+        with closing(cached or Avatar.new()) as avatar:
+            decode = Decode(source, outputs, options.loop, len(cached) if cached else None, buffers)
+            prepare = Prepare(lipsync, avatar, options, source, colour)
+            generate = Generate(lipsync, avatar, prompts, speech_weights(inputs.pcm, source.fps, outputs, options), batch,
+                                clock, partial(control.progress, "inference"))
+            blend = Blend(source, colour)
+            encode = Encode(lambda: Mp4Writer(target, source, inputs.speech, outputs / float(source.fps)), buffers,
+                            lambda: min(ENCODER_SEC, control.remaining + 1))
+            stages: list[Stage] = [decode, prepare, generate, blend, encode]
+            if cached:
+                stages.remove(prepare)
+            elif engine.device.type == "cpu":  # each network takes all cores: two threads of them would fight over those
+                stages[1:3] = [Together(prepare, generate)]
+            runner.run(stages, control, buffers, engine.beside)
+            if not cached:
+                avatar.finish(complete=decode.whole)
+                engine.cache.put(key, avatar)
+    return Result(clock.seconds, time.perf_counter() - began, outputs, cached is not None)
+
+
+def buffers_needed(batch_size: int) -> int:
+    """More than all hold that comes after `Decode`, so that it never waits for a frame that waits for its next one.
+
+    That is: full queues before `Prepare`, `Generate` and `Encode`; the tracker's window and the group that `Prepare`
+    encodes at once; a batch each in `Generate`, waiting before `Blend` and in it; one frame each in `Decode` and `Encode`.
+    """
+    return 3 * ROOM + WINDOW + 4 * batch_size + 2
+
+
+def _clip(
+    engine: Engine, lipsync: LipSync, request: JobRequest, options: Options, clip: MediaInfo, content: str
+) -> tuple[FrameSource, Colour, str]:
+    """How the clip is decoded, its colours, and its prepared avatar's key in the cache."""
+    video, limit = clip.video, engine.settings.max_pixels
+    if video is None:
+        raise BadMedia("video_url: the file has no picture", stage="validation", field="video_url")
+    geometry = plan(video.width, video.height, request.aspect_ratio, request.resolution, request.params.fit,
+                    request.params.upscale, limit)
+    source = FrameSource(clip, *geometry.output, request.params.rate, tuple(geometry.filters()), limit)
+    key = cache_key(content, str(source.fps), geometry.output, geometry.content, options.avatar_part(),
+                    lipsync.nets.identity, str(lipsync.nets.dtype))
+    return source, Colour(video.matrix, video.full_range), key
+
+
+def _options(request: JobRequest, batch_size: int, version: str) -> Options:
+    """The request's params as the library's options."""
+    p = request.params
+    if p.bbox_shift and version != "v1":
+        raise BadRequest("params.bbox_shift: only MuseTalk 1.0 weights use it; leave it out", stage="validation",
+                         field="params.bbox_shift")
+    mode = p.parsing_mode if version != "v1" or "parsing_mode" in p.model_fields_set else "raw"
+    margin = p.extra_margin if version != "v1" or "extra_margin" in p.model_fields_set else 0
+    return Options(
+        extra_margin=margin, parsing_mode=mode, left_cheek_width=p.left_cheek_width,
+        right_cheek_width=p.right_cheek_width, bbox_shift=p.bbox_shift, audio_padding_left=p.audio_padding_left,
+        audio_padding_right=p.audio_padding_right, face=p.face, loop=p.loop, silence=p.silence, seed=p.seed,
+        batch_size=p.batch_size or batch_size)
