@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from musetalk.nets.unet import UNet
 from musetalk.nets.vae import Vae
-
-Loop = Literal["pingpong", "repeat", "hold"]
+from musetalk.options import Loop
 
 
 def source_index(output: int, count: int, loop: Loop) -> int:

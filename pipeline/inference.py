@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from musetalk import LipSync, NoFace, Options
+from musetalk import LipSync, NoFace
 from musetalk.avatar import Avatar, Face, cache_key
 from musetalk.blend import paste
 from musetalk.colour import Colour, Planes, from_rgb, to_rgb
@@ -25,7 +25,7 @@ from musetalk.generate import source_index
 from musetalk.lipsync import Slot, speech_weights
 from pipeline.control import Control
 from pipeline.engine import Engine
-from pipeline.errors import BadMedia, BadRequest, ProcessingError
+from pipeline.errors import BadMedia, ProcessingError
 from pipeline.geometry import plan
 from pipeline.media import FrameSource, Mp4Writer
 from pipeline.playback import Buffer, Playback
@@ -71,7 +71,7 @@ class _Run:
         control: Control,
     ) -> None:
         self.engine, self.lipsync, self.inputs, self.control, self.target = engine, lipsync, inputs, control, target
-        self.options = _options(request, engine.batch_size, lipsync.nets.version)
+        self.options = request.params.options(lipsync.nets.version, batch_size=engine.batch_size)
         video = inputs.clip.video
         if video is None:
             raise BadMedia("video_url: the file has no picture", stage="validation", field="video_url")
@@ -231,18 +231,3 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _options(request: JobRequest, batch_size: int, version: str) -> Options:
-    """The request's params as the library's options."""
-    p = request.params
-    if p.bbox_shift and version != "v1":
-        raise BadRequest("params.bbox_shift: only MuseTalk 1.0 weights use it; leave it out", stage="validation",
-                         field="params.bbox_shift")
-    mode = p.parsing_mode if version != "v1" or "parsing_mode" in p.model_fields_set else "raw"
-    margin = p.extra_margin if version != "v1" or "extra_margin" in p.model_fields_set else 0
-    return Options(
-        extra_margin=margin, parsing_mode=mode, left_cheek_width=p.left_cheek_width,
-        right_cheek_width=p.right_cheek_width, bbox_shift=p.bbox_shift, audio_padding_left=p.audio_padding_left,
-        audio_padding_right=p.audio_padding_right, face=p.face, loop=p.loop, silence=p.silence, seed=p.seed,
-        batch_size=p.batch_size or batch_size)

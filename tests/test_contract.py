@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -18,12 +19,13 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from musetalk import Options
 from pipeline import errors, redact, schema
 from pipeline.errors import BadRequest
 from pipeline.geometry import plan
 from pipeline.metrics import PeakMemory, StageTimer, normalise
 from pipeline.run import Service, failure, status_of
-from pipeline.schema import parse
+from pipeline.schema import Params, parse
 from pipeline.settings import BadSetting, Settings, find_weights, table
 
 SUCCESS = json.loads("""
@@ -130,6 +132,39 @@ def test_defaults() -> None:
     assert parse({**JOB, "params": None, "resolution": None}) == request
 
 
+def test_every_option_of_the_library_is_a_param_with_its_default() -> None:
+    """One definition: a default changed in the library is the request's, too."""
+    defaults = Options()
+    worker = {"batch_size": 4, "quality": "fast"}
+    assert Params().options("v15") == defaults
+    assert Params().options("v15", **worker) == dataclasses.replace(defaults, batch_size=4, quality="fast")
+    said = Params(batch_size=2, quality="exact", finish="natural", seed=3)
+    assert said.options("v15", **worker) == dataclasses.replace(defaults, batch_size=2, finish="natural", seed=3)
+    assert parse({**JOB, "params": {"batch_size": None, "seed": None}}).params.options("v15", **worker).batch_size == 4
+    for name in (f.name for f in dataclasses.fields(Options)):
+        assert name in Params.model_fields
+        assert name in ("batch_size", "quality") or getattr(Params(), name) == getattr(defaults, name)
+
+
+def test_defaults_follow_the_weights_version() -> None:
+    v1 = Params().options("v1")
+    assert (v1.extra_margin, v1.parsing_mode) == (0, "raw")
+    said = Params(extra_margin=10, parsing_mode="jaw", bbox_shift=-7).options("v1")
+    assert (said.extra_margin, said.parsing_mode, said.bbox_shift) == (10, "jaw", -7)
+    with pytest.raises(BadRequest, match="bbox_shift"):
+        Params(bbox_shift=-7).options("v15")
+
+
+def test_metrics_name_the_lane_and_only_what_was_damaged() -> None:
+    metrics = schema.Metrics(
+        GENERATION_TIME_SEC=1, SCRIPT_WALL_TIME_SEC=1, PEAK_VRAM_MIB=None, PEAK_RAM_KB=1, gpu_class="x", total_time=4,
+        stage_times=schema.StageTimes(download=1, validation=1, inference=1, upload=1), frames=1, avatar_cached=False)
+    body = schema.Success(output_url="u", musetalk_job_id="j", metrics=metrics).body()["metrics"]
+    assert list(body)[-2:] == ["lane", "provenance"]
+    damaged = metrics.model_copy(update={"damaged": "video_url: 15 of 50 frames"})
+    assert list(schema.Success(output_url="u", musetalk_job_id="j", metrics=damaged).body()["metrics"])[-1] == "damaged"
+
+
 def test_job_id_comes_from_the_queue_when_missing() -> None:
     anonymous = {k: v for k, v in JOB.items() if k != "musetalk_job_id"}
     assert parse(anonymous, "abc-1").musetalk_job_id == "abc-1"
@@ -147,6 +182,7 @@ def test_job_id_comes_from_the_queue_when_missing() -> None:
     ({"params": {"fps": 0}}, "params.fps"), ({"params": {"fps": "25"}}, "params.fps"),
     ({"params": {"fps": float("nan")}}, "params.fps"), ({"params": {"batch_size": True}}, "params.batch_size"),
     ({"params": {"parsing_mode": "mouth"}}, "params.parsing_mode"), ({"params": {"face": -1}}, "params.face"),
+    ({"params": {"face": 100}}, "params.face"), ({"params": {"quality": "good"}}, "params.quality"),
     ({"params": {"face": "tallest"}}, "params.face"), ({"params": {"upscale": "yes"}}, "params.upscale"),
     ({"params": {"left_cheek_width": 300}}, "params.left_cheek_width"), ({"params": {"loop": 1}}, "params.loop"),
 ])
