@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import hashlib
 import json
@@ -10,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -275,6 +277,46 @@ def test_secrets_are_cut() -> None:
     assert "very-secret-key" not in json.dumps(body)
     assert "canary" not in json.dumps(body)
     assert redact.clean({"a": float("inf"), "b": [Path("/x")]}) == {"a": None, "b": ["/x"]}
+
+
+def test_a_jobs_secrets_are_cut_from_its_own_words_only() -> None:
+    with redact.job():
+        redact.hide_in_job("field", "p4ss", "long-signature-value")
+        assert redact.text("no field for p4ss in subfield, xlong-signature-valuex") == "no *** for *** in subfield, x***x"
+        body = failure(errors.BadMedia("video_url: no field, p4ss", stage="validation", field="video_url", p4ss="p4ss"))
+        assert (body["error_message"], body["details"]) == (
+            "video_url: no field, ***", {"field": "video_url", "p4ss": "***"}), "names and prose stay"
+        assert "p4ss" not in failure(RuntimeError("p4ss, field"))["error_message"]
+        assert "field" not in failure(RuntimeError("p4ss, field"))["error_message"], "foreign words may hold any secret"
+    assert redact.text("no field for p4ss, long-signature-value") == "no field for p4ss, long-signature-value"
+
+
+def test_a_job_leaves_no_secret_behind(service: Service) -> None:
+    """What is known of secrets does not grow with the jobs done, and the next job's body is its own."""
+    before = set(redact.WORKER.values)
+    for i in range(50):
+        service.run_job({**JOB, "video_url": f"http://u:field@127.0.0.1:9/v?sig=signature-of-job-{i:04}", "params": {"fps": 0}})
+    service.run_job({**JOB, "video_url": "http://u:field@10.0.0.1/v?sig=signature-of-one-job", "audio_url": "ftp://x"})
+    body = service.run_job({**JOB, "video_url": "http://10.0.0.1/field-signature-of-one-job.mp4"})
+    assert body["details"]["field"] == "video_url"
+    assert body["details"]["url"] == "http://10.0.0.1/field-signature-of-one-job.mp4"
+    assert redact.WORKER.values == before
+
+
+def test_threads_of_a_job_know_its_secrets() -> None:
+    with redact.job():
+        redact.hide_in_job("long-signature-value")
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(contextvars.copy_context().run, redact.text, "long-signature-value").result() == "***"
+            assert pool.submit(redact.text, "long-signature-value").result() == "long-signature-value"
+
+
+def test_a_private_key_is_cut_line_by_line() -> None:
+    pem = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIJtestOnly0123456789\n-----END PRIVATE KEY-----\n"
+    redact.hide(pem)
+    shown = redact.text(f"bad key: {pem!r}")
+    assert "testOnly" not in shown
+    assert "BEGIN PRIVATE KEY" in shown
 
 
 def test_gpu_names() -> None:
