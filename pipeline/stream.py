@@ -21,7 +21,7 @@ from musetalk.track import WINDOW
 from pipeline import runner
 from pipeline.control import Control
 from pipeline.engine import Engine
-from pipeline.errors import BadMedia, BadRequest
+from pipeline.errors import BadMedia
 from pipeline.geometry import plan
 from pipeline.media import FrameSource, Mp4Writer
 from pipeline.mediainfo import MediaInfo
@@ -47,7 +47,7 @@ def speak(engine: Engine, request: JobRequest, inputs: Inputs, content: str, tar
     """Write the lip-synced MP4 to `target`. `content` is the clip's sha256."""
     began = time.perf_counter()
     with engine.job() as lipsync:
-        options = _options(request, engine.batch_size, lipsync.nets.version)
+        options = request.params.options(lipsync.nets.version, batch_size=engine.batch_size)
         source, colour, key = _clip(engine, lipsync, request, options, inputs.clip, content)
         clock = Clock(engine.device)
         with clock.running():
@@ -97,18 +97,3 @@ def _clip(
     key = cache_key(content, str(source.fps), geometry.output, geometry.content, options.avatar_part(),
                     lipsync.nets.identity, str(lipsync.nets.dtype))
     return source, Colour(video.matrix, video.full_range), key
-
-
-def _options(request: JobRequest, batch_size: int, version: str) -> Options:
-    """The request's params as the library's options."""
-    p = request.params
-    if p.bbox_shift and version != "v1":
-        raise BadRequest("params.bbox_shift: only MuseTalk 1.0 weights use it; leave it out", stage="validation",
-                         field="params.bbox_shift")
-    mode = p.parsing_mode if version != "v1" or "parsing_mode" in p.model_fields_set else "raw"
-    margin = p.extra_margin if version != "v1" or "extra_margin" in p.model_fields_set else 0
-    return Options(
-        extra_margin=margin, parsing_mode=mode, left_cheek_width=p.left_cheek_width,
-        right_cheek_width=p.right_cheek_width, bbox_shift=p.bbox_shift, audio_padding_left=p.audio_padding_left,
-        audio_padding_right=p.audio_padding_right, face=p.face, loop=p.loop, silence=p.silence, seed=p.seed,
-        batch_size=p.batch_size or batch_size)
