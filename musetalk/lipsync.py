@@ -184,7 +184,9 @@ class LipSync:
                     blend.paste(frame.unbind(-1), painted.face.permute(2, 0, 1), painted.box, painted.region)
                 yield frame.numpy()
 
-    def generate_batch(self, avatar: Avatar, prompts: Prompts, slots: Sequence[Slot]) -> list[Painted | None]:
+    def generate_batch(
+        self, avatar: Avatar | Sequence[Face | None], prompts: Prompts, slots: Sequence[Slot]
+    ) -> list[Painted | None]:
         """What each slot's frame gets pasted; None where it has no face or is silent."""
         entries = [avatar[slot.source] if slot.weight > 0 else None for slot in slots]
         todo = [(slot, entry) for slot, entry in zip(slots, entries, strict=True) if entry is not None]

@@ -20,6 +20,7 @@ from pipeline.download import Downloader
 from pipeline.engine import Engine
 from pipeline.errors import JobError, Stage
 from pipeline.metrics import PeakMemory, StageKey, StageTimer, give_back_memory, gpu_class, versions
+from pipeline.preview import Preview
 from pipeline.schema import Failure, JobRequest, Metrics, SelfTest, StageTimes, Success, parse
 from pipeline.settings import REPOSITORY, Settings
 from pipeline.storage import storage_of
@@ -58,6 +59,15 @@ class Service:
                     return self._story(job_input, job_id, timer, control, preview, cleanup)
             except Exception as e:
                 return failure(e, timer)
+
+    @contextlib.contextmanager
+    def preview(self, job_input: Any) -> Iterator[Preview]:
+        """Single frames of a job's film while the context is open; raises JobError where the job would fail."""
+        request, control = parse(job_input, "preview"), Control(self.settings.job_deadline_sec)
+        with job_folder() as folder:
+            video = self.downloader.fetch(request.video_url, folder / "video", "video_url", control)
+            audio = self.downloader.fetch(request.audio_url, folder / "audio", "audio_url", control)
+            yield Preview(self.engine, validate(video, audio, self.settings, control), video.sha256)
 
     def _story(
         self, job_input: Any, job_id: str | None, timer: StageTimer, control: Control, preview: bool,

@@ -48,7 +48,7 @@ def speak(engine: Engine, request: JobRequest, inputs: Inputs, content: str, tar
     began = time.perf_counter()
     with engine.job() as lipsync:
         options = request.params.options(lipsync.nets.version, batch_size=engine.batch_size)
-        source, colour, key = _clip(engine, lipsync, request, options, inputs.clip, content)
+        source, colour, key = clip_of(engine, lipsync, request, options, inputs.clip, content)
         clock = Clock(engine.device)
         with clock.running():
             prompts = lipsync.prompts(inputs.pcm, source.fps, options)
@@ -84,7 +84,7 @@ def buffers_needed(batch_size: int) -> int:
     return 3 * ROOM + WINDOW + 4 * batch_size + 2
 
 
-def _clip(
+def clip_of(
     engine: Engine, lipsync: LipSync, request: JobRequest, options: Options, clip: MediaInfo, content: str
 ) -> tuple[FrameSource, Colour, str]:
     """How the clip is decoded, its colours, and its prepared avatar's key in the cache."""
