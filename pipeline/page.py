@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -41,6 +41,9 @@ GROUPS = {  # what people tune first; every other parameter is under "More"
 }
 STAGES = {"download": "read", "validation": "check", "inference": "make", "upload": "store"}
 FIELDS: dict[str, FieldInfo] = {**{n: JobRequest.model_fields[n] for n in SHAPE}, **Params.model_fields}
+GROUPS["More"] = tuple(n for n in FIELDS if not any(n in names for names in GROUPS.values()))
+ORDER = [n for names in GROUPS.values() for n in names]  # of the controls, and of their values in every event
+EMPTY = "Choose a clip or a still image and a speech, or use the samples."
 GREEN = np.array([70, 220, 90], np.uint8)
 CSS = """
 .bar {display: flex; height: 1.6em; border-radius: 4px; overflow: hidden; background: var(--background-fill-secondary)}
@@ -50,9 +53,15 @@ CSS = """
 .pair video, .pair img {width: 100%; border-radius: 6px}
 .bad {border-left: 4px solid #d33; padding: .5em 1em}
 """
-LOCKSTEP = """const [a, b] = element.querySelectorAll('video'); if (a && b) {
-  const follow = () => { if (Math.abs(a.currentTime - b.currentTime) > 0.06) a.currentTime = b.currentTime % (a.duration || 1); };
-  b.onplay = () => { a.play(); }; b.onpause = () => a.pause(); b.onseeked = follow; b.ontimeupdate = follow; }"""
+# media events do not bubble, so they are caught on their way down; the film leads, the source follows
+LOCKSTEP = """
+for (const name of ['play', 'pause', 'seeked', 'timeupdate']) element.addEventListener(name, event => {
+  const [source, film] = element.querySelectorAll('video');
+  if (!film || event.target !== film || !source.duration) return;
+  film.paused ? source.pause() : source.play();
+  const at = film.currentTime % source.duration;
+  if (Math.abs(source.currentTime - at) > 0.08) source.currentTime = at;
+}, true)"""
 
 
 class Session:
@@ -62,18 +71,11 @@ class Session:
         self.service, self.folder = service, root / uuid.uuid4().hex
         self.folder.mkdir()
         self.files: tuple[str | None, str | None] = (None, None)
+        self.uploads: set[Path] = set()  # all it ever chose
         self.control: Control | None = None
         self._open = contextlib.ExitStack()
         self._preview: Preview | None = None
         self._one = threading.Lock()
-
-    def take(self, uploaded: str | None, name: str) -> str | None:
-        """Move an upload into the session's folder."""
-        if uploaded is None:
-            return None
-        path = self.folder / f"{name}-{uuid.uuid4().hex[:8]}{Path(uploaded).suffix}"
-        shutil.copyfile(uploaded, path)
-        return str(path)
 
     def job(self, values: dict[str, Any]) -> dict[str, Any]:
         """The request that the controls describe."""
@@ -86,6 +88,7 @@ class Session:
             if (video, audio) != self.files:
                 self._open.close()
                 self._preview, self.files = None, (video, audio)
+                self.uploads |= {Path(f) for f in self.files if f}
                 if video and audio:
                     self._preview = self._open.enter_context(self.service.preview(self.job({})))
             return self._preview
@@ -108,11 +111,13 @@ class Session:
         if self.control is not None:
             self.control.cancel()
 
-    def close(self) -> None:
-        """The tab is gone: end its job, delete its files."""
+    def close(self, others: Iterable[Session]) -> None:
+        """The tab is gone: end its job, delete its files; equal uploads of several tabs are one file."""
         self.stop()
         self._open.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+        for path in self.uploads - {p for other in others for p in other.uploads}:
+            path.unlink(missing_ok=True)
 
 
 # -- controls from the schema ----------------------------------------------------------------------------------------
@@ -207,8 +212,7 @@ def as_curl(request: dict[str, Any]) -> tuple[str, str]:
 def controls() -> dict[str, gr.components.Component]:
     """All fields of the request but the files, in groups; what no group names is folded."""
     made: dict[str, gr.components.Component] = {}
-    rest = [n for n in FIELDS if not any(n in names for names in GROUPS.values())]
-    for title, names in {**GROUPS, "More": tuple(rest)}.items():
+    for title, names in GROUPS.items():
         with gr.Accordion(title, open=title == "Mouth"):
             for name in names:
                 made[name] = control_of(name, FIELDS[name])
@@ -218,12 +222,12 @@ def controls() -> dict[str, gr.components.Component]:
 def show(session: Session, clip: str | None, webcam: str | None, speech: str | None, second: float, outline: bool,
          *values: Any) -> tuple[Any, ...]:
     """What every change leads to: the frame, before and after; a notice; the request; how far the scrubber goes."""
-    chosen = dict(zip(FIELDS_IN_ORDER, values, strict=True))
+    chosen = dict(zip(ORDER, values, strict=True))
     request = request_of(chosen)
     try:
         preview = session.load(clip or webcam, speech)
         if preview is None:
-            return gr.skip(), gr.skip(), "Choose a clip or a still image and a speech, or use the samples.", *as_curl(request), gr.skip()
+            return gr.skip(), gr.skip(), EMPTY, *as_curl(request), gr.skip()
         shown = preview.frame(parse(session.job(chosen)), second)
         note = "" if shown.region is not None else "No mouth is painted here: this frame shows no face, or a silence."
         film = outlined(shown) if outline else shown.film
@@ -235,9 +239,9 @@ def show(session: Session, clip: str | None, webcam: str | None, speech: str | N
 def render(session: Session, *values: Any) -> Iterator[tuple[Any, ...]]:
     """Progress, then the film beside its source, the metrics and the stage times."""
     if not all(session.files):
-        yield "Choose a clip and a speech first.", "", None
+        yield EMPTY, "", None
         return
-    for news in session.render(dict(zip(FIELDS_IN_ORDER, values, strict=True))):
+    for news in session.render(dict(zip(ORDER, values, strict=True))):
         if isinstance(news, tuple):
             stage, share = news
             yield f"{STAGES[stage]} {share:.0%}{stage_bar({stage: share, ' ': 1 - share})}", gr.skip(), gr.skip()
@@ -256,13 +260,10 @@ def pair(source: str, film: str) -> str:
     return f"<div class=pair>{left}<video id=film controls src='/gradio_api/file={film}'></video></div>"
 
 
-FIELDS_IN_ORDER = [*(n for names in GROUPS.values() for n in names), *(n for n in FIELDS if not any(n in g for g in GROUPS.values()))]
-
-
 def build(service: Service, root: Path) -> gr.Blocks:
     """The page over a service; sessions keep their files under `root`."""
     with gr.Blocks(title="MuseTalk worker", analytics_enabled=False, delete_cache=(600, 3600)) as page:
-        session = gr.State(None, delete_callback=lambda s: s.close() if s else None)
+        session, open_tabs = gr.State(None), dict[str | None, Session]()
         with gr.Row():
             with gr.Column(scale=1):
                 with gr.Tab("Clip or still"):
@@ -279,15 +280,15 @@ def build(service: Service, root: Path) -> gr.Blocks:
                 with gr.Row():
                     second = gr.Slider(0, 10, 0.5, step=0.04, label="second of the film", scale=4)
                     outline = gr.Checkbox(label="outline what is blended", scale=1)
-                notice = gr.HTML("Choose a clip or a still image and a speech, or use the samples.", elem_id="notice")
+                notice = gr.HTML(EMPTY, elem_id="notice")
                 with gr.Row():
                     go, stop = gr.Button("Render the film", variant="primary"), gr.Button("Stop", variant="stop")
-                progress, result = gr.HTML(elem_id="progress"), gr.HTML(elem_id="result", js_on_load=None)
+                progress, result = gr.HTML(elem_id="progress"), gr.HTML(elem_id="result", js_on_load=LOCKSTEP)
                 with gr.Accordion("Metrics", open=False):
                     metrics = gr.Dataframe(headers=["metric", "value"], interactive=False, show_label=False)
                 with gr.Accordion("For production: the same request", open=False):
                     as_json, curl = gr.Code(language="json", label="JSON"), gr.Code(language="shell", label="curl")
-        values = [chosen[n] for n in FIELDS_IN_ORDER]
+        values = [chosen[n] for n in ORDER]
         inputs = [session, clip, webcam, speech, second, outline, *values]
         changes = [c.input for c in (second, outline, *values)]
         files = [clip.change, webcam.change, speech.change]
@@ -298,7 +299,17 @@ def build(service: Service, root: Path) -> gr.Blocks:
         go.click(render, [session, *values], [progress, result, metrics], concurrency_limit=None, show_progress="hidden",
                  api_visibility="private")
         stop.click(lambda s: s.stop(), session, None, concurrency_limit=None, api_visibility="private")
-        page.load(lambda: Session(service, root), None, session, api_visibility="private")
+
+        def begin(request: gr.Request) -> Session:
+            open_tabs[request.session_hash] = Session(service, root)
+            return open_tabs[request.session_hash]
+
+        def end(request: gr.Request) -> None:
+            if (gone := open_tabs.pop(request.session_hash, None)) is not None:
+                gone.close(open_tabs.values())
+
+        page.load(begin, None, session, api_visibility="private")
+        page.unload(end)
     return page
 
 
@@ -321,8 +332,9 @@ def main(argv: list[str] | None = None) -> int:
         threading.Thread(target=service.engine.warm_up, daemon=True).start()
         fonts = ["system-ui", "sans-serif"]
         build(service, root).launch(
-            server_name=options.host, server_port=options.port, share=False, quiet=True, allowed_paths=[str(root), str(SAMPLES)],
-            max_file_size=f"{settings.max_download_mb:g}mb", css=CSS, footer_links=[], enable_monitoring=False,
+            server_name=options.host, server_port=options.port, share=False, quiet=True,
+            allowed_paths=[str(root), str(SAMPLES)], max_file_size=f"{settings.max_download_mb:g}mb", css=CSS,
+            footer_links=[], enable_monitoring=False,
             theme=gr.themes.Default(font=fonts, font_mono=["monospace"]), ssr_mode=False, mcp_server=False)
     return 0
 
