@@ -74,7 +74,7 @@ class Service:
             self._log(request, "download", timer)
             control.progress("download", 1)
             with timer.stage("validation"):
-                inputs = validate(video, audio, self.settings, control, 1.0 if preview else None)
+                inputs = validate(video, audio, folder, self.settings, control, 1.0 if preview else None)
             self._log(request, "validation", timer)
             control.progress("validation", 1)
             with timer.stage("inference"):

@@ -22,9 +22,7 @@ from pipeline import runner
 from pipeline.control import Control
 from pipeline.engine import Engine
 from pipeline.errors import BadMedia, BadRequest
-from pipeline.geometry import plan
-from pipeline.media import FrameSource, Mp4Writer
-from pipeline.mediainfo import MediaInfo
+from pipeline.media import FrameSource, MediaInfo, Mp4Writer, plan
 from pipeline.runner import ROOM, Buffers, Stage, Together
 from pipeline.schema import JobRequest
 from pipeline.stages import Blend, Clock, Decode, Encode, Generate, Prepare
@@ -49,16 +47,16 @@ def speak(engine: Engine, request: JobRequest, inputs: Inputs, content: str, tar
     with engine.job() as lipsync:
         options = _options(request, engine.batch_size, lipsync.nets.version)
         source, colour, key = _clip(engine, lipsync, request, options, inputs.clip, content)
-        clock = Clock(engine.device)
+        clock, pcm = Clock(engine.device), inputs.speech.pcm
         with clock.running():
-            prompts = lipsync.prompts(inputs.pcm, source.fps, options)
+            prompts = lipsync.prompts(pcm, source.fps, options)
         outputs, batch = len(prompts), options.batch_size
         cached = engine.cache.get(key, outputs)
         buffers = Buffers(lambda: np.empty(source.frame_bytes, np.uint8), buffers_needed(batch))
         with closing(cached or Avatar.new()) as avatar:
             decode = Decode(source, outputs, options.loop, len(cached) if cached else None, buffers)
             prepare = Prepare(lipsync, avatar, options, source, colour)
-            generate = Generate(lipsync, avatar, prompts, speech_weights(inputs.pcm, source.fps, outputs, options), batch,
+            generate = Generate(lipsync, avatar, prompts, speech_weights(pcm, source.fps, outputs, options), batch,
                                 clock, partial(control.progress, "inference"))
             blend = Blend(source, colour)
             encode = Encode(lambda: Mp4Writer(target, source, inputs.speech, outputs / float(source.fps)), buffers,

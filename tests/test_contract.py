@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from pipeline import errors, redact, schema
 from pipeline.errors import BadRequest
-from pipeline.geometry import plan
+from pipeline.media import plan
 from pipeline.metrics import PeakMemory, StageTimer, normalise
 from pipeline.run import Service, failure, status_of
 from pipeline.schema import parse

@@ -13,8 +13,7 @@ import pytest
 
 from pipeline import media as m
 from pipeline.errors import BadMedia
-from pipeline.geometry import plan
-from pipeline.media import FrameReader, FrameSource, Mp4Writer
+from pipeline.media import FrameReader, FrameSource, Mp4Writer, Speech, child, plan, read_speech
 from tests.conftest import SAMPLES
 from tests.faults.files import mutate
 
@@ -42,16 +41,11 @@ def frames(src: FrameSource, start: int = 0, count: int = 1 << 20) -> np.ndarray
     return np.stack(out) if out else np.empty((0, src.frame_bytes), np.uint8)
 
 
-@pytest.fixture(params=["ffprobe", "ffmpeg"])
-def prober(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "ffmpeg":
-        monkeypatch.setattr(m.shutil, "which", lambda _: None)
-    elif not m.shutil.which("ffprobe"):
-        pytest.skip("ffprobe is not installed: probing goes through ffmpeg")
-    return str(request.param)
+def speech(path: Path, seconds: float = 60, first: float | None = None) -> Speech:
+    return read_speech(m.probe(path, PIXELS), path.with_suffix(".decoded.wav"), seconds, 30, PIXELS, first)
 
 
-def test_probe(media: Make, prober: str) -> None:
+def test_probe(media: Make) -> None:
     tagged = media("tagged.mp4", "-f", "lavfi", "-i", MOVING.format(rate="30000/1001"), "-f", "lavfi", "-i", "sine=d=2",
                    "-c:v", "libx264", "-pix_fmt", "yuv420p", "-colorspace", "bt709", "-color_range", "tv", "-color_primaries",
                    "bt709", "-color_trc", "bt709", "-c:a", "aac", "-ac", "2")
@@ -65,7 +59,7 @@ def test_probe(media: Make, prober: str) -> None:
     assert info.duration == pytest.approx(2.0, abs=0.1)
 
 
-def test_rotated_phone_clip(media: Make, prober: str) -> None:
+def test_rotated_phone_clip(media: Make) -> None:
     plain = media("plain.mp4", "-f", "lavfi", "-i", MOVING.format(rate=25), "-c:v", "libx264")
     turned = media("turned.mp4", "-display_rotation", "90", "-i", str(plain), "-c", "copy")
     src = source(turned)
@@ -123,14 +117,14 @@ def test_any_common_picture(media: Make, name: str, arguments: tuple[str, ...]) 
     ("a.wav", 8000, 1), ("b.wav", 192000, 2), ("c.mp3", 44100, 2), ("d.m4a", 48000, 6), ("e.flac", 96000, 2),
     ("f.ogg", 44100, 2), ("g.opus", 48000, 1), ("h.mp4", 44100, 1),
 ])
-def test_any_common_sound(media: Make, prober: str, name: str, rate: int, channels: int) -> None:
+def test_any_common_sound(media: Make, name: str, rate: int, channels: int) -> None:
     codec = {"ogg": ["-c:a", "libvorbis"], "opus": ["-c:a", "libopus"]}.get(name.rsplit(".", 1)[1], [])
     picture = ["-f", "lavfi", "-i", MOVING.format(rate=25), "-c:v", "libx264"] if name.endswith("mp4") else []
     path = media(name, "-f", "lavfi", "-i", "sine=440:d=2:r=48000", *picture, *codec, "-ar", str(rate), "-ac", str(channels))
     info = m.probe(path, PIXELS)
     assert info.audio
     assert info.audio.channels == channels
-    pcm = m.read_pcm(info, 60, 30, PIXELS)
+    pcm = speech(path).pcm
     assert len(pcm) == pytest.approx(32000, abs=2200)
     spectrum = np.abs(np.fft.rfft(pcm[4000:20000]))
     assert spectrum.argmax() == pytest.approx(440, abs=2)
@@ -140,11 +134,11 @@ def test_mono_is_the_mean_of_the_channels(media: Make) -> None:
     path = media("lr.wav", "-f", "lavfi", "-i", "sine=440:d=1:r=16000", "-f", "lavfi", "-i", "anullsrc=r=16000:cl=mono:d=1",
                  "-filter_complex", "[0][1]join=inputs=2:channel_layout=stereo")
     mono = media("l.wav", "-f", "lavfi", "-i", "sine=440:d=1:r=16000")
-    both, one = (m.read_pcm(m.probe(p, PIXELS), 9, 9, PIXELS) for p in (path, mono))
+    both, one = (speech(p, 9).pcm for p in (path, mono))
     np.testing.assert_allclose(both, one / 2, atol=2e-3)
 
 
-def test_cover_art_is_no_video(media: Make, prober: str) -> None:
+def test_cover_art_is_no_video(media: Make) -> None:
     art = media("art.png", "-f", "lavfi", "-i", "testsrc2=s=320x180", "-frames:v", "1")
     song = media("song.mp3", "-f", "lavfi", "-i", "sine=d=1", "-i", str(art), "-map", "0", "-map", "1",
                  "-disposition:v", "attached_pic", "-c:v", "copy")
@@ -161,7 +155,7 @@ def test_cover_art_is_no_video(media: Make, prober: str) -> None:
     ("noise.mp4", bytes(range(256)) * 40, "not a media file"),
     ("empty.mp4", b"", "empty"),
 ])
-def test_what_is_not_media(tmp_path: Path, prober: str, name: str, content: bytes, words: str) -> None:
+def test_what_is_not_media(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(BadMedia, match=words):
@@ -171,9 +165,9 @@ def test_what_is_not_media(tmp_path: Path, prober: str, name: str, content: byte
 def test_encoded_file_has_the_sound_and_the_tags(media: Make, tmp_path: Path) -> None:
     clip = media("tagged2.mp4", "-f", "lavfi", "-i", MOVING.format(rate=25), "-c:v", "libx264", "-pix_fmt", "yuv420p",
                  "-colorspace", "bt709", "-color_range", "tv", "-color_primaries", "bt709", "-color_trc", "bt709")
-    speech = m.probe(media("tone.wav", "-f", "lavfi", "-i", "sine=440:d=2"), PIXELS)
+    tone = speech(media("tone.wav", "-f", "lavfi", "-i", "sine=440:d=2"))
     src = source(clip)
-    writer = Mp4Writer(tmp_path / "o.mp4", src, speech, 2.0)
+    writer = Mp4Writer(tmp_path / "o.mp4", src, tone, 2.0)
     for frame in frames(src):
         writer.write(frame)
     writer.finish(60)
@@ -182,7 +176,7 @@ def test_encoded_file_has_the_sound_and_the_tags(media: Make, tmp_path: Path) ->
     assert info.video
     assert (info.video.color_space, info.video.color_range, info.video.fps) == ("bt709", "tv", 25.0)
     assert info.duration == pytest.approx(2.0, abs=0.05)
-    assert len(m.read_pcm(info, 9, 9, PIXELS)) == pytest.approx(32000, abs=800)
+    assert len(speech(tmp_path / "o.mp4").pcm) == pytest.approx(32000, abs=800)
     before, after = (frames(source(p)).astype(int) for p in (clip, tmp_path / "o.mp4"))
     for plane in (slice(0, 320 * 180), slice(320 * 180, None)):
         assert np.abs(before[:, plane] - after[:, plane]).mean() < 3, "the colours are the source's"
@@ -196,11 +190,13 @@ def test_damaged_sound_never_hangs_the_encoder(media: Make, tmp_path: Path) -> N
     presenter, cut = SAMPLES / "presenter.mp4", ("-ss", "0.3", "-i", str(SAMPLES / "speech.wav"), "-t", "0.3")
     whole = media("whole.mp3", "-i", str(media("cut.wav", *cut)))
     (tmp_path / "damaged.mp3").write_bytes(mutate(whole.read_bytes(), random.Random(1018)))
-    speech, src = m.probe(tmp_path / "damaged.mp3", PIXELS), source(presenter, resolution="360p")
+    src = source(presenter, resolution="360p")
     pictures = frames(src, 0, 4)
 
     def encode(number: int) -> None:
-        writer = Mp4Writer(tmp_path / f"{number}.mp4", src, speech, 0.16)
+        info = m.probe(tmp_path / "damaged.mp3", PIXELS)
+        damaged = read_speech(info, tmp_path / f"{number}.wav", 60, 10, PIXELS)
+        writer = Mp4Writer(tmp_path / f"{number}.mp4", src, damaged, 0.16)
         try:
             for frame in pictures:
                 writer.write(frame)
@@ -214,7 +210,7 @@ def test_damaged_sound_never_hangs_the_encoder(media: Make, tmp_path: Path) -> N
 
 def test_children_get_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("B2_APP_KEY", "canary")
-    code, out, _ = m.run(["/usr/bin/env"], 5)
+    code, out, _ = child.run(["/usr/bin/env"], 5)
     assert code == 0
     assert b"canary" not in out
     assert b"PATH=" in out
