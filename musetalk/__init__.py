@@ -1,8 +1,23 @@
 """MuseTalk 1.5 in plain PyTorch: a face video and a speech in, a speaking face out."""
 
-from musetalk.avatar import Avatar, AvatarCache
-from musetalk.errors import BadAudio, BadCheckpoint, MuseTalkError, NoFace, NonFiniteOutput
-from musetalk.lipsync import LipSync, Options
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from musetalk.avatar import Avatar, AvatarCache
+    from musetalk.errors import BadAudio, BadCheckpoint, MuseTalkError, NoFace, NonFiniteOutput
+    from musetalk.lipsync import LipSync
+    from musetalk.options import Options
 
 __all__ = ["Avatar", "AvatarCache", "BadAudio", "BadCheckpoint", "LipSync", "MuseTalkError", "NoFace",
            "NonFiniteOutput", "Options"]
+HOMES = {"Avatar": "avatar", "AvatarCache": "avatar", "LipSync": "lipsync", "Options": "options"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: who wants the options or errors alone need not wait for torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{HOMES.get(name, 'errors')}"), name)

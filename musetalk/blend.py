@@ -7,7 +7,6 @@ once. Source: upstream's get_image and get_image_prepare_material.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +15,8 @@ from torch import Tensor
 from musetalk.box import Box, Region
 from musetalk.imaging import blend_u8, constants, gaussian_blur, linear, pillow_resize
 from musetalk.nets.bisenet import BiSeNet
+from musetalk.options import ParsingMode
 
-ParsingMode = Literal["jaw", "raw", "neck"]
 SIZE = 512  # side of the parser's picture and of the label map
 SKIN, NOSE, MOUTH, NECK = 1, 10, (11, 12, 13), 14
 TOP_ROW = 224  # the lower half's masks look at most 22 rows up

@@ -25,34 +25,11 @@ from torch import Tensor
 from musetalk import blend, checkpoints, faces, generate, tuning
 from musetalk.audio import Prompts, silent_frames
 from musetalk.avatar import Avatar, Face
-from musetalk.blend import ParsingMode
 from musetalk.box import Box, Region
 from musetalk.errors import Interrupted, NoFace, NonFiniteOutput
-from musetalk.order import Loop, source_index
+from musetalk.options import Options
+from musetalk.order import source_index
 from musetalk.track import Found, Tracker
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a caller may tune; defaults are upstream's for MuseTalk 1.5."""
-
-    extra_margin: int = 10  # pixels of chin added below the face box
-    parsing_mode: ParsingMode = "jaw"
-    left_cheek_width: int = 90  # columns of the 512-pixel parse map
-    right_cheek_width: int = 90
-    bbox_shift: int = 0  # pixels, MuseTalk 1.0 only: lowers (> 0) the box's middle
-    audio_padding_left: int = 2  # video frames heard before the own one
-    audio_padding_right: int = 2
-    face: str | int = "largest"  # largest, leftmost, rightmost, or an index from the left
-    loop: Loop = "pingpong"
-    silence: str = "model"  # "rest": keep the source's mouth where the speech is silent
-    seed: int | None = None  # sample the VAE's posterior, reproducibly; None takes its mean
-    batch_size: int = 8
-
-    def avatar_part(self) -> dict[str, object]:
-        """The options that change a prepared avatar."""
-        names = ("extra_margin", "parsing_mode", "left_cheek_width", "right_cheek_width", "bbox_shift", "face", "seed")
-        return {name: getattr(self, name) for name in names}
 
 
 @dataclass
@@ -97,7 +74,7 @@ class LipSync:
         """RGB frames (H, W, 3) uint8 -> the avatar. Raises NoFace when no frame holds a usable face."""
         avatar = Avatar.new()
         avatar.frames = [torch.as_tensor(f) for f in frames]
-        for _ in self.prepare_stream(avatar.frames, avatar, options or Options()):
+        for _ in self.prepare_stream(avatar.frames, avatar, options or Options.for_version(self.nets.version)):
             pass
         if not avatar.faces:
             raise NoFace(f"none of the {len(avatar)} frames holds a face")
@@ -157,7 +134,7 @@ class LipSync:
     @torch.inference_mode()
     def prompts(self, pcm: np.ndarray | Tensor, fps: Fraction, options: Options | None = None) -> Prompts:
         """Speech (S,) float32 mono at 16 kHz -> audio tokens for every frame at `fps`. Raises BadAudio."""
-        options = options or Options()
+        options = options or Options.for_version(self.nets.version)
         return Prompts(self.nets.whisper, pcm, fps, options.audio_padding_left, options.audio_padding_right)
 
     @torch.inference_mode()
@@ -195,7 +172,7 @@ class LipSync:
 
         Frames without a face pass through untouched.
         """
-        options = options or Options()
+        options = options or Options.for_version(self.nets.version)
         prompts = self.prompts(pcm, fps, options)
         weights = speech_weights(np.asarray(pcm), fps, len(prompts), options)
         for start in range(0, len(prompts), options.batch_size):

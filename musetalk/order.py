@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
-Loop = Literal["pingpong", "repeat", "hold"]
+from musetalk.options import Loop
 
 
 def source_index(output: int, count: int, loop: Loop) -> int:

@@ -53,7 +53,6 @@ class Downloader:
     def fetch(self, url: str, target: Path, field: str, control: Control) -> Source:
         """Bring `url` (or a path under LOCAL_INPUT_ROOT) to a local file; raises a MediaError naming `field`."""
         shown = redact.url(url)
-        redact.hide(*_signatures(url))
         if "://" not in url and not url.lower().startswith(("data:", "file:")) and self.root is not None:
             return self._local(url, field)
         scheme = url.split(":", 1)[0].lower()
@@ -113,6 +112,7 @@ class Downloader:
         """One try, redirects followed by hand so that each hop is checked; returns the sha256."""
         shown = redact.url(url)
         for _ in range(REDIRECTS + 1):
+            redact.hide_in_job(*_signatures(url))
             try:
                 parts = urlsplit(url)
                 host, _port = parts.hostname or "", parts.port
@@ -191,7 +191,7 @@ def _check_status(response: requests.Response, field: str, shown: str) -> None:
     code = response.status_code
     if 200 <= code < 300:
         return
-    message = f"Download failed: {code} {response.reason or ''}".strip()
+    message = f"Download failed: {code} {redact.text(response.reason or '')}".strip()
     if code in RETRYABLE_STATUS:
         after = _number(response.headers.get("retry-after", ""))
         extra = {"retry_after": after} if after else {}

@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import time
+from typing import Any
 
 from pipeline import redact
 
@@ -17,14 +18,16 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Time, level, logger, message, known extras, trace."""
-        line = {
+        line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
-            "level": record.levelname, "logger": record.name, "message": record.getMessage(),
+            "level": record.levelname, "logger": record.name,
         }
-        line.update({name: getattr(record, name) for name in FIELDS if hasattr(record, name)})
+        ours = record.name.partition(".")[0] == "musetalk"
+        said = {"message": record.getMessage(), **{n: getattr(record, n) for n in FIELDS if hasattr(record, n)}}
+        line.update(redact.clean(said, redact.own if ours else redact.text))
         if record.exc_info:
-            line["trace"] = self.formatException(record.exc_info)
-        return json.dumps(redact.clean(line), ensure_ascii=False)
+            line["trace"] = redact.text(self.formatException(record.exc_info))
+        return json.dumps(line, ensure_ascii=False)
 
 
 def setup(level: str) -> None:

@@ -23,24 +23,20 @@ PAGE_KB = os.sysconf("SC_PAGE_SIZE") // 1024
 
 
 class StageTimer:
-    """Times stages end to end: each begins where the one before ended, so they sum to the total."""
+    """Times stages end to end: each begins where the one before ended, the first with the job, so they sum to the total."""
 
     def __init__(self) -> None:
-        self.started = self._mark = time.perf_counter()
+        self._started = time.perf_counter()
         self.times: dict[str, float] = {}
-        self.total = 0.0  # seconds from the job's arrival to its end
+        self.total = 0.0  # seconds from the job's arrival to the end of its last finished stage
 
     @contextlib.contextmanager
     def stage(self, name: StageKey) -> Iterator[None]:
         """Record the stage when it finishes without an exception."""
         yield
-        now = time.perf_counter()
-        self.times[name] = round(now - self._mark, 3)
-        self._mark = now
-
-    def stop(self) -> None:
-        """The job is done; what is still to be said about it does not count."""
-        self.total = round(time.perf_counter() - self.started, 3)
+        end = round(time.perf_counter() - self._started, 3)  # the ends are rounded, not the lengths: the sum stays exact
+        self.times[name] = round(end - self.total, 3)
+        self.total = end
 
 
 class PeakMemory:

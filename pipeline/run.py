@@ -19,7 +19,7 @@ from pipeline.control import Control
 from pipeline.download import Downloader
 from pipeline.engine import Engine
 from pipeline.errors import JobError, Stage
-from pipeline.metrics import PeakMemory, StageTimer, give_back_memory, gpu_class, versions
+from pipeline.metrics import PeakMemory, StageKey, StageTimer, give_back_memory, gpu_class, versions
 from pipeline.schema import Failure, JobRequest, Metrics, SelfTest, StageTimes, Success, parse
 from pipeline.settings import REPOSITORY, Settings
 from pipeline.storage import storage_of
@@ -37,8 +37,9 @@ class Service:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        redact.hide(settings.b2_key_id, settings.b2_app_key)
+        redact.hide(*settings.secrets())
         self.engine = Engine(settings)
+        self.gpu_class = gpu_class(settings.gpu_class_name)
         self.downloader = Downloader(settings)
         self.samples = Downloader(settings.model_copy(update={"local_input_root": REPOSITORY / "samples"}))
         self.storage = storage_of(settings)
@@ -51,42 +52,43 @@ class Service:
         """Run one job to a success or failure body; never raises for anything the job does."""
         timer = StageTimer()
         control = control or Control(self.settings.job_deadline_sec, progress)
-        try:
-            with PeakMemory() as memory:
-                test = SelfTest.asked(job_input)
-                request = parse(sample_job(test, job_id) if test else job_input, job_id)
-                downloader = self.samples if test else self.downloader
-                url, result = self._stages(request, timer, control, downloader, preview or bool(test))
-            timer.stop()
-            return self._success(request, url, result, timer, memory, self._report() if test else None)
-        except Exception as e:
-            return failure(e, timer)
-        finally:
-            give_back_memory()
+        with redact.job():
+            try:
+                with contextlib.ExitStack() as cleanup:
+                    return self._story(job_input, job_id, timer, control, preview, cleanup)
+            except Exception as e:
+                return failure(e, timer)
 
-    def _stages(
-        self, request: JobRequest, timer: StageTimer, control: Control, downloader: Downloader, preview: bool
-    ) -> tuple[str, Result]:
-        with job_folder() as folder:
-            with timer.stage("download"):
-                video = downloader.fetch(request.video_url, folder / "video", "video_url", control)
-                audio = downloader.fetch(request.audio_url, folder / "audio", "audio_url", control)
-            self._log(request, "download", timer)
-            control.progress("download", 1)
-            with timer.stage("validation"):
-                inputs = validate(video, audio, folder, self.settings, control, 1.0 if preview else None)
-            self._log(request, "validation", timer)
-            control.progress("validation", 1)
-            with timer.stage("inference"):
-                result = stream.speak(self.engine, request, inputs, video.sha256, folder / "output.mp4", control)
-            self._log(request, "inference", timer)
-            with timer.stage("upload"):
-                url = self.storage.upload(folder / "output.mp4", request.musetalk_job_id, control)
-            self._log(request, "upload", timer)
-            return url, result
+    def _story(
+        self, job_input: Any, job_id: str | None, timer: StageTimer, control: Control, preview: bool,
+        cleanup: contextlib.ExitStack,
+    ) -> dict[str, Any]:
+        """The four stages; the last one ends when the job has cleaned up behind itself."""
+        cleanup.callback(give_back_memory)
+        memory = cleanup.enter_context(PeakMemory())
+        test = SelfTest.asked(job_input)
+        request = parse(sample_job(test, job_id) if test else job_input, job_id)
+        downloader = self.samples if test else self.downloader
+        folder = cleanup.enter_context(job_folder())
+        with self._stage("download", request, timer, control):
+            video = downloader.fetch(request.video_url, folder / "video", "video_url", control)
+            audio = downloader.fetch(request.audio_url, folder / "audio", "audio_url", control)
+        with self._stage("validation", request, timer, control):
+            inputs = validate(video, audio, folder, self.settings, control, 1.0 if preview or test else None)
+        with self._stage("inference", request, timer, control):
+            result = stream.speak(self.engine, request, inputs, video.sha256, folder / "output.mp4", control)
+        with self._stage("upload", request, timer, control):
+            url = self.storage.upload(folder / "output.mp4", request.musetalk_job_id, control)
+            report = self._report() if test else None
+            cleanup.close()
+        return self._success(request, url, result, timer, memory, report)
 
-    def _log(self, request: JobRequest, stage: str, timer: StageTimer) -> None:
-        log.info("stage done", extra={"job_id": request.musetalk_job_id, "stage": stage, "seconds": timer.times[stage]})
+    @contextlib.contextmanager
+    def _stage(self, name: StageKey, request: JobRequest, timer: StageTimer, control: Control) -> Iterator[None]:
+        with timer.stage(name):
+            yield
+        log.info("stage done", extra={"job_id": request.musetalk_job_id, "stage": name, "seconds": timer.times[name]})
+        control.progress(name, 1)
 
     def _report(self) -> dict[str, Any]:
         """A self-test's findings."""
@@ -99,8 +101,9 @@ class Service:
         metrics = Metrics(
             GENERATION_TIME_SEC=round(result.generation_sec, 3), SCRIPT_WALL_TIME_SEC=round(result.wall_sec, 3),
             PEAK_VRAM_MIB=memory.vram_mib, PEAK_RAM_KB=memory.peak_kb,
-            gpu_class=gpu_class(self.settings.gpu_class_name), stage_times=StageTimes(**timer.times),
-            total_time=timer.total, frames=result.frames, avatar_cached=result.avatar_cached, selftest=selftest)
+            gpu_class=self.gpu_class, stage_times=StageTimes(**timer.times),
+            total_time=timer.total, frames=result.frames, avatar_cached=result.avatar_cached, selftest=selftest,
+            damaged=result.damaged)
         return Success(output_url=url, musetalk_job_id=request.musetalk_job_id, metrics=metrics).body()
 
 
@@ -116,12 +119,12 @@ def failure(error: Exception, timer: StageTimer | None = None) -> dict[str, Any]
     """The failure body of an exception; anything outside the tree is an UnknownError."""
     times = dict(timer.times) if timer else {}
     known = error if isinstance(error, JobError) else errors.UnknownError(
-        f"Unexpected {type(error).__name__}: {error}" if str(error) else f"Unexpected {type(error).__name__}")
+        f"Unexpected {type(error).__name__}: {redact.text(str(error))}" if str(error) else f"Unexpected {type(error).__name__}")
     trace = None
     if known.status == 500:
         trace = redact.text("".join(traceback.format_exception(error)))[-20_000:]
     body = Failure(
-        error_type=known.error_type, error_message=redact.text(known.message) or type(error).__name__,
+        error_type=known.error_type, error_message=redact.own(known.message) or type(error).__name__,
         stage=known.stage or (NEXT[len(times)] if timer else "unknown"), details=redact.clean(known.details),
         stack_trace=trace, retryable=known.retryable, stage_times=times).body()
     log.warning("job failed", extra={k: body[k] for k in ("error_type", "error_message", "stage", "retryable")})

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 import re
 from fractions import Fraction
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
 
+from musetalk.options import Options
 from pipeline.errors import BadRequest
 
 JOB_ID = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$"
@@ -27,31 +30,55 @@ def exact_rate(value: float) -> Fraction:
     return Fraction(value).limit_denominator(1000)
 
 
-class Params(BaseModel):
+def _bounded(kind: Any, limits: dict[str, Any]) -> Any:
+    """A type whose numbers must lie within `limits`; of a union, its numeric members."""
+    if get_origin(kind) in (Union, UnionType):
+        return Union[tuple(_bounded(k, limits) for k in get_args(kind))]  # noqa: UP007 (a union made at run time)
+    return Annotated[kind, Field(**limits)] if kind is int else kind
+
+
+def _param(option: dataclasses.Field[Any], kind: Any) -> Any:
+    """A library's option as a field of the request."""
+    kind, description = _bounded(kind, option.metadata["limits"]), option.metadata["description"]
+    if option.name in WORKERS_OWN:
+        return kind | None, Field(None, description=f"{description}; default: the worker's {option.name.upper()}")
+    return kind, Field(option.default, description=description)
+
+
+WORKERS_OWN = ("batch_size", "quality")  # a setting of the worker stands in for the library's default
+OPTIONS = {o.name: o for o in dataclasses.fields(Options)}
+if TYPE_CHECKING:
+    _Options = BaseModel
+else:
+    kinds = get_type_hints(Options)
+    _Options = create_model("_Options", **{name: _param(o, kinds[name]) for name, o in OPTIONS.items()})
+
+
+class Params(_Options):
     """Tuning, all optional. An unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     fps: Annotated[float, Field(ge=1, le=120, description="output frame rate; 29.97 means 30000/1001")] = 25.0
-    batch_size: Annotated[int | None, Field(ge=1, le=64, description="frames generated at once; default BATCH_SIZE")] = None
-    seed: Annotated[int | None, Field(ge=0, le=2**63 - 1, description="sample the VAE's posterior with this seed, as upstream does unseeded; default: its mean")] = None
-    bbox_shift: Annotated[int, Field(ge=-200, le=200, description="MuseTalk 1.0 weights only: pixels by which the mask's middle is lowered")] = 0
-    extra_margin: Annotated[int, Field(ge=0, le=200, description="pixels of chin below the face box")] = 10
-    parsing_mode: Annotated[Literal["jaw", "raw", "neck"], Field(description="which parsed parts are replaced")] = "jaw"
-    left_cheek_width: Annotated[int, Field(ge=0, le=256, description="columns of the 512-pixel parse map, mode jaw")] = 90
-    right_cheek_width: Annotated[int, Field(ge=0, le=256, description="columns of the 512-pixel parse map, mode jaw")] = 90
-    audio_padding_left: Annotated[int, Field(ge=0, le=10, description="video frames heard before the own one")] = 2
-    audio_padding_right: Annotated[int, Field(ge=0, le=10, description="video frames heard after the own one")] = 2
-    loop: Annotated[Literal["pingpong", "repeat", "hold"], Field(description="what follows the clip's end")] = "pingpong"
-    face: Annotated[Literal["largest", "leftmost", "rightmost"] | Annotated[int, Field(ge=0, le=99)], Field(description="which of several faces speaks; a number counts from the left")] = "largest"
     fit: Annotated[Literal["pad", "crop"], Field(description="how the source meets another aspect ratio")] = "pad"
     upscale: Annotated[bool, Field(description="allow an output larger than the source")] = False
-    silence: Annotated[Literal["model", "rest"], Field(description="rest: keep the source's mouth where the speech is silent")] = "model"
 
     @property
     def rate(self) -> Fraction:
         """The exact output frame rate."""
         return exact_rate(self.fps)
+
+    def options(self, version: str, **workers: Any) -> Options:
+        """The library's options: what the job says, else what the worker does, else the default for the weights' version.
+
+        Raises BadRequest for an option that these weights do not know.
+        """
+        said = {n: v for n in OPTIONS if n in self.model_fields_set and (v := getattr(self, n)) is not None}
+        options = Options.for_version(version, **{**workers, **said})
+        if options.bbox_shift and version != "v1":
+            raise BadRequest("params.bbox_shift: only MuseTalk 1.0 weights use it; leave it out", stage="validation",
+                             field="params.bbox_shift")
+        return options
 
 
 class JobRequest(BaseModel):
@@ -159,7 +186,7 @@ def _explain(error: ValidationError) -> BadRequest:
 
 
 class StageTimes(BaseModel):
-    """Seconds of each stage; they sum to total_time within 2 %."""
+    """Seconds of each stage; they sum to total_time within 1 %."""
 
     download: float
     validation: float
@@ -180,6 +207,9 @@ class Metrics(BaseModel):
     frames: int = Field(description="frames of the output")
     avatar_cached: bool = Field(description="whether the source clip's preparation came from the cache")
     selftest: dict[str, Any] | None = Field(None, description="of a self-test only: versions, device, weights' hashes")
+    lane: Literal["exact", "fast"] = Field("exact", description="which decoder drew the faces")
+    provenance: str = Field("none", description="what was written into the file about its making: IPTC, C2PA")
+    damaged: str | None = Field(None, description="only of a damaged source: what of it could be decoded")
 
 
 class Success(BaseModel):
@@ -191,10 +221,11 @@ class Success(BaseModel):
     metrics: Metrics
 
     def body(self) -> dict[str, Any]:
-        """The JSON body: no selftest key but in a self-test's answer."""
+        """The JSON body: `selftest` and `damaged` only where there is something to say."""
         body = self.model_dump()
-        if self.metrics.selftest is None:
-            del body["metrics"]["selftest"]
+        for name in ("selftest", "damaged"):
+            if body["metrics"][name] is None:
+                del body["metrics"][name]
         return body
 
 

@@ -94,6 +94,10 @@ class Settings(BaseModel):
         settings._check_storage(on_runpod)
         return settings
 
+    def secrets(self) -> tuple[str | None, ...]:
+        """The values that must never be said."""
+        return self.b2_key_id, self.b2_app_key
+
     def _check_storage(self, on_runpod: bool) -> None:
         if self.storage == "local":
             return

@@ -23,7 +23,8 @@ from musetalk.avatar import Avatar
 from musetalk.blend import paste
 from musetalk.colour import Colour, Planes, from_rgb, to_rgb
 from musetalk.lipsync import Painted, Slot
-from musetalk.order import Loop, Run, runs
+from musetalk.options import Loop
+from musetalk.order import Run, runs
 from pipeline.errors import BadMedia, ProcessingError
 from pipeline.media import FrameReader, FrameSource, Mp4Writer
 from pipeline.runner import ROOM, Buffers, Stage

@@ -21,7 +21,7 @@ from musetalk.track import WINDOW
 from pipeline import runner
 from pipeline.control import Control
 from pipeline.engine import Engine
-from pipeline.errors import BadMedia, BadRequest
+from pipeline.errors import BadMedia
 from pipeline.media import FrameSource, MediaInfo, Mp4Writer, plan
 from pipeline.runner import ROOM, Buffers, Stage, Together
 from pipeline.schema import JobRequest
@@ -39,13 +39,14 @@ class Result:
     wall_sec: float
     frames: int
     avatar_cached: bool
+    damaged: str | None = None  # which source is damaged, and how much of it was decoded
 
 
 def speak(engine: Engine, request: JobRequest, inputs: Inputs, content: str, target: Path, control: Control) -> Result:
     """Write the lip-synced MP4 to `target`. `content` is the clip's sha256."""
     began = time.perf_counter()
     with engine.job() as lipsync:
-        options = _options(request, engine.batch_size, lipsync.nets.version)
+        options = request.params.options(lipsync.nets.version, batch_size=engine.batch_size)
         source, colour, key = _clip(engine, lipsync, request, options, inputs.clip, content)
         clock, pcm = Clock(engine.device), inputs.speech.pcm
         with clock.running():
@@ -70,7 +71,15 @@ def speak(engine: Engine, request: JobRequest, inputs: Inputs, content: str, tar
             if not cached:
                 avatar.finish(complete=decode.whole)
                 engine.cache.put(key, avatar)
-    return Result(clock.seconds, time.perf_counter() - began, outputs, cached is not None)
+    return Result(clock.seconds, time.perf_counter() - began, outputs, cached is not None, _damaged(decode, inputs))
+
+
+def _damaged(decode: Decode, inputs: Inputs) -> str | None:
+    """What to state of sources that could be decoded in part only."""
+    said = [f"video_url: {decode.count} frames were decoded: {decode.damaged}"] if decode.damaged else []
+    if inputs.speech.damaged:
+        said.append(f"audio_url: {inputs.speech.seconds:.2f} s were decoded: {inputs.speech.damaged}")
+    return "; ".join(said) or None
 
 
 def buffers_needed(batch_size: int) -> int:
@@ -95,18 +104,3 @@ def _clip(
     key = cache_key(content, str(source.fps), geometry.output, geometry.content, options.avatar_part(),
                     lipsync.nets.identity, str(lipsync.nets.dtype))
     return source, Colour(video.matrix, video.full_range), key
-
-
-def _options(request: JobRequest, batch_size: int, version: str) -> Options:
-    """The request's params as the library's options."""
-    p = request.params
-    if p.bbox_shift and version != "v1":
-        raise BadRequest("params.bbox_shift: only MuseTalk 1.0 weights use it; leave it out", stage="validation",
-                         field="params.bbox_shift")
-    mode = p.parsing_mode if version != "v1" or "parsing_mode" in p.model_fields_set else "raw"
-    margin = p.extra_margin if version != "v1" or "extra_margin" in p.model_fields_set else 0
-    return Options(
-        extra_margin=margin, parsing_mode=mode, left_cheek_width=p.left_cheek_width,
-        right_cheek_width=p.right_cheek_width, bbox_shift=p.bbox_shift, audio_padding_left=p.audio_padding_left,
-        audio_padding_right=p.audio_padding_right, face=p.face, loop=p.loop, silence=p.silence, seed=p.seed,
-        batch_size=p.batch_size or batch_size)

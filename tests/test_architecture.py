@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,7 +46,9 @@ def test_arrows(path: Path) -> None:
     if inside[0] == "musetalk" and name in STEPS:
         assert not [s for s in STEPS - {name} if uses(path, f"musetalk.{s}")]
     if inside[0] == "pipeline":
-        assert name in ("engine", "stream", "stages") or not uses(path, "musetalk"), "who may import musetalk"
+        light = name == "schema" and {i for i in imports(path) if i.startswith("musetalk")} == {
+            "musetalk.options", "musetalk.options.Options"}
+        assert light or name in ("engine", "stream", "stages") or not uses(path, "musetalk"), "who may import musetalk"
         assert name in ("server", "__main__") or not uses(path, "pipeline.run"), "nobody walks back to run"
         assert name == "run" or name not in STAGES or not [
             s for s in STAGES - {name} if uses(path, f"pipeline.{s}") and (name, s) not in ALLOWED]
@@ -54,6 +58,13 @@ def test_arrows(path: Path) -> None:
 
 
 ALLOWED = {("validate", "download"), ("stream", "validate")}  # their result types
+
+
+@pytest.mark.parametrize("module", ["musetalk.options", "pipeline.schema", "pipeline.settings", "pipeline.redact"])
+def test_definitions_are_light(module: str) -> None:
+    """Help, settings and schemas are shown without waiting for torch."""
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextvars
+import dataclasses
 import hashlib
 import json
 import math
@@ -9,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,12 +21,13 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from musetalk import Options
 from pipeline import errors, redact, schema
 from pipeline.errors import BadRequest
 from pipeline.media import plan
 from pipeline.metrics import PeakMemory, StageTimer, normalise
 from pipeline.run import Service, failure, status_of
-from pipeline.schema import parse
+from pipeline.schema import Params, parse
 from pipeline.settings import BadSetting, Settings, find_weights, table
 
 SUCCESS = json.loads("""
@@ -64,7 +68,7 @@ def test_success_body(service: Service, short_clip: Path, short_speech: Path) ->
     assert isinstance(metrics["PEAK_RAM_KB"], int)
     assert metrics["PEAK_RAM_KB"] > 100_000
     assert metrics["gpu_class"]
-    assert sum(metrics["stage_times"].values()) == pytest.approx(metrics["total_time"], rel=0.02)
+    assert sum(metrics["stage_times"].values()) == pytest.approx(metrics["total_time"], rel=0.01)
     assert 0 < metrics["GENERATION_TIME_SEC"] <= metrics["SCRIPT_WALL_TIME_SEC"] <= metrics["total_time"]
     for number in (metrics["GENERATION_TIME_SEC"], metrics["total_time"], *metrics["stage_times"].values()):
         assert isinstance(number, float)
@@ -130,6 +134,39 @@ def test_defaults() -> None:
     assert parse({**JOB, "params": None, "resolution": None}) == request
 
 
+def test_every_option_of_the_library_is_a_param_with_its_default() -> None:
+    """One definition: a default changed in the library is the request's, too."""
+    defaults = Options()
+    worker = {"batch_size": 4, "quality": "fast"}
+    assert Params().options("v15") == defaults
+    assert Params().options("v15", **worker) == dataclasses.replace(defaults, batch_size=4, quality="fast")
+    said = Params(batch_size=2, quality="exact", finish="natural", seed=3)
+    assert said.options("v15", **worker) == dataclasses.replace(defaults, batch_size=2, finish="natural", seed=3)
+    assert parse({**JOB, "params": {"batch_size": None, "seed": None}}).params.options("v15", **worker).batch_size == 4
+    for name in (f.name for f in dataclasses.fields(Options)):
+        assert name in Params.model_fields
+        assert name in ("batch_size", "quality") or getattr(Params(), name) == getattr(defaults, name)
+
+
+def test_defaults_follow_the_weights_version() -> None:
+    v1 = Params().options("v1")
+    assert (v1.extra_margin, v1.parsing_mode) == (0, "raw")
+    said = Params(extra_margin=10, parsing_mode="jaw", bbox_shift=-7).options("v1")
+    assert (said.extra_margin, said.parsing_mode, said.bbox_shift) == (10, "jaw", -7)
+    with pytest.raises(BadRequest, match="bbox_shift"):
+        Params(bbox_shift=-7).options("v15")
+
+
+def test_metrics_name_the_lane_and_only_what_was_damaged() -> None:
+    metrics = schema.Metrics(
+        GENERATION_TIME_SEC=1, SCRIPT_WALL_TIME_SEC=1, PEAK_VRAM_MIB=None, PEAK_RAM_KB=1, gpu_class="x", total_time=4,
+        stage_times=schema.StageTimes(download=1, validation=1, inference=1, upload=1), frames=1, avatar_cached=False)
+    body = schema.Success(output_url="u", musetalk_job_id="j", metrics=metrics).body()["metrics"]
+    assert list(body)[-2:] == ["lane", "provenance"]
+    damaged = metrics.model_copy(update={"damaged": "video_url: 15 of 50 frames"})
+    assert list(schema.Success(output_url="u", musetalk_job_id="j", metrics=damaged).body()["metrics"])[-1] == "damaged"
+
+
 def test_job_id_comes_from_the_queue_when_missing() -> None:
     anonymous = {k: v for k, v in JOB.items() if k != "musetalk_job_id"}
     assert parse(anonymous, "abc-1").musetalk_job_id == "abc-1"
@@ -147,6 +184,7 @@ def test_job_id_comes_from_the_queue_when_missing() -> None:
     ({"params": {"fps": 0}}, "params.fps"), ({"params": {"fps": "25"}}, "params.fps"),
     ({"params": {"fps": float("nan")}}, "params.fps"), ({"params": {"batch_size": True}}, "params.batch_size"),
     ({"params": {"parsing_mode": "mouth"}}, "params.parsing_mode"), ({"params": {"face": -1}}, "params.face"),
+    ({"params": {"face": 100}}, "params.face"), ({"params": {"quality": "good"}}, "params.quality"),
     ({"params": {"face": "tallest"}}, "params.face"), ({"params": {"upscale": "yes"}}, "params.upscale"),
     ({"params": {"left_cheek_width": 300}}, "params.left_cheek_width"), ({"params": {"loop": 1}}, "params.loop"),
 ])
@@ -241,6 +279,46 @@ def test_secrets_are_cut() -> None:
     assert redact.clean({"a": float("inf"), "b": [Path("/x")]}) == {"a": None, "b": ["/x"]}
 
 
+def test_a_jobs_secrets_are_cut_from_its_own_words_only() -> None:
+    with redact.job():
+        redact.hide_in_job("field", "p4ss", "long-signature-value")
+        assert redact.text("no field for p4ss in subfield, xlong-signature-valuex") == "no *** for *** in subfield, x***x"
+        body = failure(errors.BadMedia("video_url: no field, p4ss", stage="validation", field="video_url", p4ss="p4ss"))
+        assert (body["error_message"], body["details"]) == (
+            "video_url: no field, ***", {"field": "video_url", "p4ss": "***"}), "names and prose stay"
+        assert "p4ss" not in failure(RuntimeError("p4ss, field"))["error_message"]
+        assert "field" not in failure(RuntimeError("p4ss, field"))["error_message"], "foreign words may hold any secret"
+    assert redact.text("no field for p4ss, long-signature-value") == "no field for p4ss, long-signature-value"
+
+
+def test_a_job_leaves_no_secret_behind(service: Service) -> None:
+    """What is known of secrets does not grow with the jobs done, and the next job's body is its own."""
+    before = set(redact.WORKER.values)
+    for i in range(50):
+        service.run_job({**JOB, "video_url": f"http://u:field@127.0.0.1:9/v?sig=signature-of-job-{i:04}", "params": {"fps": 0}})
+    service.run_job({**JOB, "video_url": "http://u:field@10.0.0.1/v?sig=signature-of-one-job", "audio_url": "ftp://x"})
+    body = service.run_job({**JOB, "video_url": "http://10.0.0.1/field-signature-of-one-job.mp4"})
+    assert body["details"]["field"] == "video_url"
+    assert body["details"]["url"] == "http://10.0.0.1/field-signature-of-one-job.mp4"
+    assert redact.WORKER.values == before
+
+
+def test_threads_of_a_job_know_its_secrets() -> None:
+    with redact.job():
+        redact.hide_in_job("long-signature-value")
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(contextvars.copy_context().run, redact.text, "long-signature-value").result() == "***"
+            assert pool.submit(redact.text, "long-signature-value").result() == "long-signature-value"
+
+
+def test_a_private_key_is_cut_line_by_line() -> None:
+    pem = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIJtestOnly0123456789\n-----END PRIVATE KEY-----\n"
+    redact.hide(pem)
+    shown = redact.text(f"bad key: {pem!r}")
+    assert "testOnly" not in shown
+    assert "BEGIN PRIVATE KEY" in shown
+
+
 def test_gpu_names() -> None:
     assert normalise("NVIDIA GeForce RTX 3090") == "RTX-3090"
     assert normalise("NVIDIA A100-SXM4-80GB") == "A100-SXM4-80GB"
@@ -309,7 +387,7 @@ def test_self_test(service: Service) -> None:
     assert body["status"] == "success", body
     assert list(body) == list(SUCCESS)
     assert list(body["metrics"])[: len(SUCCESS["metrics"])] == list(SUCCESS["metrics"])
-    assert sum(body["metrics"]["stage_times"].values()) == pytest.approx(body["metrics"]["total_time"], rel=0.02)
+    assert sum(body["metrics"]["stage_times"].values()) == pytest.approx(body["metrics"]["total_time"], rel=0.01)
     report = body["metrics"]["selftest"]
     assert not body["metrics"]["avatar_cached"], "every network ran"
     assert report["encoder"] == "libx264"

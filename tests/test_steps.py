@@ -12,6 +12,7 @@ import torch
 
 from musetalk import audio, blend, faces, generate, imaging, order
 from musetalk.box import Box
+from musetalk.options import Loop
 from tests.seeded import seeded_uniform
 from tests.test_networks import golden
 
@@ -274,7 +275,7 @@ def test_other_orders() -> None:
 
 @pytest.mark.parametrize("loop", ["pingpong", "repeat", "hold"])
 @pytest.mark.parametrize(("count", "outputs"), [(1, 1), (1, 5), (3, 2), (3, 3), (3, 4), (3, 20), (5, 23)])
-def test_runs_are_the_order(loop: order.Loop, count: int, outputs: int) -> None:
+def test_runs_are_the_order(loop: Loop, count: int, outputs: int) -> None:
     """The first pass and the runs together show for every output the frame that the rule names, each run in one direction."""
     shown = list(range(min(count, outputs)))
     for run in order.runs(count, outputs, loop):

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import BadMedia, FfmpegFailed
-from pipeline.media.child import Child, check_exit, ffmpeg, run
+from pipeline.media import child
+from pipeline.media.child import Child
 from pipeline.media.frames import FrameSource
 from pipeline.media.probe import VideoInfo
 from pipeline.media.sound import Speech
@@ -35,10 +36,10 @@ def _nvenc_refused() -> str:
     """Why NVENC cannot be used; empty when it can."""
     if not Path("/dev/nvidiactl").exists():
         return "no NVIDIA device"
-    trial = [ffmpeg(), "-nostdin", "-v", "error", "-f", "lavfi", "-i", "color=black:s=256x256:r=25:d=0.2", *NVENC,
+    trial = [child.ffmpeg(), "-nostdin", "-v", "error", "-f", "lavfi", "-i", "color=black:s=256x256:r=25:d=0.2", *NVENC,
              "-f", "null", "-"]
     try:
-        code, _, err = run(trial, 15, limited=False)  # CUDA reserves far more addresses than it uses
+        code, _, err = child.run(trial, 15, limited=False)  # CUDA reserves far more addresses than it uses
     except FfmpegFailed as e:
         return e.message
     return (err.strip()[-200:] or f"trial encode failed: exit {code}") if code else ""
@@ -55,7 +56,7 @@ class Mp4Writer(Child):
         if video is None:
             raise BadMedia("no video stream")
         command = [
-            ffmpeg(), "-nostdin", "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "yuv420p",
+            child.ffmpeg(), "-nostdin", "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "yuv420p",
             "-s", f"{source.width}x{source.height}", "-r", f"{source.fps.numerator}/{source.fps.denominator}", "-i", "pipe:0",
             "-f", "wav", "-i", f"file:{speech.path}", "-map", "0:v", "-map", "1:a", "-map_metadata", "-1",
             *(encoder or video_encoder()), *colour_tags(video), "-pix_fmt", "yuv420p",
@@ -93,7 +94,7 @@ class Mp4Writer(Child):
         if "No space left" in said:
             return OSError(28, "No space left on device")
         try:
-            check_exit("the encoder", code or 0, said)
+            child.check_exit("the encoder", code or 0, said)
         except FfmpegFailed as e:
             return e
         return FfmpegFailed(f"the encoder stopped (exit {code}): {said[-200:]}", ffprobe_stderr=said)

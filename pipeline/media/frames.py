@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.errors import BadMedia, FfmpegFailed
 from pipeline.media import child
-from pipeline.media.child import END_SEC, Child, ffmpeg
+from pipeline.media.child import END_SEC, Child
 from pipeline.media.formats import guarded
 from pipeline.media.probe import MediaInfo, VideoInfo
 
@@ -59,7 +59,7 @@ class FrameSource:
         # the graph is not made anew when the picture's size changes on the way: the rate filter would count from its origin
         fixed = [] if video.interlaced else ["-reinit_filter", "0"]
         return [
-            ffmpeg(), "-nostdin", "-v", "error", "-threads", "2", "-copyts", "-start_at_zero", *seek, *fixed,
+            child.ffmpeg(), "-nostdin", "-v", "error", "-threads", "2", "-copyts", "-start_at_zero", *seek, *fixed,
             *guarded(info.path, self.max_pixels, info.opener),
             "-map", f"0:{video.index}", "-an", "-sn", "-dn", "-vf", ",".join(chain), "-fps_mode", "passthrough",
             "-frames:v", str(drop + count), "-f", "yuv4mpegpipe", "pipe:1",

@@ -12,7 +12,8 @@ from fractions import Fraction
 from pathlib import Path
 
 from pipeline.errors import BadMedia
-from pipeline.media.child import ffmpeg, run, tail
+from pipeline.media import child
+from pipeline.media.child import tail
 from pipeline.media.formats import ACCEPTED_TEXT, UNKNOWN, Opener, guarded, opener
 
 PROBE_SEC = 20
@@ -88,9 +89,9 @@ class MediaInfo:
 def probe(path: Path, max_pixels: int) -> MediaInfo:
     """What the file holds. Raises BadMedia; FfmpegFailed when ffmpeg hangs or is killed."""
     how = opener(path)
-    command = [ffmpeg(), "-hide_banner", "-nostdin", "-nostats", *guarded(path, max_pixels, how), "-map", "0:V:0?", "-an",
+    command = [child.ffmpeg(), "-hide_banner", "-nostdin", "-nostats", *guarded(path, max_pixels, how), "-map", "0:V:0?", "-an",
                "-sn", "-dn", "-frames:v", "1", "-vf", "showinfo=checksum=0", "-f", "null", "-"]
-    _, _, log = run(command, PROBE_SEC)
+    _, _, log = child.run(command, PROBE_SEC)
     if "Input #0" not in log or _too_many_pixels(log):
         raise BadMedia(explain(path, log), ffprobe_stderr=tail(log, path))
     return _read(path, log, how)
@@ -98,9 +99,9 @@ def probe(path: Path, max_pixels: int) -> MediaInfo:
 
 def packet_seconds(info: MediaInfo, index: int, max_pixels: int) -> float:
     """How long a stream really is, by its packets; headers can say anything. Nothing is decoded."""
-    command = [ffmpeg(), "-nostdin", "-v", "error", *guarded(info.path, max_pixels, info.opener), "-map", f"0:{index}",
+    command = [child.ffmpeg(), "-nostdin", "-v", "error", *guarded(info.path, max_pixels, info.opener), "-map", f"0:{index}",
                "-c", "copy", "-f", "null", "-nostats", "-progress", "pipe:1", "-"]
-    _, out, _ = run(command, PROBE_SEC)
+    _, out, _ = child.run(command, PROBE_SEC)
     times = re.findall(rb"out_time_us=(\d+)", out)
     return int(times[-1]) / 1e6 if times else 0.0
 

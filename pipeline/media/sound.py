@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import BadMedia
-from pipeline.media.child import ffmpeg, run, tail
+from pipeline.media import child
+from pipeline.media.child import tail
 from pipeline.media.formats import guarded
 from pipeline.media.probe import MediaInfo
 
@@ -61,11 +62,11 @@ def read_speech(
         f"[0:{audio.index}]{ONWARD},atrim=end={end:.6f},aresample=async=1:first_pts=0,atrim=end={end:.6f},asplit[heard][b];"
         f"[b]pan=mono|c0={mean},aresample={SAMPLE_RATE}:filter_size=64:cutoff=0.95[mouth]")
     command = [
-        ffmpeg(), "-nostdin", "-v", "error", "-y", *guarded(info.path, max_pixels, info.opener), "-filter_complex", graph,
+        child.ffmpeg(), "-nostdin", "-v", "error", "-y", *guarded(info.path, max_pixels, info.opener), "-filter_complex", graph,
         "-map", "[heard]", "-c:a", "pcm_s16le", "-ar", str(rate), "-ac", str(channels), "-f", "wav", f"file:{path}",
         "-map", "[mouth]", "-ar", str(SAMPLE_RATE), "-ac", "1", "-f", "f32le", "pipe:1",
     ]
-    code, out, err = run(command, timeout)
+    code, out, err = child.run(command, timeout)
     pcm = np.frombuffer(out[: len(out) // 4 * 4], np.float32)
     if "No space left" in err:
         raise OSError(28, "No space left on device")

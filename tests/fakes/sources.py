@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import http.server
 import socket
@@ -71,6 +72,13 @@ class Routes(http.server.BaseHTTPRequestHandler):
 
     def _status(self, code: str, _: int) -> None:
         self.send(b"no", int(code))
+
+    def _repeat(self, _: str, __: int) -> None:
+        """Says what it was told in secret: the credentials, or the query."""
+        told = base64.b64decode(self.headers.get("Authorization", "").removeprefix("Basic ")).decode()
+        self.send_response(403, f"not {told or urlsplit(self.path).query}")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def _flaky(self, failures: str, hit: int) -> None:
         self.send(GOOD, 200 if hit > int(failures) else 503)

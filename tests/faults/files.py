@@ -212,7 +212,7 @@ def hung_child(w: World) -> Body:
     script = w.folder / "hangs.sh"
     script.write_text("#!/bin/sh\ntrap '' TERM\nsh -c 'trap \"\" TERM; sleep 999; : hangs.sh'\n")
     script.chmod(0o755)
-    with mock.patch.object(probing, "ffmpeg", return_value=str(script)), mock.patch.object(probing, "PROBE_SEC", 1):
+    with mock.patch.object(module, "ffmpeg", return_value=str(script)), mock.patch.object(probing, "PROBE_SEC", 1):
         body = w.job()
     left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if b"hangs.sh" in _read(p)]
     assert not left, "a process of the hung group lives on"

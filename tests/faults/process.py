@@ -7,6 +7,8 @@ import gc
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ import requests
 from pipeline.control import Control
 from pipeline.metrics import give_back_memory
 from pipeline.run import TEMPORARY
+from pipeline.storage import Storage
 from tests.conftest import make_media
 from tests.fakes import b2 as fakes
 from tests.fakes.b2 import B2
@@ -211,6 +214,49 @@ def killed_after_upload(w: World) -> Body:
     return body
 
 
+# -- where the seconds go --------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def busy_cores() -> Iterator[None]:
+    """Every core has another process to run, too."""
+    load = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(len(os.sched_getaffinity(0)))]
+    try:
+        yield
+    finally:
+        for process in load:
+            process.kill()
+            process.wait()
+
+
+class Littering:
+    """Stores a result and leaves many files in the job's folder, so that cleaning up takes its time."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    def upload(self, path: Path, job_id: str, control: Control) -> str:
+        for number in range(10_000):
+            (path.parent / str(number)).touch()
+        return self.storage.upload(path, job_id, control)
+
+
+def times_under_load(w: World) -> None:
+    """The four stages are the whole job: clean-up, threads that end and memory given back belong to one of them."""
+    service = w.another()
+    service.storage = Littering(service.storage)
+    with busy_cores():
+        for number in range(3):
+            began = time.perf_counter()
+            body = w.job(service, job_id=f"busy-{number}")
+            wall = time.perf_counter() - began
+            metrics = body["metrics"]
+            told = sum(metrics["stage_times"].values())
+            assert abs(told - metrics["total_time"]) <= 0.01 * metrics["total_time"], f"{told} of {metrics['total_time']} s"
+            assert told <= wall + 0.001, f"{told} s of {wall} s"
+            assert wall - told <= max(0.01 * wall, 0.1), f"{wall - told:.3f} of {wall:.3f} s belong to no stage"
+
+
 # -- in the long run -------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +296,7 @@ ROWS = [
     *[Row("process", f"SIGKILL in {s}, then a new worker", killed(s), limit_sec=90) for s in STAGES],
     Row("process", "SIGTERM at the HTTP door in inference", door_terminated, limit_sec=90),
     Row("process", "SIGKILL between upload and answer", killed_after_upload, limit_sec=90),
+    Row("process", "the times of a job on busy cores", times_under_load, limit_sec=90),
     Row("process", "30 jobs in a row", in_a_row(30), limit_sec=120),
     Row("process", "200 jobs in a row", in_a_row(200), limit_sec=900, long=True),
 ]

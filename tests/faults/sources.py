@@ -57,6 +57,19 @@ def tls(w: World) -> Body:
     return w.job(video_url=w.url("clip.mp4").replace("http:", "https:"))
 
 
+def secrets_of_another_job(w: World) -> None:
+    """A job's password is a word of the next job's answer: the answer is whole, and of 200 signatures none is kept."""
+    w.job(video_url=w.url("/status/404").replace("://", "://user:field@"))
+    for i in range(200):
+        w.service.run_job({"musetalk_job_id": "x", "video_url": f"ftp://h/v?sig=signature-number-{i:04}", "audio_url": "x"})
+    body = w.job(video="/status/404")
+    assert body["details"]["field"] == "video_url", body["details"]
+    assert body["details"]["url"].startswith(w.sources.url), body["details"]
+    w.service.run_job({"musetalk_job_id": "x", "video_url": "http://127.0.0.1:9/signature-number-0007", "audio_url": "x"})
+    said = w.job(video_url=f"{w.sources.url}/status/404/signature-number-0007")
+    assert said["details"]["url"].endswith("signature-number-0007"), "an earlier job's signature is still known"
+
+
 def stops_asking(w: World) -> None:
     """A refusal is asked once, an outage three times."""
     for path, want in (("/status/404", 1), ("/status/503", 3)):
@@ -73,6 +86,11 @@ ROWS = [
     Row("sources", "https to a host that speaks http", tls, GONE),
     Row("sources", "a password in the URL", lambda w: w.job(
         video_url=w.url("/status/404").replace("://", "://user:canary-password@")), GONE),
+    Row("sources", "a password that is a word of the next job's answer", secrets_of_another_job),
+    Row("sources", "the host's answer repeats the password", lambda w: w.job(
+        video_url=w.url("/repeat").replace("://", "://user:canary@")), media("download", words="403 not user:***")),
+    Row("sources", "the host behind a redirect repeats its signature", lambda w: w.job(
+        video_url=w.sources.redirect_to(w.url("/repeat"))), media("download", words="403 not")),
     Row("sources", "number of tries", stops_asking),
     *[Row("sources", f"redirect to {target.split(':')[0]}:", lambda w, t=target: w.job(video_url=w.sources.redirect_to(t)),
           media("download", words="not http"))

@@ -1,0 +1,52 @@
+"""What a caller may tune. The one definition: the worker's request fields and command line are made from it.
+
+Knows no torch, so that a command line can show its help at once.
+"""
+
+# ruff: noqa: RUF009 (an option is a dataclass field)
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+ParsingMode = Literal["jaw", "raw", "neck"]
+Loop = Literal["pingpong", "repeat", "hold"]
+V1: dict[str, Any] = {"extra_margin": 0, "parsing_mode": "raw"}  # upstream's other defaults, for MuseTalk 1.0
+
+
+def _option(default: Any, description: str, *, ge: int | None = None, le: int | None = None, avatar: bool = False) -> Any:
+    """A field with its range (inclusive); `avatar`: it changes what is prepared from the source clip."""
+    limits = {k: v for k, v in (("ge", ge), ("le", le)) if v is not None}
+    return field(default=default, metadata={"description": description, "limits": limits, "avatar": avatar})
+
+
+@dataclass(frozen=True)
+class Options:
+    """Defaults are upstream's for MuseTalk 1.5; `for_version` knows those for 1.0."""
+
+    extra_margin: int = _option(10, "pixels of chin below the face box", ge=0, le=200, avatar=True)
+    parsing_mode: ParsingMode = _option("jaw", "which parsed parts are replaced", avatar=True)
+    left_cheek_width: int = _option(90, "columns of the 512-pixel parse map, mode jaw", ge=0, le=256, avatar=True)
+    right_cheek_width: int = _option(90, "columns of the 512-pixel parse map, mode jaw", ge=0, le=256, avatar=True)
+    bbox_shift: int = _option(0, "MuseTalk 1.0 weights only: pixels by which the mask's middle is lowered", ge=-200, le=200,
+                              avatar=True)
+    audio_padding_left: int = _option(2, "video frames heard before the own one", ge=0, le=10)
+    audio_padding_right: int = _option(2, "video frames heard after the own one", ge=0, le=10)
+    face: Literal["largest", "leftmost", "rightmost"] | int = _option(
+        "largest", "which of several faces speaks; a number counts from the left", ge=0, le=99, avatar=True)
+    loop: Loop = _option("pingpong", "what follows the clip's end")
+    silence: Literal["model", "rest"] = _option("model", "rest: keep the source's mouth where the speech is silent")
+    seed: int | None = _option(None, "sample the VAE's posterior with this seed, as upstream does unseeded; default: its mean",
+                               ge=0, le=2**63 - 1, avatar=True)
+    batch_size: int = _option(8, "frames generated at once", ge=1, le=64)
+    quality: Literal["exact", "fast"] = _option("exact", "fast: the tiny decoder")
+    finish: Literal["natural", "official"] = _option("official", "natural: give the source's detail and colour back")
+
+    @classmethod
+    def for_version(cls, version: str, **given: Any) -> Options:
+        """The options given, else the defaults for the weights' version ("v1" or "v15")."""
+        return cls(**{**(V1 if version == "v1" else {}), **given})
+
+    def avatar_part(self) -> dict[str, object]:
+        """The options that change a prepared avatar."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["avatar"]}
