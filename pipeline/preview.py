@@ -52,7 +52,7 @@ class Preview:
     @property
     def seconds(self) -> float:
         """Length of the film."""
-        return len(self.inputs.pcm) / 16_000
+        return len(self.inputs.speech.pcm) / 16_000
 
     def frame(self, request: JobRequest, second: float) -> Shown:
         """What the film shows at a moment. Raises what a job would."""
@@ -65,7 +65,7 @@ class Preview:
             at, pixels = self._pixels(source, at)
             planes = Planes.of(torch.from_numpy(pixels.copy()), source.width, source.height)
             before = to_rgb(planes, colour)
-            weight = speech_weights(self.inputs.pcm, source.fps, len(prompts), options)[output]
+            weight = speech_weights(self.inputs.speech.pcm, source.fps, len(prompts), options)[output]
             face = self._face(lipsync, key, at, before, options)
             (painted,) = lipsync.generate_batch([face], prompts, [Slot(output, 0, weight)])
             if painted is not None:
@@ -73,7 +73,8 @@ class Preview:
             return Shown(before.numpy(), to_rgb(planes, colour).numpy(), painted.region if painted else None)
 
     def _heard(self, fps: Fraction, left: int, right: int) -> Prompts:
-        return self.engine.load().prompts(self.inputs.pcm, fps, Options(audio_padding_left=left, audio_padding_right=right))
+        padding = Options(audio_padding_left=left, audio_padding_right=right)
+        return self.engine.load().prompts(self.inputs.speech.pcm, fps, padding)
 
     def _length(self, fps: Fraction) -> int:
         """Frames of the clip by its header, which is good enough to look at one."""

@@ -67,7 +67,7 @@ class Service:
         with job_folder() as folder:
             video = self.downloader.fetch(request.video_url, folder / "video", "video_url", control)
             audio = self.downloader.fetch(request.audio_url, folder / "audio", "audio_url", control)
-            yield Preview(self.engine, validate(video, audio, self.settings, control), video.sha256)
+            yield Preview(self.engine, validate(video, audio, folder, self.settings, control), video.sha256)
 
     def _story(
         self, job_input: Any, job_id: str | None, timer: StageTimer, control: Control, preview: bool,
@@ -84,7 +84,7 @@ class Service:
             video = downloader.fetch(request.video_url, folder / "video", "video_url", control)
             audio = downloader.fetch(request.audio_url, folder / "audio", "audio_url", control)
         with self._stage("validation", request, timer, control):
-            inputs = validate(video, audio, self.settings, control, 1.0 if preview or test else None)
+            inputs = validate(video, audio, folder, self.settings, control, 1.0 if preview or test else None)
         with self._stage("inference", request, timer, control):
             result = stream.speak(self.engine, request, inputs, video.sha256, folder / "output.mp4", control)
         with self._stage("upload", request, timer, control):
@@ -112,7 +112,8 @@ class Service:
             GENERATION_TIME_SEC=round(result.generation_sec, 3), SCRIPT_WALL_TIME_SEC=round(result.wall_sec, 3),
             PEAK_VRAM_MIB=memory.vram_mib, PEAK_RAM_KB=memory.peak_kb,
             gpu_class=self.gpu_class, stage_times=StageTimes(**timer.times),
-            total_time=timer.total, frames=result.frames, avatar_cached=result.avatar_cached, selftest=selftest)
+            total_time=timer.total, frames=result.frames, avatar_cached=result.avatar_cached, selftest=selftest,
+            damaged=result.damaged)
         return Success(output_url=url, musetalk_job_id=request.musetalk_job_id, metrics=metrics).body()
 
 

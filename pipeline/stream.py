@@ -22,9 +22,7 @@ from pipeline import runner
 from pipeline.control import Control
 from pipeline.engine import Engine
 from pipeline.errors import BadMedia
-from pipeline.geometry import plan
-from pipeline.media import FrameSource, Mp4Writer
-from pipeline.mediainfo import MediaInfo
+from pipeline.media import FrameSource, MediaInfo, Mp4Writer, plan
 from pipeline.runner import ROOM, Buffers, Stage, Together
 from pipeline.schema import JobRequest
 from pipeline.stages import Blend, Clock, Decode, Encode, Generate, Prepare
@@ -41,6 +39,7 @@ class Result:
     wall_sec: float
     frames: int
     avatar_cached: bool
+    damaged: str | None = None  # which source is damaged, and how much of it was decoded
 
 
 def speak(engine: Engine, request: JobRequest, inputs: Inputs, content: str, target: Path, control: Control) -> Result:
@@ -49,16 +48,16 @@ def speak(engine: Engine, request: JobRequest, inputs: Inputs, content: str, tar
     with engine.job() as lipsync:
         options = request.params.options(lipsync.nets.version, batch_size=engine.batch_size)
         source, colour, key = clip_of(engine, lipsync, request, options, inputs.clip, content)
-        clock = Clock(engine.device)
+        clock, pcm = Clock(engine.device), inputs.speech.pcm
         with clock.running():
-            prompts = lipsync.prompts(inputs.pcm, source.fps, options)
+            prompts = lipsync.prompts(pcm, source.fps, options)
         outputs, batch = len(prompts), options.batch_size
         cached = engine.cache.get(key, outputs)
         buffers = Buffers(lambda: np.empty(source.frame_bytes, np.uint8), buffers_needed(batch))
         with closing(cached or Avatar.new()) as avatar:
             decode = Decode(source, outputs, options.loop, len(cached) if cached else None, buffers)
             prepare = Prepare(lipsync, avatar, options, source, colour)
-            generate = Generate(lipsync, avatar, prompts, speech_weights(inputs.pcm, source.fps, outputs, options), batch,
+            generate = Generate(lipsync, avatar, prompts, speech_weights(pcm, source.fps, outputs, options), batch,
                                 clock, partial(control.progress, "inference"))
             blend = Blend(source, colour)
             encode = Encode(lambda: Mp4Writer(target, source, inputs.speech, outputs / float(source.fps)), buffers,
@@ -72,7 +71,15 @@ def speak(engine: Engine, request: JobRequest, inputs: Inputs, content: str, tar
             if not cached:
                 avatar.finish(complete=decode.whole)
                 engine.cache.put(key, avatar)
-    return Result(clock.seconds, time.perf_counter() - began, outputs, cached is not None)
+    return Result(clock.seconds, time.perf_counter() - began, outputs, cached is not None, _damaged(decode, inputs))
+
+
+def _damaged(decode: Decode, inputs: Inputs) -> str | None:
+    """What to state of sources that could be decoded in part only."""
+    said = [f"video_url: {decode.count} frames were decoded: {decode.damaged}"] if decode.damaged else []
+    if inputs.speech.damaged:
+        said.append(f"audio_url: {inputs.speech.seconds:.2f} s were decoded: {inputs.speech.damaged}")
+    return "; ".join(said) or None
 
 
 def buffers_needed(batch_size: int) -> int:
