@@ -29,6 +29,7 @@ from pipeline.errors import BadMedia, ProcessingError
 from pipeline.geometry import plan
 from pipeline.media import FrameSource, Mp4Writer
 from pipeline.playback import Buffer, Playback
+from pipeline.provenance import tags
 from pipeline.schema import JobRequest
 from pipeline.streaming import Crew, Worker
 from pipeline.validate import Inputs
@@ -209,7 +210,7 @@ class _Run:
 
     def _encode(self, worker: Worker) -> None:
         seconds = len(self.prompts) / float(self.source.fps)
-        writer = Mp4Writer(self.target, self.source, self.inputs.speech, seconds)
+        writer = Mp4Writer(self.target, self.source, self.inputs.speech, seconds, tags=tags(self.engine.settings))
         worker.abort = writer.abort
         try:
             for frame in worker.each():

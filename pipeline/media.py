@@ -309,7 +309,8 @@ class Mp4Writer(Child):
     """Encodes yuv420p frames and the speech into an MP4, once."""
 
     def __init__(
-        self, path: Path, source: FrameSource, speech: MediaInfo, seconds: float, encoder: tuple[str, ...] | None = None
+        self, path: Path, source: FrameSource, speech: MediaInfo, seconds: float, encoder: tuple[str, ...] | None = None,
+        tags: tuple[str, ...] = (),
     ) -> None:
         video, audio = source.info.video, speech.audio
         if video is None or audio is None:
@@ -320,7 +321,7 @@ class Mp4Writer(Child):
             ffmpeg(), "-nostdin", "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "yuv420p",
             "-s", f"{source.width}x{source.height}", "-r", rate, "-i", "pipe:0",
             *guarded(speech.path, source.max_pixels),
-            "-map", "0:v", "-map", f"1:{audio.index}", "-map_metadata", "-1", *(encoder or video_encoder()),
+            "-map", "0:v", "-map", f"1:{audio.index}", "-map_metadata", "-1", *tags, *(encoder or video_encoder()),
             *colour_tags(video), "-pix_fmt", "yuv420p",
             # not -t: ffmpeg 9 now and then waits for ever when that ends a damaged sound
             "-af", f"atrim=end={seconds:.6f}", "-c:a", "aac", "-b:a", "160k", "-ar", str(sound_rate),
