@@ -22,9 +22,9 @@ from pipeline.errors import SigningFailed
 from pipeline.settings import BadSetting, Settings
 
 # neither a source's credentials nor a certificate may make the worker call an address of their choice
-# and a film's copies while it is signed lie in a file, not (up to 512 MB, by default) in memory
+# and a film is hashed piece by piece and its copies lie in a file: by default c2pa holds both in memory, up to 512 MB
 OFFLINE = {"verify": {"remote_manifest_fetch": False, "ocsp_fetch": False},
-           "core": {"backing_store_memory_threshold_in_mb": 4}}
+           "core": {"backing_store_memory_threshold_in_mb": 4, "merkle_tree_chunk_size_in_kb": 4096}}
 TRUST = "signingCredential.untrusted"  # no list of trusted authorities is kept here; all else must be valid
 POLL_SEC = 0.1
 TSA_SEC = 30.0  # of a time-stamp server that accepts and never answers

@@ -355,3 +355,26 @@ def test_two_hundred_signed_films_leak_nothing(film: Path, pair: tuple[Path, Pat
     after = held()
     assert after[:3] == before[:3]
     assert after[3] - before[3] < 10_000_000, (before, after)
+
+
+@pytest.mark.full
+def test_a_large_film_is_signed_in_little_memory(tmp_path: Path, pair: tuple[Path, Path]) -> None:
+    """100 MB: c2pa would hold the film twice."""
+    film, process = tmp_path / "output.mp4", psutil.Process()
+    ffmpeg("-f", "lavfi", "-i", "nullsrc=s=1280x720:r=25:d=0.04,geq=random(1)*255:128:128", "-vf", "loop=loop=75:size=1",
+           "-c:v", "rawvideo", "-pix_fmt", "yuv420p", "-tag:v", "I420", "-f", "mov", "-movflags", "+faststart", str(film))
+    assert film.stat().st_size > 100_000_000
+    marker, done = Marker(settings(pair)), threading.Event()
+    before, seen = process.memory_info().rss, [0]
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            seen.append(process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    marker.finish(film, making(), Control(60))
+    done.set()
+    watcher.join()
+    assert max(seen) - before < 50_000_000
+    assert credentials(film)["state"] == "Valid"
