@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: install install-dev run page test test-full check lint types
+.PHONY: install install-dev run page test test-full test-certificate check lint types
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -33,6 +33,9 @@ test: install-dev
 
 test-full: install-dev  ## published-size networks, fault harness, image build
 	$(BIN)/python -m pytest -m "full or not full"
+
+test-certificate: install  ## a certificate chain for trying out content credentials, in ./test-certificate
+	$(BIN)/python scripts/make_test_certificate.py test-certificate
 
 lint: install-dev
 	$(BIN)/ruff check .

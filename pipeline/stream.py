@@ -23,6 +23,7 @@ from pipeline.control import Control
 from pipeline.engine import Engine
 from pipeline.errors import BadMedia
 from pipeline.media import FrameSource, MediaInfo, Mp4Writer, plan
+from pipeline.provenance import tags
 from pipeline.runner import ROOM, Buffers, Stage, Together
 from pipeline.schema import JobRequest
 from pipeline.stages import Blend, Clock, Decode, Encode, Generate, Prepare
@@ -60,8 +61,8 @@ def speak(engine: Engine, request: JobRequest, inputs: Inputs, content: str, tar
             generate = Generate(lipsync, avatar, prompts, speech_weights(pcm, source.fps, outputs, options), batch,
                                 clock, partial(control.progress, "inference"))
             blend = Blend(source, colour)
-            encode = Encode(lambda: Mp4Writer(target, source, inputs.speech, outputs / float(source.fps)), buffers,
-                            lambda: min(ENCODER_SEC, control.remaining + 1))
+            encode = Encode(partial(Mp4Writer, target, source, inputs.speech, outputs / float(source.fps),
+                                    tags=tags(engine.settings)), buffers, lambda: min(ENCODER_SEC, control.remaining + 1))
             stages: list[Stage] = [decode, prepare, generate, blend, encode]
             if cached:
                 stages.remove(prepare)
