@@ -17,11 +17,12 @@ from musetalk import LipSync, Options
 from musetalk.avatar import Avatar, cache_key
 from musetalk.colour import Colour
 from musetalk.lipsync import speech_weights
+from musetalk.options import Quality
 from musetalk.track import WINDOW
 from pipeline import runner
 from pipeline.control import Control
 from pipeline.engine import Engine
-from pipeline.errors import BadMedia
+from pipeline.errors import BadMedia, BadRequest
 from pipeline.geometry import plan
 from pipeline.media import FrameSource, Mp4Writer
 from pipeline.mediainfo import MediaInfo
@@ -41,13 +42,17 @@ class Result:
     wall_sec: float
     frames: int
     avatar_cached: bool
+    lane: Quality
 
 
 def speak(engine: Engine, request: JobRequest, inputs: Inputs, content: str, target: Path, control: Control) -> Result:
     """Write the lip-synced MP4 to `target`. `content` is the clip's sha256."""
     began = time.perf_counter()
     with engine.job() as lipsync:
-        options = request.params.options(lipsync.nets.version, batch_size=engine.batch_size)
+        options = request.params.options(lipsync.nets.version, batch_size=engine.batch_size, quality=engine.settings.quality)
+        if options.quality == "fast" and lipsync.nets.tiny is None:
+            raise BadRequest("params.quality: this worker's weights have no tiny decoder (taesd/); ask for exact, or add it "
+                             "with python -m pipeline.weights fetch", stage="validation", field="params.quality")
         source, colour, key = _clip(engine, lipsync, request, options, inputs.clip, content)
         clock = Clock(engine.device)
         with clock.running():
@@ -58,7 +63,7 @@ def speak(engine: Engine, request: JobRequest, inputs: Inputs, content: str, tar
         with closing(cached or Avatar.new()) as avatar:
             decode = Decode(source, outputs, options.loop, len(cached) if cached else None, buffers)
             prepare = Prepare(lipsync, avatar, options, source, colour)
-            generate = Generate(lipsync, avatar, prompts, speech_weights(inputs.pcm, source.fps, outputs, options), batch,
+            generate = Generate(lipsync, avatar, prompts, speech_weights(inputs.pcm, source.fps, outputs, options), options,
                                 clock, partial(control.progress, "inference"))
             blend = Blend(source, colour)
             encode = Encode(lambda: Mp4Writer(target, source, inputs.speech, outputs / float(source.fps)), buffers,
@@ -72,7 +77,7 @@ def speak(engine: Engine, request: JobRequest, inputs: Inputs, content: str, tar
             if not cached:
                 avatar.finish(complete=decode.whole)
                 engine.cache.put(key, avatar)
-    return Result(clock.seconds, time.perf_counter() - began, outputs, cached is not None)
+    return Result(clock.seconds, time.perf_counter() - began, outputs, cached is not None, options.quality)
 
 
 def buffers_needed(batch_size: int) -> int:
