@@ -24,7 +24,7 @@ from pipeline.engine import Engine
 from pipeline.errors import BadMedia
 from pipeline.media import FrameReader, FrameSource
 from pipeline.schema import JobRequest
-from pipeline.stream import clip_of
+from pipeline.stream import clip_of, options_of
 from pipeline.validate import Inputs
 
 Picture = NDArray[np.uint8]
@@ -57,7 +57,7 @@ class Preview:
     def frame(self, request: JobRequest, second: float) -> Shown:
         """What the film shows at a moment. Raises what a job would."""
         with self.engine.job() as lipsync:
-            options = request.params.options(lipsync.nets.version, batch_size=1)
+            options = options_of(self.engine, lipsync, request, batch_size=1)
             source, colour, key = clip_of(self.engine, lipsync, request, options, self.inputs.clip, self.content)
             prompts = self._prompts(source.fps, options.audio_padding_left, options.audio_padding_right)
             output = min(max(int(second * source.fps), 0), len(prompts) - 1)
@@ -67,7 +67,7 @@ class Preview:
             before = to_rgb(planes, colour)
             weight = speech_weights(self.inputs.speech.pcm, source.fps, len(prompts), options)[output]
             face = self._face(lipsync, key, at, before, options)
-            (painted,) = lipsync.generate_batch([face], prompts, [Slot(output, 0, weight)])
+            (painted,) = lipsync.generate_batch([face], prompts, [Slot(output, 0, weight)], options.quality)
             if painted is not None:
                 paste(planes, from_rgb(painted.face[None], colour)[0], painted.box, painted.region)
             return Shown(before.numpy(), to_rgb(planes, colour).numpy(), painted.region if painted else None)

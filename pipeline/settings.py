@@ -33,6 +33,7 @@ class Settings(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes the GPU where there is one")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of UNet and VAE; `auto`: float16 on a GPU, bfloat16 on CPUs that have it")
     batch_size: int | None = Field(None, ge=1, le=64, description="frames generated at once, unless `params.batch_size` says otherwise; by default 8 on a CPU, on a GPU what its free memory holds, up to 16")
+    quality: Literal["exact", "fast"] = Field("exact", description="`fast` takes the tiny decoder, unless `params.quality` says otherwise")
     storage: Literal["b2", "local"] = Field("local", description="where results go; `local` is the default only off RunPod with no B2 variable set")
     local_storage_dir: Path = Field(Path("outputs"), description="folder for `local`")
     b2_key_id: str | None = Field(None, description="Backblaze B2 application key id")
