@@ -232,7 +232,7 @@ def _textures(person: Person, unit: float) -> Array:
     pore = textures.band(r, h, w, max(0.022 * unit, 2.2)) * min(1.0, unit / 140)
     grain = textures.fractal(r, h, w, 0.4, 0.03)
     albedo *= np.exp((0.05 * m.pores * np.minimum(pore, 0.5) + (0.015 + 0.03 * m.pores) * grain)[..., None])
-    relief = 0.006 * m.pores * pore - 0.03 * crease + 0.004 * grain
+    relief = 0.0035 * m.pores * pore - 0.03 * crease + 0.004 * grain
     everywhere, cheeks, lip = _beard(person, r, x, y, unit)
     hairs = textures.strands(r, h, w, 1.45, max(0.012 * unit, 0.9), 0.05 * unit)
     if m.stubble > 0:
