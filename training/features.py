@@ -95,9 +95,10 @@ def unmoved(person: Person, mouth: Mouth, x: Array, y: Array) -> tuple[Array, Ar
     lip = 0.30 * mouth.open * np.clip(1 - np.minimum(np.abs(x) / (half_width(person, mouth) * 1.15), 1) ** 2.2, 0, None)
     below = np.clip((y - cy - lip) / (who.chin - cy), 0, 1)
     jaw = np.clip((y - 0.15) / (who.chin - 0.15), 0, 1) * drop * (0.35 + 0.65 * side)
-    down = np.where(y > cy, (1 - below) ** 1.5 * np.maximum(lip, jaw) + (1 - (1 - below) ** 1.5) * jaw, jaw * 0.4)
+    down = np.where(y > cy, (1 - below) ** 1.5 * np.maximum(lip, jaw) + (1 - (1 - below) ** 1.5) * jaw, jaw)
     up = -0.10 * mouth.open * np.clip(1 - np.abs(x) / half_width(person, mouth), 0, 1) * np.clip((y - 0.46) / (cy - 0.46), 0, 1)
-    return x0.astype(np.float32), (y - np.where(y > cy, down, up + jaw * 0.3)).astype(np.float32)
+    aside = np.minimum(np.abs(x) / half_width(person, mouth), 1) ** 2  # the upper lip stays, the cheeks go with the jaw
+    return x0.astype(np.float32), (y - np.where(y > cy, down, up + jaw * aside)).astype(np.float32)
 
 
 def points(person: Person, mouth: Mouth, blink: float) -> NDArray[np.float64]:

@@ -234,7 +234,7 @@ def _textures(person: Person, unit: float) -> Array:
     albedo *= np.exp((0.05 * m.pores * np.minimum(pore, 0.5) + (0.015 + 0.03 * m.pores) * grain)[..., None])
     relief = 0.0035 * m.pores * pore - 0.03 * crease + 0.004 * grain
     everywhere, cheeks, lip = _beard(person, r, x, y, unit)
-    hairs = textures.strands(r, h, w, 1.45, max(0.012 * unit, 0.9), 0.05 * unit)
+    hairs = textures.strands(r, h, w, 1.45, max(0.006 * unit, 0.9), 0.08 * unit)
     if m.stubble > 0:
         dots = np.clip(textures.band(r, h, w, max(0.03 * unit, 2.0), 0.6) + 0.3, 0, None)
         shadow = (m.stubble * everywhere * np.clip(0.22 + 0.3 * dots, 0, 1))[..., None]
@@ -246,7 +246,7 @@ def _textures(person: Person, unit: float) -> Array:
         thick = who.brow * (0.5 + 0.5 * np.sqrt(np.clip(1 - ((t + 0.2) / 1.21) ** 2, 0, None)))
         inside = np.maximum(np.abs(y - line) - thick, np.abs(x - side * who.eye_gap) - who.eye_size * 1.25)
         brows = np.maximum(brows, smooth(inside.astype(np.float32), 0.03))
-    comb = textures.strands(r, h, w, 0.5, max(0.012 * unit, 0.9), 0.05 * unit)
+    comb = textures.strands(r, h, w, 0.5, max(0.006 * unit, 0.9), 0.08 * unit)
     brows = np.clip(brows * (0.72 + 0.4 * comb), 0, 0.95)[..., None]
     albedo = albedo * (1 - brows) + brows * person.hair * 0.9
     if m.makeup > 0:
@@ -254,6 +254,6 @@ def _textures(person: Person, unit: float) -> Array:
             lid = 0.6 * m.makeup * bump(x, y, side * who.eye_gap, -0.22, 0.2, 0.09)[..., None]
             albedo = albedo * (1 - lid) + lid * linear(r.integers(40, 160, 3)) * 0.8
     gloss = np.clip(m.oil * (0.5 + 0.5 * bump(x, y, 0, -0.1, 0.45, 0.8)) * (1 + 0.25 * grain) - 0.3 * everywhere * m.stubble, 0.02, 1)
-    thin = np.clip(0.65 + 0.35 * hairs, 0, 1)
+    thin = np.clip(0.7 + 0.3 * hairs, 0, 1)
     stack = [depth, outline, *np.moveaxis(albedo, -1, 0), relief, gloss, m.beard * cheeks * thin, m.moustache * lip * thin]
     return np.ascontiguousarray(np.stack(stack, -1), np.float32)

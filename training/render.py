@@ -146,7 +146,8 @@ def _face(canvas: Canvas, person: Person, light: Light, mouth: Mouth) -> None:
     features.mouth(surface, person, mouth)
     _beard(surface, person, layers, relief.outline)
     z = np.maximum(surface.z, -0.6)
-    sharp = normals(z, scale, layers[..., 3] * min(1.0, scale / 90))
+    bare = (surface.labels == SKIN) | (surface.labels == NOSE)
+    sharp = normals(z, scale, layers[..., 3] * (min(1.0, scale / 90) * bare))
     soft = blur(sharp, 0.012 * scale + 0.3)
     shadow = cast(blur(z, 0.008 * scale), scale, light) * surface.open
     radiance = lit(surface.albedo, soft, sharp, surface.gloss, shadow, light)
@@ -159,8 +160,9 @@ def _face(canvas: Canvas, person: Person, light: Light, mouth: Mouth) -> None:
 def _beard(surface: features.Surface, person: Person, layers: Array, outline: Array) -> None:
     """Hair over the skin, and over the upper lip."""
     free = np.where((surface.labels == SKIN) | (surface.labels == NOSE), 1.0, 0.0).astype(np.float32)
+    over = np.where((surface.labels == features.INSIDE) | (surface.labels == features.LIP_L), 0.0, 1.0).astype(np.float32)
     cheeks = layers[..., 5] * free
-    alpha = np.clip(np.maximum(cheeks, layers[..., 6] * np.where(surface.labels == features.INSIDE, 0.25, 1.0)) * 1.25, 0, 0.96)
+    alpha = np.clip(np.maximum(cheeks, layers[..., 6] * over) * 1.25, 0, 0.96)
     tone = person.hair * (0.55 + 0.5 * np.clip(layers[..., 5] + layers[..., 6], 0, 1))[..., None]
     surface.albedo += alpha[..., None] * (tone - surface.albedo)
     surface.gloss *= 1 - 0.8 * alpha
