@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from benchmarks import common
 from benchmarks.sync import correlation, peak_lag
 from musetalk import LipSync, Options
+from musetalk.errors import NoFace
 from musetalk.generate import source_index
 from pipeline.settings import REPOSITORY
 from training import speech
@@ -48,7 +49,7 @@ def read(path: Path) -> list[Image]:
         header = data[at : at + 40].split(b"\n", 3)
         width, height = map(int, header[1].split())
         at += len(b"\n".join(header[:3])) + 1
-        frames.append(np.frombuffer(data, np.uint8, width * height * 3, at).reshape(height, width, 3))
+        frames.append(np.frombuffer(data, np.uint8, width * height * 3, at).reshape(height, width, 3).copy())
         at += width * height * 3
     return frames
 
@@ -97,7 +98,11 @@ def judge(lipsync: LipSync, modules: Path, path: Path, spoken: speech.Utterance)
     """Let a file speak, and measure."""
     source = read(path)
     still = len(source) == 1
-    frames = list(lipsync.speak(lipsync.prepare(source), spoken.pcm, FPS, Options(batch_size=8)))
+    try:
+        avatar = lipsync.prepare(source)
+    except NoFace:
+        return Verdict({"file": path.name, "face": False}, source, np.zeros(0))
+    frames = list(lipsync.speak(avatar, spoken.pcm, FPS, Options(batch_size=8)))
     seen = landmarks(modules, [*source, *frames], still)
     before, found = seen[: len(source)], seen[len(source) :]
     first = next((p for p in before if p is not None), None)

@@ -226,7 +226,8 @@ def _body(canvas: Canvas, person: Person, light: Light) -> None:
     who, m = person.shape, person.materials
     lean = -0.12 * np.sin(canvas.pose.yaw)
     if p := canvas.patch(-3.4, 1.2, 3.4, 9):
-        f = np.maximum(ellipse(p, 0, 3.5, 2.6, 1.75), -ellipse(p, lean, 1.45, 0.6, 0.42)).astype(np.float32)
+        shoulders = np.hypot(p.x / 2.6, np.minimum(p.y - 3.5, 0) / 1.75) - 1
+        f = np.maximum(shoulders, -ellipse(p, lean, 1.45, 0.6, 0.42)).astype(np.float32)
         p.blend(p.cover(f), _cloth_colour(person, p, light, person.cloth, m.cloth, 0.16), CLOTH)
     if p := canvas.patch(-0.8, 0.3, 0.8, 2.4):
         narrow = 0.46 + 0.06 * np.sin(person.seed) + 0.18 * np.clip(p.y - 1.45, 0, 1)

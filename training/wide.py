@@ -75,8 +75,18 @@ def _errors(r: np.random.Generator, pose: Pose) -> NDArray[np.float64]:
     return r.normal(0, 0.012 * pose.scale, (68, 2)) + r.normal(0, 0.03 * pose.scale, (1, 2))
 
 
-def _person(r: np.random.Generator) -> Person:
+def person(r: np.random.Generator) -> Person:
+    """One of the people trained on."""
     return Person.random(int(r.integers(PEOPLE)))
+
+
+def frame(r: np.random.Generator, who: Person, width: int, height: int, scale: float) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """A whole frame (height, width, 3) with a person in it, and the 68 landmarks (68, 2), pixels."""
+    pose = random_pose(r)
+    pose = replace(pose, x=width * float(r.uniform(0.3, 0.7)), y=height * float(r.uniform(0.3, 0.62)), scale=scale)
+    scene = Scene.random(r, who)
+    view = render.render(who, scene.light, pose, data.random_mouth(r), width, height, render.ground(scene.seed, width, height))
+    return scene.camera.take(view.radiance, scene.seed), view.landmarks
 
 
 def pictures(seed: int, count: int) -> NDArray[np.uint8]:
@@ -85,8 +95,10 @@ def pictures(seed: int, count: int) -> NDArray[np.uint8]:
     r = np.random.default_rng([seed, 87])
     out = np.empty((count, CROP, CROP, 3), np.uint8)
     for i in range(count):
-        who = _person(r) if i % (2 * SCENES) == 0 else who
-        scene = Scene.random(r, who) if i % 2 == 0 else scene
+        if i % (2 * SCENES) == 0:
+            who = person(r)
+        if i % 2 == 0:
+            scene = Scene.random(r, who)
         pose, mouth = random_pose(r), data.random_mouth(r)
         box = scene.box(pose, mouth, _errors(r, pose))
         out[i] = scene.crops(pose, box, [mouth])[0]
@@ -102,8 +114,9 @@ def pairs(seed: int, count: int) -> NDArray[np.uint8]:
     when = unet.neighbours((seed + 1) * count)[seed * count :]
     out = np.empty((count, 2, CROP, CROP, 3), np.uint8)
     for i, (u, rate, frame) in enumerate(when):
+        if i % (2 * SCENES) == 0:
+            who = person(r)
         if i % 2 == 0:
-            who = _person(r) if i % (2 * SCENES) == 0 else who
             scene, pose = Scene.random(r, who), random_pose(r)
             rest = data.random_mouth(r) if r.random() < 0.6 else Mouth(float(r.uniform(0, 0.28)))
             errors = _errors(r, pose)
