@@ -43,7 +43,22 @@ def read(path: Path) -> list[Image]:
     """The frames of a picture or clip, (H, W, 3), at most LONGEST pixels long."""
     ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
     scale = f"scale='if(gt(iw,ih),min({LONGEST},iw),-2)':'if(gt(iw,ih),-2,min({LONGEST},ih))',crop=trunc(iw/2)*2:trunc(ih/2)*2"
-    command = [ffmpeg, "-v", "error", "-i", str(path), "-vf", scale, "-frames:v", str(CLIP_FRAMES), "-f", "image2pipe", "-c:v", "ppm", "-"]
+    command = [
+        ffmpeg,
+        "-v",
+        "error",
+        "-i",
+        str(path),
+        "-vf",
+        scale,
+        "-frames:v",
+        str(CLIP_FRAMES),
+        "-f",
+        "image2pipe",
+        "-c:v",
+        "ppm",
+        "-",
+    ]
     data, frames, at = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout, [], 0
     while at < len(data):
         header = data[at : at + 40].split(b"\n", 3)
@@ -112,8 +127,11 @@ def judge(lipsync: LipSync, modules: Path, path: Path, spoken: speech.Utterance)
     measured = np.where(np.isnan(measured), np.nanmedian(measured), measured)
     truth = np.array([speech.sample(spoken.track, float(i / FPS))[0] for i in range(len(frames))])
     shut, wide = np.percentile(measured, 5), np.percentile(measured, 95)
-    closed = [bool(measured[max(int(p.start * FPS) - 1, 0) : int(p.end * FPS) + 2].min() < shut + SHUT * (wide - shut))
-              for p in spoken.phonemes if speech.visemes_of(p.name) == ["PP"]]
+    closed = [
+        bool(measured[max(int(p.start * FPS) - 1, 0) : int(p.end * FPS) + 2].min() < shut + SHUT * (wide - shut))
+        for p in spoken.phonemes
+        if speech.visemes_of(p.name) == ["PP"]
+    ]
     area = skin(first, *source[0].shape[:2])
     mean, local = [], []
     for i in range(0, len(frames), 5):
@@ -122,9 +140,16 @@ def judge(lipsync: LipSync, modules: Path, path: Path, spoken: speech.Utterance)
         mean.append(np.abs(error[area].mean(0)).mean())
         local.append(np.abs(blur(error, 4.0)[area]).mean())
     figures = {
-        "file": path.name, "face": True, "corr": correlation(measured, truth), "lag": peak_lag(measured, truth),
-        "closures": float(np.mean(closed)), "opening_range": float(wide - shut), "skin_levels": float(np.mean(mean)),
-        "skin_levels_local": float(np.mean(local)), "frames": len(frames)}
+        "file": path.name,
+        "face": True,
+        "corr": correlation(measured, truth),
+        "lag": peak_lag(measured, truth),
+        "closures": float(np.mean(closed)),
+        "opening_range": float(wide - shut),
+        "skin_levels": float(np.mean(mean)),
+        "skin_levels_local": float(np.mean(local)),
+        "frames": len(frames),
+    }
     return Verdict({k: round(v, 3) if isinstance(v, float) else v for k, v in figures.items()}, frames, measured)
 
 
@@ -134,7 +159,21 @@ def write_sheet(path: Path, frames: list[Image], count: int = 24) -> None:
     rows = [np.concatenate(picked[i : i + 6], axis=1) for i in range(0, count, 6)]
     image = np.concatenate(rows)
     height, width = image.shape[:2]
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-i", "-", str(path)]
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(),
+        "-v",
+        "error",
+        "-y",
+        "-f",
+        "rawvideo",
+        "-pix_fmt",
+        "rgb24",
+        "-s",
+        f"{width}x{height}",
+        "-i",
+        "-",
+        str(path),
+    ]
     subprocess.run(command, input=image.tobytes(), check=True)
 
 
@@ -156,7 +195,10 @@ def main() -> None:
         if options.sheet:
             write_sheet(options.sheet / f"{path.stem}.png", verdict.frames)
     faces = [v for v in verdicts if v["face"]]
-    means = {f"{k}_mean": round(float(np.mean([v[k] for v in faces])), 3) for k in ("corr", "closures", "skin_levels", "skin_levels_local")}
+    means = {
+        f"{k}_mean": round(float(np.mean([v[k] for v in faces])), 3)
+        for k in ("corr", "closures", "skin_levels", "skin_levels_local")
+    }
     common.emit("judge", **means, faces=len(faces), files=len(verdicts))
 
 

@@ -30,7 +30,8 @@ def test_source_and_truth_differ_around_the_mouth_only(motion: str) -> None:
     rows, columns = np.nonzero(changed)
     assert rows.min() > frame.landmarks[27, 1], "nothing above the eyes changes"
     reach = 0.35 * 120
-    assert rows.max() < jaw[:, 1].max() + reach and abs(columns - nose[0]).max() < 1.4 * 120
+    assert rows.max() < jaw[:, 1].max() + reach
+    assert abs(columns - nose[0]).max() < 1.4 * 120
     mouth = np.isin(frame.labels, (INSIDE, LIP_U, LIP_L))
     assert (changed & mouth).sum() > 0.5 * mouth.sum()
 
@@ -40,7 +41,9 @@ def test_landmarks_lie_on_what_they_name() -> None:
     frame = shot.frame(15, speaking)
     assert abs(shot.at(0.6).yaw) > 0.3, "a turned head"
     x, y = frame.true_landmarks[48:68].round().astype(int).T
-    near = [np.isin(frame.labels[b - 4 : b + 5, a - 4 : a + 5], (INSIDE, LIP_U, LIP_L)).any() for a, b in zip(x, y, strict=True)]
+    near = [
+        np.isin(frame.labels[b - 4 : b + 5, a - 4 : a + 5], (INSIDE, LIP_U, LIP_L)).any() for a, b in zip(x, y, strict=True)
+    ]
     assert all(near)
     inside_lips = frame.true_landmarks[[61, 62, 63, 65, 66, 67]].mean(0).round().astype(int)
     assert frame.labels[inside_lips[1], inside_lips[0]] == INSIDE
@@ -80,7 +83,8 @@ def test_a_camera_is_what_it_says() -> None:
     assert still.std() < 0.5 < 2 < noisy.std()
     ramp = np.random.default_rng(0).integers(0, 255, (50, 70, 3)).astype(np.uint8)
     errors = [np.abs(compressed(ramp, q).astype(int) - ramp).mean() for q in (95, 60, 20)]
-    assert errors == sorted(errors) and errors[0] > 0
+    assert errors == sorted(errors)
+    assert errors[0] > 0
 
 
 def test_training_pairs_are_neighbours() -> None:

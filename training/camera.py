@@ -34,10 +34,16 @@ class Camera:
         angle, way = u(0, 2 * np.pi), float(u(0, 5)) if r.random() < 0.15 else 0.0
         cast = np.exp(r.normal(0, 0.09, 3))
         return Camera(
-            exposure=float(np.exp(u(-0.45, 0.4))), white=tuple(map(float, cast / cast.mean())),  # type: ignore[arg-type]
-            lens=float(0.25 + 1.1 * bad * r.random()), motion=(way * float(np.cos(angle)), way * float(np.sin(angle))),
-            noise=float(0.002 + 0.035 * bad * r.random()), contrast=float(u(0, 0.9)), saturation=float(u(0.7, 1.25)),
-            vignette=float(u(0, 0.4)), quality=int(100 - 70 * bad * r.random()))
+            exposure=float(np.exp(u(-0.45, 0.4))),
+            white=tuple(map(float, cast / cast.mean())),  # type: ignore[arg-type]
+            lens=float(0.25 + 1.1 * bad * r.random()),
+            motion=(way * float(np.cos(angle)), way * float(np.sin(angle))),
+            noise=float(0.002 + 0.035 * bad * r.random()),
+            contrast=float(u(0, 0.9)),
+            saturation=float(u(0.7, 1.25)),
+            vignette=float(u(0, 0.4)),
+            quality=int(100 - 70 * bad * r.random()),
+        )
 
     @staticmethod
     def good(grain: float = 0.006) -> Camera:
@@ -51,7 +57,11 @@ class Camera:
             image = _smeared(image, *self.motion)
         h, w = image.shape[:2]
         y, x = np.ogrid[-1 : 1 : h * 1j, -1 : 1 : w * 1j]
-        image = image * (self.exposure * np.asarray(self.white, np.float32)) * (1 - self.vignette * 0.5 * (x * x + y * y))[..., None]
+        image = (
+            image
+            * (self.exposure * np.asarray(self.white, np.float32))
+            * (1 - self.vignette * 0.5 * (x * x + y * y))[..., None]
+        )
         r = np.random.default_rng([seed, 86])
         grain = blur(r.standard_normal((h, w, 3)).astype(np.float32), 0.45) * 1.6
         image = np.clip(image, 0, None)
@@ -79,7 +89,7 @@ def _smeared(image: Array, dx: float, dy: float) -> Array:
         rows = np.clip(np.arange(h) + round(t * dy), 0, h - 1)
         columns = np.clip(np.arange(w) + round(t * dx), 0, w - 1)
         total += image[rows][:, columns]
-    return total / count
+    return (total / count).astype(np.float32)
 
 
 _AT = torch.arange(8, dtype=torch.float32)

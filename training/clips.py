@@ -59,16 +59,31 @@ class Shot:
     fps: Fraction
 
     @staticmethod
-    def of(seed: int, face: int = 256, size: tuple[int, int] | None = None, fps: Fraction | int = 25, motion: Motion = "idle",
-           light: Light | None = None, camera: Camera | None = None, **materials: Any) -> Shot:
+    def of(
+        seed: int,
+        face: int = 256,
+        size: tuple[int, int] | None = None,
+        fps: Fraction | int = 25,
+        motion: Motion = "idle",
+        light: Light | None = None,
+        camera: Camera | None = None,
+        **materials: Any,
+    ) -> Shot:
         """The shot of a seed. `face` is the face's width and `size` the picture's (width, height), pixels; by default twice
         and a bit the face. Light is a studio's unless given (`Light.random(generator)`, or key=(1, -0.2, 0.2), hard=1.0 for a
         hard one from the side), the camera a good one with grain (`Camera.good(grain)`, `Camera.random(generator)`).
         """
         width, height = size or (2 * (round(face * 2.3) // 2), 2 * (round(face * 2.3) // 2))
         pose = Pose(width / 2, height * 0.46, face / 2)
-        return Shot(Person.random(seed, **materials), light or Light(), camera or Camera.good(),
-                    render.ground(seed, width, height), pose, motion, Fraction(fps))
+        return Shot(
+            Person.random(seed, **materials),
+            light or Light(),
+            camera or Camera.good(),
+            render.ground(seed, width, height),
+            pose,
+            motion,
+            Fraction(fps),
+        )
 
     def at(self, t: float) -> Pose:
         """The head's pose at second t."""
@@ -76,10 +91,19 @@ class Shot:
         slow = float(np.sin(2 * np.pi * 0.23 * t + 1))
         blink = max(0.0, 1 - abs(t % 3.1 - 1.5) / 0.1)
         moved = {
-            "still": p, "nod": replace(p, pitch=0.28 * wave, y=p.y + 0.06 * p.scale * wave),
-            "turn": replace(p, yaw=0.5 * wave), "lean": replace(p, x=p.x + 0.35 * p.scale * wave, roll=0.22 * wave),
+            "still": p,
+            "nod": replace(p, pitch=0.28 * wave, y=p.y + 0.06 * p.scale * wave),
+            "turn": replace(p, yaw=0.5 * wave),
+            "lean": replace(p, x=p.x + 0.35 * p.scale * wave, roll=0.22 * wave),
             "approach": replace(p, scale=p.scale * (1 + 0.12 * min(t, 4.0))),
-            "idle": replace(p, x=p.x + 0.05 * p.scale * slow, y=p.y + 0.03 * p.scale * wave, roll=0.04 * slow, yaw=0.12 * wave, pitch=0.06 * slow),
+            "idle": replace(
+                p,
+                x=p.x + 0.05 * p.scale * slow,
+                y=p.y + 0.03 * p.scale * wave,
+                roll=0.04 * slow,
+                yaw=0.12 * wave,
+                pitch=0.06 * slow,
+            ),
         }[self.motion]
         return replace(moved, blink=blink)
 

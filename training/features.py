@@ -168,7 +168,11 @@ def eyes(face: Surface, person: Person, pose: Pose, light: Light) -> None:
         gx, gy = cx + 0.35 * s * pose.gaze[0], EYES_AT + 0.2 * s * pose.gaze[1]
         ring = np.hypot(p.x - gx, p.y - gy) / (0.46 * s)
         rays = 1 + 0.25 * np.sin(17 * np.arctan2(p.y - gy, p.x - gx) + person.seed) * np.clip(ring, 0, 1)
-        p.paint(ball * p.cover((ring - 1) * 0.46 * s), person.iris * (rays * (1.1 - 0.7 * np.clip(ring, 0, 1) ** 4) * shadow)[..., None], 0.8)
+        p.paint(
+            ball * p.cover((ring - 1) * 0.46 * s),
+            person.iris * (rays * (1.1 - 0.7 * np.clip(ring, 0, 1) ** 4) * shadow)[..., None],
+            0.8,
+        )
         p.paint(ball * p.cover((ring - 0.42) * 0.46 * s), (0.004, 0.004, 0.004), 0.9)
         lx, ly = gx + 0.3 * s * light.key[0], gy + 0.3 * s * light.key[1]
         p.paint(ball * 0.9 * p.cover(np.hypot(p.x - lx, p.y - ly) - 0.1 * s), np.asarray(light.colour, np.float32) * 1.6)
@@ -193,14 +197,21 @@ def mouth(face: Surface, person: Person, m: Mouth) -> None:
     r = np.random.default_rng([person.seed, 84])
     lines = fractal(r, 64, 192, 0.5, 0.2)
     fine = look_up(lines[..., None], (x / half + 1.1) * 85, y * 60 + 20, 1.0, 0, 0)[..., 0]
-    t_up, t_low = (y - upper_out) / np.maximum(upper_in - upper_out, 1e-3), (y - lower_in) / np.maximum(lower_out - lower_in, 1e-3)
+    t_up, t_low = (
+        (y - upper_out) / np.maximum(upper_in - upper_out, 1e-3),
+        (y - lower_in) / np.maximum(lower_out - lower_in, 1e-3),
+    )
     across = np.where(y < middle, np.clip(t_up, 0, 1), 1 - np.clip(t_low, 0, 1))  # 0 at the outer edge, 1 at the inner
     tone = person.lip * np.exp(0.09 * fine - 0.35 * across**3 - np.where(y < middle, 0.16, 0.0))[..., None]
     soft = both * np.clip(0.45 + 1.6 * across + 0.8 * person.materials.makeup, 0, 1)
     p.paint(soft, tone)
     p.gloss += soft * (0.35 + 0.35 * person.materials.makeup + 0.1 * fine - p.gloss)
     p.labels[top > 0.5], p.labels[low > 0.5] = LIP_U, LIP_L
-    p.z += (0.05 * top * np.sin(np.pi * np.clip(0.15 + 0.7 * t_up, 0, 1)) + 0.07 * low * np.sin(np.pi * np.clip(0.2 + 0.7 * t_low, 0, 1)) - 0.004 * np.abs(fine) * both).astype(np.float32)
+    p.z += (
+        0.05 * top * np.sin(np.pi * np.clip(0.15 + 0.7 * t_up, 0, 1))
+        + 0.07 * low * np.sin(np.pi * np.clip(0.2 + 0.7 * t_low, 0, 1))
+        - 0.004 * np.abs(fine) * both
+    ).astype(np.float32)
     under = bump(p.x, y, 0, float(lips(person, m, 0.0)[3]) + 0.05, 0.26, 0.045)
     p.paint(0.18 * under * (1 - both), 0.5 * person.skin)
     if m.open > 0.02:
@@ -211,7 +222,9 @@ def mouth(face: Surface, person: Person, m: Mouth) -> None:
     p.paint((0.45 * corner).astype(np.float32), 0.3 * person.skin, 0.1)
 
 
-def _inside(p: Surface, person: Person, m: Mouth, x: Array, y: Array, upper: Array, lower: Array, r: np.random.Generator) -> None:
+def _inside(
+    p: Surface, person: Person, m: Mouth, x: Array, y: Array, upper: Array, lower: Array, r: np.random.Generator
+) -> None:
     """The wet cavity: it darkens inwards; the upper teeth as single teeth, the lower ones when it is wide open, a tongue."""
     half = half_width(person, m)
     gap = p.cover(np.maximum(np.maximum(upper - y, y - lower), np.abs(x) - half * 0.9))
@@ -223,7 +236,10 @@ def _inside(p: Surface, person: Person, m: Mouth, x: Array, y: Array, upper: Arr
     rise = float(lower.max()) - (0.07 + 0.12 * m.tongue) * min(1.0, 2 * m.open)
     tongue = np.hypot(x / (half * 0.62), (y - rise - 0.1) / 0.1) - 1
     bumpy = look_up(fractal(r, 64, 64, 0.6, 0.3)[..., None], (x + 0.5) * 60, (y + 0.2) * 60, 1.0, 0, 0)[..., 0]
-    flesh = np.array([0.42, 0.12, 0.12], np.float32) * (np.clip(1.1 - 0.55 * np.clip(tongue + 1, 0, 1), 0.3, 1) * np.exp(0.12 * bumpy))[..., None]
+    flesh = (
+        np.array([0.42, 0.12, 0.12], np.float32)
+        * (np.clip(1.1 - 0.55 * np.clip(tongue + 1, 0, 1), 0.3, 1) * np.exp(0.12 * bumpy))[..., None]
+    )
     groove = 1 - 0.35 * np.exp(-((x / 0.02) ** 2))
     p.paint(gap * p.cover(tongue), flesh * groove[..., None], 0.7)
     white = linear(np.array([236, 226, 208]) * r.uniform(0.84, 1.04) * np.array([1, 1, r.uniform(0.86, 1.03)]))
@@ -242,7 +258,12 @@ def _inside(p: Surface, person: Person, m: Mouth, x: Array, y: Array, upper: Arr
         else:
             f = np.maximum(lower - 0.035 - 0.02 * m.open - y + 0.012 * within**4 + curve, np.abs(x) - half * 0.6)
             strength = 0.75 * min(1.0, (m.open - 0.3) * 4)
-        shade = dim * (1 - 0.45 * within**10) * np.clip(1.05 - 0.22 * number, 0.3, 1) * (0.72 + 0.28 * np.clip((y - upper) / 0.06, 0, 1))
+        shade = (
+            dim
+            * (1 - 0.45 * within**10)
+            * np.clip(1.05 - 0.22 * number, 0.3, 1)
+            * (0.72 + 0.28 * np.clip((y - upper) / 0.06, 0, 1))
+        )
         p.paint(gap * p.cover(f) * strength, white * shade[..., None], 0.55)
     lip = np.exp(-((y - upper) / (0.02 + 0.03 * m.open)).clip(0, None))
     p.open *= 1 - 0.5 * gap * lip
@@ -251,7 +272,7 @@ def _inside(p: Surface, person: Person, m: Mouth, x: Array, y: Array, upper: Arr
 
 def glasses(view: Patch, person: Person, pose: Pose, light: Light) -> None:
     """Frames before the eyes, lit flat, with a faint reflection; the third kind is dark."""
-    kind, who = person.materials.glasses, person.shape
+    kind = person.materials.glasses
     if kind == 0:
         return
     dx, dy = 0.12 * np.sin(pose.yaw), -0.1 * np.sin(pose.pitch)

@@ -94,4 +94,6 @@ def lit(albedo: Array, soft: Array, sharp: Array, gloss: Array, shadow: Array, l
     shine = gloss * (0.12 * spark**14 + 0.35 * gloss * spark**50) * shadow * (key[2] > -0.2)
     edge = light.rim * 0.5 * np.clip(1 - sharp[..., 2], 0, 1) ** 3
     colour = np.asarray(light.colour, np.float32)
-    return (albedo * (diffuse * colour + around) + (shine[..., None] * colour) + edge[..., None] * (albedo + 0.08)).astype(np.float32)
+    return (albedo * (diffuse * colour + around) + (shine[..., None] * colour) + edge[..., None] * (albedo + 0.08)).astype(
+        np.float32
+    )

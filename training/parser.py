@@ -53,7 +53,8 @@ def various(seed: int, count: int) -> NDArray[np.uint8]:
         if i % 2 == 0:
             who = wide.person(r)
         side, u, scene = int(r.integers(160, 280)), r.uniform, wide.Scene.random(r, who)
-        pose = replace(wide.random_pose(r), x=side * (0.5 + u(-0.06, 0.06)), y=side * (0.45 + u(-0.07, 0.07)), scale=side / 3.3 * u(0.82, 1.15))
+        x, y, scale = side * (0.5 + u(-0.06, 0.06)), side * (0.45 + u(-0.07, 0.07)), side / 3.3 * u(0.82, 1.15)
+        pose = replace(wide.random_pose(r), x=x, y=y, scale=scale)
         back = render.ground(scene.seed, side, side)
         view = render.render(who, scene.light, pose, data.random_mouth(r), side, side, back)
         out[i] = _square(scene.camera.take(view.radiance, scene.seed), view.labels)

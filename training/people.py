@@ -6,6 +6,7 @@ presenter's: origin between the ears, x right, y down, one unit = half the face'
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -18,9 +19,27 @@ from training.presenter import Head, Identity, Mouth, Patch, Pose, smooth
 Array = NDArray[np.float32]
 LEFT, TOP, RIGHT, BOTTOM = -1.55, -1.6, 1.55, 1.75  # the textures' reach, units
 DEPTH = 0.8  # how far the face stands before the ears
-SKIN_TONES = [(236, 200, 178), (224, 180, 152), (205, 156, 124), (176, 126, 96), (140, 94, 68), (104, 68, 50), (74, 48, 38),
-              (240, 212, 194), (214, 170, 140)]
-HAIR_TONES = [(22, 17, 15), (40, 28, 22), (74, 50, 34), (120, 84, 52), (176, 136, 88), (96, 44, 26), (150, 148, 146), (205, 202, 196)]
+SKIN_TONES = [
+    (236, 200, 178),
+    (224, 180, 152),
+    (205, 156, 124),
+    (176, 126, 96),
+    (140, 94, 68),
+    (104, 68, 50),
+    (74, 48, 38),
+    (240, 212, 194),
+    (214, 170, 140),
+]
+HAIR_TONES = [
+    (22, 17, 15),
+    (40, 28, 22),
+    (74, 50, 34),
+    (120, 84, 52),
+    (176, 136, 88),
+    (96, 44, 26),
+    (150, 148, 146),
+    (205, 202, 196),
+]
 
 
 @dataclass(frozen=True)
@@ -52,21 +71,33 @@ class Materials:
         """Materials as various as people; a beard on about a fourth, glasses on a fifth."""
         hairy = r.random() < 0.45
         beard = float(r.uniform(0.35, 1)) if hairy and r.random() < 0.45 else 0.0
-        moustache = float(r.uniform(0.4, 1)) if hairy and (beard > 0 and r.random() < 0.85 or r.random() < 0.2) else 0.0
+        moustache = float(r.uniform(0.4, 1)) if hairy and ((beard > 0 and r.random() < 0.85) or r.random() < 0.2) else 0.0
         return Materials(
-            age=float(r.beta(1.2, 1.6)), pores=float(r.random()), blotch=float(r.random()),
-            freckles=float(max(0.0, r.uniform(-1.5, 1))), stubble=float(r.random()) if hairy else 0.0, beard=beard,
-            moustache=moustache, makeup=0.0 if hairy else float(max(0.0, r.uniform(-0.6, 1))), oil=float(r.random()),
-            glasses=int(r.choice(4, p=[0.78, 0.09, 0.09, 0.04])), hat=int(r.choice(4, p=[0.82, 0.06, 0.06, 0.06])),
-            earrings=bool(r.random() < 0.2), hairstyle=int(r.choice(5, p=[0.34, 0.3, 0.09, 0.15, 0.12])),
-            collar=int(r.integers(6)), cloth=int(r.choice(6, p=[0.4, 0.15, 0.15, 0.1, 0.1, 0.1])),
-            lip_red=float(r.uniform(0.15, 0.75)), bow=float(r.uniform(0.05, 0.4)),
-            jaw=float(r.uniform(0.03, 0.15)), smile=float(r.uniform(-0.03, 0.05)))
+            age=float(r.beta(1.2, 1.6)),
+            pores=float(r.random()),
+            blotch=float(r.random()),
+            freckles=float(max(0.0, r.uniform(-1.5, 1))),
+            stubble=float(r.random()) if hairy else 0.0,
+            beard=beard,
+            moustache=moustache,
+            makeup=0.0 if hairy else float(max(0.0, r.uniform(-0.6, 1))),
+            oil=float(r.random()),
+            glasses=int(r.choice(4, p=[0.78, 0.09, 0.09, 0.04])),
+            hat=int(r.choice(4, p=[0.82, 0.06, 0.06, 0.06])),
+            earrings=bool(r.random() < 0.2),
+            hairstyle=int(r.choice(5, p=[0.34, 0.3, 0.09, 0.15, 0.12])),
+            collar=int(r.integers(6)),
+            cloth=int(r.choice(6, p=[0.4, 0.15, 0.15, 0.1, 0.1, 0.1])),
+            lip_red=float(r.uniform(0.15, 0.75)),
+            bow=float(r.uniform(0.05, 0.4)),
+            jaw=float(r.uniform(0.03, 0.15)),
+            smile=float(r.uniform(-0.03, 0.05)),
+        )
 
 
 def linear(colour: Any) -> Array:
     """Levels 0..255 -> linear light 0..1."""
-    return (np.asarray(colour, np.float32) / 255) ** np.float32(2.2)
+    return ((np.asarray(colour, np.float32) / 255) ** np.float32(2.2)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -94,17 +125,31 @@ class Person:
         u, skin = r.uniform, linear(np.clip(np.array(SKIN_TONES[r.integers(len(SKIN_TONES))]) + r.uniform(-14, 14, 3), 20, 250))
         hair = linear(np.array(HAIR_TONES[r.integers(len(HAIR_TONES))]) * u(0.8, 1.15))
         red = linear((u(150, 205), u(50, 95), u(60, 100)))
-        lip = skin ** np.float32(1.15) * (1 - made.lip_red) + made.lip_red * 0.9 * red * (0.35 + 0.65 * float(skin.mean()) / 0.45)
+        lip = skin ** np.float32(1.15) * (1 - made.lip_red) + made.lip_red * 0.9 * red * (
+            0.35 + 0.65 * float(skin.mean()) / 0.45
+        )
         if made.makeup > 0.4:
             lip = 0.4 * lip + 0.6 * linear((u(120, 215), u(15, 80), u(35, 100)))
         cloths = [linear(r.integers(15, 245, 3)) for _ in range(4)]
         shape = Identity(
-            face_width=float(u(0.9, 1.08)), chin=float(u(1.12, 1.38)), taper=float(u(0.16, 0.46)), eye_size=float(u(0.16, 0.215)),
-            eye_gap=float(u(0.38, 0.47)), brow=float(u(0.03, 0.075)), nose=float(u(0.13, 0.22)),
-            mouth_width=float(u(0.33, 0.47)), lip_full=float(u(0.045, 0.105)), fringe=float(u(0.2, 0.75)),
-            hair_length=float(u(0.9, 2.0)) if made.hairstyle == 1 else float(u(0.2, 0.7)))
-        iris = linear(np.clip(np.array([(84, 56, 36), (60, 90, 120), (70, 110, 80), (96, 104, 112), (60, 40, 26)])[r.integers(5)], 0, 255))
-        return Person(seed, shape, made, skin, hair, lip.astype(np.float32), iris, (cloths[0], cloths[1]), (cloths[2], cloths[3]))
+            face_width=float(u(0.9, 1.08)),
+            chin=float(u(1.12, 1.38)),
+            taper=float(u(0.16, 0.46)),
+            eye_size=float(u(0.16, 0.215)),
+            eye_gap=float(u(0.38, 0.47)),
+            brow=float(u(0.03, 0.075)),
+            nose=float(u(0.13, 0.22)),
+            mouth_width=float(u(0.33, 0.47)),
+            lip_full=float(u(0.045, 0.105)),
+            fringe=float(u(0.2, 0.75)),
+            hair_length=float(u(0.9, 2.0)) if made.hairstyle == 1 else float(u(0.2, 0.7)),
+        )
+        iris = linear(
+            np.clip(np.array([(84, 56, 36), (60, 90, 120), (70, 110, 80), (96, 104, 112), (60, 40, 26)])[r.integers(5)], 0, 255)
+        )
+        return Person(
+            seed, shape, made, skin, hair, lip.astype(np.float32), iris, (cloths[0], cloths[1]), (cloths[2], cloths[3])
+        )
 
     def head(self, mouth: Mouth) -> Head:
         """Curves of the face seen from the front."""
@@ -131,7 +176,7 @@ def fold(x: Array, y: Array, points: list[tuple[float, float]], width: float) ->
     """A crease along a line through points: 1 on it, 0 away, fading at both ends."""
     best = np.full(x.shape, 9.0, np.float32)
     count = len(points) - 1
-    for i, ((x0, y0), (x1, y1)) in enumerate(zip(points, points[1:], strict=False)):
+    for i, ((x0, y0), (x1, y1)) in enumerate(itertools.pairwise(points)):
         dx, dy = x1 - x0, y1 - y0
         t = np.clip(((x - x0) * dx + (y - y0) * dy) / (dx * dx + dy * dy), 0, 1)
         along = (i + t) / count
@@ -168,25 +213,43 @@ def _creases(person: Person, r: np.random.Generator, x: Array, y: Array) -> Arra
     mouth = 0.62 * who.chin + 0.02
     out = np.zeros_like(x)
     for side in (-1, 1):
-        line = [(side * who.nose * 1.25, 0.36), (side * 0.38, 0.52), (side * (who.mouth_width + 0.09), mouth), (side * 0.47, mouth + 0.18)]
+        line = [
+            (side * who.nose * 1.25, 0.36),
+            (side * 0.38, 0.52),
+            (side * (who.mouth_width + 0.09), mouth),
+            (side * 0.47, mouth + 0.18),
+        ]
         out += (0.25 + 0.6 * age) * fold(x, y, line, 0.022)
         eye = side * who.eye_gap
         out += (0.15 + 0.5 * age) * fold(x, y, [(eye - 0.2, 0.04), (eye, 0.1), (eye + 0.2, 0.05)], 0.018)
         for _ in range(int(4 * age)):
             y0 = -0.12 + u(-0.08, 0.1)
-            out += 0.5 * age * fold(x, y, [(side * (who.eye_gap + 0.24), y0), (side * (who.eye_gap + u(0.36, 0.46)), y0 + u(-0.09, 0.12))], 0.009)
-        out += 0.6 * age * fold(x, y, [(side * who.mouth_width * 1.04, mouth + 0.04), (side * who.mouth_width * 1.1, mouth + 0.24)], 0.016)
+            out += (
+                0.5
+                * age
+                * fold(
+                    x,
+                    y,
+                    [(side * (who.eye_gap + 0.24), y0), (side * (who.eye_gap + u(0.36, 0.46)), y0 + u(-0.09, 0.12))],
+                    0.009,
+                )
+            )
+        out += (
+            0.6
+            * age
+            * fold(x, y, [(side * who.mouth_width * 1.04, mouth + 0.04), (side * who.mouth_width * 1.1, mouth + 0.24)], 0.016)
+        )
     for _ in range(int(5 * age)):
         y0, bend = u(-0.95, -0.55), u(-0.08, 0.08)
         out += 0.6 * age * fold(x, y, [(-0.5, y0 + bend), (u(-0.2, 0.2), y0), (0.5, y0 + bend)], 0.012)
     return np.clip(out, 0, 1)
 
 
-def _beard(person: Person, r: np.random.Generator, x: Array, y: Array, unit: float) -> tuple[Array, Array, Array]:
+def _beard(person: Person, r: np.random.Generator, x: Array, y: Array) -> tuple[Array, Array, Array]:
     """Where hair grows: the whole lower face (stubble), cheeks and chin (beard), over the lip (moustache); 0..1."""
     who = person.shape
     mouth = 0.62 * who.chin + 0.02
-    edge = 0.12 * textures.fractal(r, *x.shape, slope=1.3, coarsest=0.15)
+    edge = 0.12 * textures.fractal(r, x.shape[0], x.shape[1], 1.3, 0.15)
     jaw = np.abs(x) * 0.9 + (y - mouth) * 0.75 - 0.32 + edge * 0.5
     below = (y - mouth - 0.17) + 0.3 * x**2
     cheeks = np.maximum(smooth((-jaw).astype(np.float32), 0.16), smooth((-below + edge * 0.4).astype(np.float32), 0.12))
@@ -194,7 +257,9 @@ def _beard(person: Person, r: np.random.Generator, x: Array, y: Array, unit: flo
     patch = 1 - bump(x, y, 0, mouth + 0.17, 0.1, 0.05) * 0.5
     upper = smooth((np.abs(x) - who.mouth_width * 1.08 + edge * 0.3).astype(np.float32), 0.1)
     lip = upper * smooth((np.abs(y - (mouth - 0.115 - 0.03 * np.abs(x))) - 0.085).astype(np.float32), 0.035)
-    corner = smooth((np.hypot((np.abs(x) - who.mouth_width * 1.12) / 0.1, (y - mouth - 0.06) / 0.2) - 1).astype(np.float32), 0.5)
+    corner = smooth(
+        (np.hypot((np.abs(x) - who.mouth_width * 1.12) / 0.1, (y - mouth - 0.06) / 0.2) - 1).astype(np.float32), 0.5
+    )
     return np.maximum(np.maximum(cheeks * patch, lip), 0.7 * corner), np.maximum(cheeks * patch, 0.7 * corner), lip
 
 
@@ -215,7 +280,9 @@ def _pigment(person: Person, r: np.random.Generator, x: Array, y: Array, unit: f
         area = bump(x, y, 0, 0.12, 0.85, 0.5)
         brown = brown + 0.9 * m.freckles * area * textures.spots(r, h, w, int(500 * m.freckles), (0.008 * unit, 0.022 * unit))
     brown = brown + 1.5 * textures.spots(r, h, w, int(r.integers(0, 8)), (0.01 * unit, 0.03 * unit))
-    density = blood[..., None] * np.array([0.12, 0.95, 0.8], np.float32) + brown[..., None] * np.array([0.45, 0.8, 1.15], np.float32)
+    density = blood[..., None] * np.array([0.12, 0.95, 0.8], np.float32) + brown[..., None] * np.array(
+        [0.45, 0.8, 1.15], np.float32
+    )
     return (person.skin * np.exp(-density)).astype(np.float32)
 
 
@@ -233,7 +300,7 @@ def _textures(person: Person, unit: float) -> Array:
     grain = textures.fractal(r, h, w, 0.4, 0.03)
     albedo *= np.exp((0.05 * m.pores * np.minimum(pore, 0.5) + (0.015 + 0.03 * m.pores) * grain)[..., None])
     relief = 0.0035 * m.pores * pore - 0.03 * crease + 0.004 * grain
-    everywhere, cheeks, lip = _beard(person, r, x, y, unit)
+    everywhere, cheeks, lip = _beard(person, r, x, y)
     hairs = textures.strands(r, h, w, 1.45, max(0.006 * unit, 0.9), 0.08 * unit)
     if m.stubble > 0:
         dots = np.clip(textures.band(r, h, w, max(0.03 * unit, 2.0), 0.6) + 0.3, 0, None)
@@ -253,7 +320,9 @@ def _textures(person: Person, unit: float) -> Array:
         for side in (-1, 1):
             lid = 0.6 * m.makeup * bump(x, y, side * who.eye_gap, -0.22, 0.2, 0.09)[..., None]
             albedo = albedo * (1 - lid) + lid * linear(r.integers(40, 160, 3)) * 0.8
-    gloss = np.clip(m.oil * (0.5 + 0.5 * bump(x, y, 0, -0.1, 0.45, 0.8)) * (1 + 0.25 * grain) - 0.3 * everywhere * m.stubble, 0.02, 1)
+    gloss = np.clip(
+        m.oil * (0.5 + 0.5 * bump(x, y, 0, -0.1, 0.45, 0.8)) * (1 + 0.25 * grain) - 0.3 * everywhere * m.stubble, 0.02, 1
+    )
     thin = np.clip(0.7 + 0.3 * hairs, 0, 1)
     stack = [depth, outline, *np.moveaxis(albedo, -1, 0), relief, gloss, m.beard * cheeks * thin, m.moustache * lip * thin]
     return np.ascontiguousarray(np.stack(stack, -1), np.float32)

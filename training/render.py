@@ -13,8 +13,24 @@ from numpy.typing import NDArray
 
 from training import features
 from training.light import Light, cast, lit, normals
-from training.people import BOTTOM, LEFT, RIGHT, TOP, Person
-from training.presenter import CLOTH, EAR_L, EAR_R, HAIR, NECK, NOSE, SKIN, Canvas, Mouth, Patch, Pose, ellipse, smooth
+from training.people import LEFT, TOP, Person
+from training.presenter import (
+    CLOTH,
+    EAR_L,
+    EAR_R,
+    HAIR,
+    INSIDE,
+    LIP_L,
+    NECK,
+    NOSE,
+    SKIN,
+    Canvas,
+    Mouth,
+    Patch,
+    Pose,
+    ellipse,
+    smooth,
+)
 from training.textures import blur, fractal, look_up, strands, weave
 
 Array = NDArray[np.float32]
@@ -36,7 +52,9 @@ def ground(seed: int, width: int, height: int) -> Array:
     step = max(1, min(width, height) // 160)
     h, w = -(-height // step), -(-width // step)
     base = r.uniform(0.02, 0.7, 3).astype(np.float32)
-    image = base * np.exp(0.35 * fractal(r, h, w, 1.5, 1)[..., None] + 0.12 * np.stack([fractal(r, h, w, 1.4, 1) for _ in range(3)], -1))
+    image = base * np.exp(
+        0.35 * fractal(r, h, w, 1.5, 1)[..., None] + 0.12 * np.stack([fractal(r, h, w, 1.4, 1) for _ in range(3)], -1)
+    )
     y, x = np.mgrid[0:h, 0:w].astype(np.float32) / max(h, w)
     for _ in range(int(r.integers(0, 26))):
         cx, cy, rx, ry, turn = r.random(), r.random(), r.uniform(0.01, 0.3), r.uniform(0.01, 0.4), r.uniform(-0.3, 0.3)
@@ -73,13 +91,13 @@ def trace(person: Person, canvas: Canvas, mouth: Mouth) -> Relief | None:
     texture, unit = person.textures(canvas.pose.scale)
     cy, sy, cp, sp = (np.float32(f(a)) for a in (canvas.pose.yaw, canvas.pose.pitch) for f in (np.cos, np.sin))
     x, y = np.ascontiguousarray(patch.x), np.ascontiguousarray(patch.y)
-    depth = np.full(x.shape, 0.45, np.float32)
+    depth = z = np.full(x.shape, 0.45, np.float32)
     shape = np.ascontiguousarray(texture[..., :2])
-    for i in range(6):
-        z = depth if i == 0 else 0.5 * (z + depth)
-        u = (x - sy * z) / cy
+    for _ in range(6):
+        z = 0.5 * (z + depth)
+        u = ((x - sy * z) / cy).astype(np.float32)
         z1 = -sy * u + cy * z
-        v = (y + sp * z1) / cp
+        v = ((y + sp * z1) / cp).astype(np.float32)
         u0, v0 = features.unmoved(person, mouth, u, v)
         found = look_up(shape, u0, v0, unit, LEFT, TOP)
         depth = found[..., 0]
@@ -137,14 +155,23 @@ def _face(canvas: Canvas, person: Person, light: Light, mouth: Mouth) -> None:
     view = Patch(relief.x, relief.y, canvas.image[relief.rows, relief.columns], canvas.labels[relief.rows, relief.columns])
     cover = view.cover(np.clip(relief.outline, -0.5, 1.5))
     layers = relief.layers
-    surface = features.Surface(relief.x, relief.y, np.ascontiguousarray(layers[..., :3]), relief.z.copy(), layers[..., 4].copy(), np.zeros(relief.x.shape, np.uint8))
+    surface = features.Surface(
+        relief.x,
+        relief.y,
+        np.ascontiguousarray(layers[..., :3]),
+        relief.z.copy(),
+        layers[..., 4].copy(),
+        np.zeros(relief.x.shape, np.uint8),
+    )
     surface.labels[relief.outline < 0] = SKIN
-    nose = (np.abs(relief.x) < person.shape.nose * (0.35 + 0.75 * np.clip((relief.y + 0.12) / 0.56, 0, 1) ** 2)) & (np.abs(relief.y - 0.16) < 0.3)
+    nose = (np.abs(relief.x) < person.shape.nose * (0.35 + 0.75 * np.clip((relief.y + 0.12) / 0.56, 0, 1) ** 2)) & (
+        np.abs(relief.y - 0.16) < 0.3
+    )
     surface.labels[nose] = NOSE
     features.nostrils(surface, person)
     features.eyes(surface, person, canvas.pose, light)
     features.mouth(surface, person, mouth)
-    _beard(surface, person, layers, relief.outline)
+    _beard(surface, person, layers)
     z = np.maximum(surface.z, -0.6)
     bare = (surface.labels == SKIN) | (surface.labels == NOSE)
     sharp = normals(z, scale, layers[..., 3] * (min(1.0, scale / 90) * bare))
@@ -157,10 +184,10 @@ def _face(canvas: Canvas, person: Person, light: Light, mouth: Mouth) -> None:
     features.glasses(view, person, canvas.pose, light)
 
 
-def _beard(surface: features.Surface, person: Person, layers: Array, outline: Array) -> None:
+def _beard(surface: features.Surface, person: Person, layers: Array) -> None:
     """Hair over the skin, and over the upper lip."""
     free = np.where((surface.labels == SKIN) | (surface.labels == NOSE), 1.0, 0.0).astype(np.float32)
-    over = np.where((surface.labels == features.INSIDE) | (surface.labels == features.LIP_L), 0.0, 1.0).astype(np.float32)
+    over = np.where((surface.labels == INSIDE) | (surface.labels == LIP_L), 0.0, 1.0).astype(np.float32)
     cheeks = layers[..., 5] * free
     alpha = np.clip(np.maximum(cheeks, layers[..., 6] * over) * 1.25, 0, 0.96)
     tone = person.hair * (0.55 + 0.5 * np.clip(layers[..., 5] + layers[..., 6], 0, 1))[..., None]
@@ -182,7 +209,9 @@ def _combed(person: Person, p: Patch, scale: float, kind: int) -> Array:
     r = np.random.default_rng([person.seed, 80, kind])
     size = 256
     thick, angle = max(0.016 * scale, 0.9), float(r.uniform(1.1, 2.0))
-    texture = strands(r, size, size, angle, thick, thick * 9) + (0.8 * fractal(r, size, size, 1.2, 0.3) if person.materials.hairstyle == 3 else 0)
+    texture = strands(r, size, size, angle, thick, thick * 9) + (
+        0.8 * fractal(r, size, size, 1.2, 0.3) if person.materials.hairstyle == 3 else 0
+    )
     x, y = np.ascontiguousarray(p.x) * scale % (2 * size - 2), np.ascontiguousarray(p.y) * scale % (2 * size - 2)
     fold = [np.abs(v - (size - 1)) for v in (x, y)]
     return look_up(texture[..., None].astype(np.float32), fold[0], fold[1], 1.0, 0, 0)[..., 0]
@@ -219,7 +248,13 @@ def _cloth_colour(person: Person, p: Patch, light: Light, colours: tuple[Array, 
     r = np.random.default_rng([person.seed, 81])
     folds = fractal(r, 64, 64, 1.3, 1)
     rough = look_up(folds[..., None], (p.x + 3.4) * 9, (p.y + 2) * 9, 1.0, 0, 0)[..., 0]
-    return _round((base * np.exp(0.08 * rough)[..., None]).astype(np.float32), 0.4 * np.clip(p.x / 3, -1, 1) + 0.1 * rough, np.full(p.x.shape, -0.2, np.float32), light, 0.02)
+    return _round(
+        (base * np.exp(0.08 * rough)[..., None]).astype(np.float32),
+        0.4 * np.clip(p.x / 3, -1, 1) + 0.1 * rough,
+        np.full(p.x.shape, -0.2, np.float32),
+        light,
+        0.02,
+    )
 
 
 def _body(canvas: Canvas, person: Person, light: Light) -> None:
@@ -237,7 +272,11 @@ def _body(canvas: Canvas, person: Person, light: Light) -> None:
         nx = np.clip((p.x - lean) / (narrow + 0.05), -0.98, 0.98)
         under = 0.25 + 0.75 * (1 - smooth((p.y - who.chin - 0.28 - 0.12 * np.abs(p.x)).astype(np.float32), 0.22))
         skin = (person.skin * np.exp(0.07 * rough * np.array([0.4, 1, 1], np.float32))).astype(np.float32)
-        p.blend(p.cover(f), _round(skin, nx, 0.25 * np.ones_like(nx), light, 0.1, under.astype(np.float32)) * under[..., None] ** 0.4, NECK)
+        p.blend(
+            p.cover(f),
+            _round(skin, nx, 0.25 * np.ones_like(nx), light, 0.1, under.astype(np.float32)) * under[..., None] ** 0.4,
+            NECK,
+        )
     if p := canvas.patch(-1.2, 0.9, 1.2, 2.6):
         ring = np.abs(ellipse(p, lean, 1.42, 0.66, 0.48)) - 0.2
         f = np.maximum(ring, 1.38 - 0.25 * np.abs(p.x) - p.y).astype(np.float32)
@@ -255,7 +294,11 @@ def _ears(canvas: Canvas, person: Person, light: Light) -> None:
             f = ellipse(p, x, y, 0.14 + 0.05 * max(0.0, -side * np.sin(yaw)), 0.27)
             inner = smooth(ellipse(p, x + 0.02 * side, y + 0.01, 0.07, 0.16), 0.6)
             albedo = person.skin * np.array([1, 0.88, 0.85], np.float32) * (1 - 0.5 * inner)[..., None]
-            p.blend(p.cover(f), _round(albedo.astype(np.float32), np.clip((p.x - x) / 0.2, -0.9, 0.9), (p.y - y) * 0.5, light), label)
+            p.blend(
+                p.cover(f),
+                _round(albedo.astype(np.float32), np.clip((p.x - x) / 0.2, -0.9, 0.9), (p.y - y) * 0.5, light),
+                label,
+            )
             if person.materials.earrings:
                 spot = p.cover(ellipse(p, x, y + 0.3, 0.035, 0.05))
                 p.blend(spot, np.asarray(light.colour, np.float32) * np.array([0.9, 0.75, 0.4], np.float32), EARRING)

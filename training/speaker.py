@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from musetalk.nets.unet import UNet, audio_positions
 from musetalk.nets.vae import Vae
 from training import common, data, speech, unet, vae, wide
 
-WIDE, DRAWN = 16, 8  # pairs in a batch: of the wide world (neighbours), and drawn ones
+WIDE, DRAWN = 12, 6  # pairs in a batch: of the wide world (neighbours), and drawn ones
 BEGIN = slice(0, WIDE, 2), slice(1, WIDE, 2)  # neighbours within a batch
 
 
@@ -72,7 +71,8 @@ class Ears:
     @staticmethod
     def open(device: torch.device) -> Ears:
         """Hear all of it once."""
-        states = cast(Tensor, torch.from_numpy(common.cached("heard", lambda: unet.hear(device).numpy())[:]))
+        torch.manual_seed(16)  # for the disguised voices, whatever was at hand before
+        states = torch.from_numpy(common.cached("heard", lambda: unet.hear(device).numpy())[:])
         seconds = np.array([u.seconds for u in speech.training_set()])
         return Ears(states, seconds, audio_positions(50, unet.CONFIG.cross_attention_dim).to(device))
 
@@ -81,7 +81,9 @@ class Ears:
         return unet.prompts(self.states, self.seconds, when, self.positions, nearest=True)
 
 
-def learn_to_speak(training: common.Training, net: UNet, corpora: tuple[Corpus, Corpus], ears: Ears, device: torch.device) -> None:
+def learn_to_speak(
+    training: common.Training, net: UNet, corpora: tuple[Corpus, Corpus], ears: Ears, device: torch.device
+) -> None:
     """The UNet's training."""
     weight = unet.latent_weight(corpora[0].latents.shape[-1]).to(device)
     for _ in training.steps():
@@ -93,11 +95,16 @@ def learn_to_speak(training: common.Training, net: UNet, corpora: tuple[Corpus, 
         change, tone = error[BEGIN[1]] - error[BEGIN[0]], F.avg_pool2d(error, 4)
         training.step((error.abs() * weight).mean() + tone.abs().mean() + 0.3 * (change.abs() * weight).mean())
         if training.due(50):
-            training.log(**unet.figures(error.detach().abs(), batch), tone=float(tone.detach().abs().mean()),
-                         flicker=float(change.detach().abs().mean()))
+            training.log(
+                **unet.figures(error.detach().abs(), batch),
+                tone=float(tone.detach().abs().mean()),
+                flicker=float(change.detach().abs().mean()),
+            )
 
 
-def learn_to_decode(training: common.Training, net: UNet, decoder: Vae, corpora: tuple[Corpus, Corpus], ears: Ears, device: torch.device) -> None:
+def learn_to_decode(
+    training: common.Training, net: UNet, decoder: Vae, corpora: tuple[Corpus, Corpus], ears: Ears, device: torch.device
+) -> None:
     """The decoder's training: two thirds of a batch as the UNet says it, the rest as the encoder does."""
     pixels = vae.mouth_weight(vae.CONFIG.crop_size).to(device)
     for _ in training.steps():
@@ -126,6 +133,7 @@ def main() -> None:
     device = common.setup(16)
     corpora, ears = Corpus.both(options.pairs, options.drawn, device), Ears.open(device)
     net = common.on(UNet(unet.CONFIG), device)
+    torch.manual_seed(17)
     if not options.decoder:
         common.load(net, "settled", half=True)
         training = common.Training("speaker", net, options.steps or 1000, 8e-4, seed=17)

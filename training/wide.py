@@ -57,17 +57,32 @@ class Scene:
 
 def random_pose(r: np.random.Generator) -> Pose:
     """A head of a crop's size, turned and rolled up to 30 degrees, mostly less."""
-    u, bent = r.uniform, np.clip(r.normal(0, (0.1, 0.22, 0.13)), -0.52, 0.52)
+    u = r.uniform
+    roll, yaw, pitch = (float(v) for v in np.clip(r.normal(0, (0.1, 0.22, 0.13)), -0.52, 0.52))
     blink = float(r.choice([0.0, r.random(), 1.0], p=[0.85, 0.1, 0.05]))
-    return Pose(float(u(400, 410)), float(u(400, 410)), float(u(46, 84)), *map(float, bent), blink,  # type: ignore[misc]
-                (float(u(-0.6, 0.6)), float(u(-0.3, 0.3))))
+    return Pose(
+        float(u(400, 410)),
+        float(u(400, 410)),
+        float(u(46, 84)),
+        roll,
+        yaw,
+        pitch,
+        blink,
+        (float(u(-0.6, 0.6)), float(u(-0.3, 0.3))),
+    )
 
 
 def nudged(r: np.random.Generator, pose: Pose, by: float = 1.0) -> Pose:
     """The pose a frame later."""
     a, b, c, d, e = r.normal(0, by, 5)
-    return replace(pose, x=pose.x + 0.008 * pose.scale * a, y=pose.y + 0.008 * pose.scale * b, roll=pose.roll + 0.006 * c,
-                   yaw=pose.yaw + 0.012 * d, pitch=pose.pitch + 0.01 * e)
+    return replace(
+        pose,
+        x=pose.x + 0.008 * pose.scale * a,
+        y=pose.y + 0.008 * pose.scale * b,
+        roll=pose.roll + 0.006 * c,
+        yaw=pose.yaw + 0.012 * d,
+        pitch=pose.pitch + 0.01 * e,
+    )
 
 
 def _errors(r: np.random.Generator, pose: Pose) -> NDArray[np.float64]:
@@ -80,7 +95,9 @@ def person(r: np.random.Generator) -> Person:
     return Person.random(int(r.integers(PEOPLE)))
 
 
-def frame(r: np.random.Generator, who: Person, width: int, height: int, scale: float) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+def frame(
+    r: np.random.Generator, who: Person, width: int, height: int, scale: float
+) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
     """A whole frame (height, width, 3) with a person in it, and the 68 landmarks (68, 2), pixels."""
     pose = random_pose(r)
     pose = replace(pose, x=width * float(r.uniform(0.3, 0.7)), y=height * float(r.uniform(0.3, 0.62)), scale=scale)
