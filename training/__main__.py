@@ -1,4 +1,4 @@
-"""Train everything and assemble models/demo: python -m training [--quick]. Hours on two CPU cores, minutes on a GPU.
+"""Train everything and assemble models/demo: python -m training [--smoke]. Hours on two CPU cores, minutes on a GPU.
 
 What was interrupted goes on where it stopped: everything under way is kept in training/work (or TRAIN_WORK).
 """
@@ -9,19 +9,33 @@ import argparse
 import subprocess
 import sys
 
-# each step, and what makes it quick
+# each step, and what makes it quick; the --wide ones go on from drawn faces to those of the wide world
 STEPS = {
-    "speech": "--pieces 2", "vae": "--steps 3 --images 16", "whisper": "--steps 3",
-    "detector": "--steps 3 --images 16", "pose": "--steps 3 --images 16 --large 8", "parser": "--steps 3 --images 12",
-    "unet": "--steps 3 --pairs 32", "unet --settle": "--steps 3 --pairs 32",
-    "vae --decoder": "--steps 3 --images 16", "assemble": "", "samples": "",
+    "speech": "--pieces 2",
+    "vae": "--steps 3 --images 16",
+    "whisper": "--steps 3",
+    "detector": "--steps 3 --images 16",
+    "pose": "--steps 3 --images 16 --large 8",
+    "parser": "--steps 3 --images 12",
+    "unet": "--steps 3 --pairs 32",
+    "unet --settle": "--steps 3 --pairs 32",
+    "vae --decoder": "--steps 3 --images 16",
+    "vae --wide": "--steps 3 --images 16 --faces 16",
+    "detector --wide": "--steps 3 --images 16 --faces 16",
+    "pose --wide": "--steps 3 --large 8 --faces 16",
+    "parser --wide": "--steps 3 --images 12 --faces 12",
+    "speaker": "--steps 3 --pairs 16 --drawn 16",
+    "speaker --decoder": "--steps 3 --pairs 16 --drawn 16",
+    "assemble": "",
+    "samples": "",
 }
 
 
 def main() -> int:
     """Run every step in order."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="three steps a network, no samples: shows that all works")
+    words = "three steps a network, no samples: shows that all works"
+    parser.add_argument("--smoke", "--quick", dest="quick", action="store_true", help=words)
     quick = parser.parse_args().quick
     for step, small in STEPS.items():
         if quick and step == "samples":

@@ -45,17 +45,17 @@ def report() -> dict[str, Any]:
 
 def main() -> None:
     """Write weights, configs, manifest and the training's report."""
-    put("musetalkV15/unet.pth", trained("settled"))
+    put("musetalkV15/unet.pth", trained("speaker"))
     config("musetalkV15/musetalk.json", {"_class_name": "UNet2DConditionModel", **asdict(unet.CONFIG)})
-    put("sd-vae/diffusion_pytorch_model.bin", trained("decoder"))
+    put("sd-vae/diffusion_pytorch_model.bin", trained("finished"))
     config("sd-vae/config.json", {"_class_name": "AutoencoderKL", **asdict(vae.CONFIG)})
     put("whisper/pytorch_model.bin", {f"model.encoder.{k}": v for k, v in trained("whisper").items()})
     config("whisper/config.json", {"model_type": "whisper", **asdict(whisper.CONFIG)})
-    put("dwpose/dw-ll_ucoco_384.pth", {"meta": {"epoch": 1}, "state_dict": trained("pose")})
+    put("dwpose/dw-ll_ucoco_384.pth", {"meta": {"epoch": 1}, "state_dict": trained("wide_pose")})
     config("dwpose/config.json", asdict(pose.CONFIG))
-    put("face-parse-bisent/79999_iter.pth", trained("parser"))
+    put("face-parse-bisent/79999_iter.pth", trained("wide_parser"))
     config("face-parse-bisent/config.json", asdict(parser.CONFIG))
-    put("s3fd-619a316812.pth", trained("detector"))
+    put("s3fd-619a316812.pth", trained("wide_detector"))
     config("s3fd.json", asdict(detector.CONFIG))
     checkpoints.write_manifest(TARGET, "v15")
     config("report.json", {"command": "python -m training", "trained": report()})
