@@ -24,6 +24,7 @@ from benchmarks import common
 from musetalk.audio import Prompts
 from musetalk.avatar import Avatar
 from musetalk.lipsync import LipSync, Painted, Slot
+from musetalk.options import Finish, Quality
 from pipeline import runner, stream
 from pipeline.control import Control
 from pipeline.download import Source
@@ -45,10 +46,13 @@ def face(size: int) -> torch.Tensor:
     return torch.full((size, size, 3), 127, dtype=torch.uint8)
 
 
-def stub(self: LipSync, avatar: Avatar, prompts: Prompts, slots: list[Slot]) -> list[Painted | None]:  # noqa: ARG001
+def stub(
+    self: LipSync, avatar: Avatar, prompts: Prompts, slots: list[Slot], quality: Quality = "exact",  # noqa: ARG001
+    finish: Finish = "official",
+) -> list[Painted | None]:
     """A fixed face for every frame that has one."""
     entries = [avatar[slot.source] for slot in slots]
-    return [None if entry is None else Painted(face(self.crop_size), entry.box, entry.region) for entry in entries]
+    return [None if entry is None else Painted(face(self.crop_size), entry, entry.region, finish) for entry in entries]
 
 
 def material(folder: Path, size: str, seconds: int) -> tuple[Path, Path]:

@@ -197,8 +197,8 @@ def _copy(source: BinaryIO, target: BinaryIO, length: int) -> None:
 
 
 def _pack(faces: list[Face | None]) -> bytes:
-    """Boxes and regions (K, 4) int32 of the K frames with a face, their masks' bytes end to end, latents (K, 8, h, w), lips (K, L, L)
-    uint8.
+    """Boxes and regions (K, 4) int32 of the K frames with a face, their masks' bytes end to end, latents
+    (K, 8, h, w), lips (K, L, L) uint8.
     """
     present = [f for f in faces if f is not None]
     tensors = {"present": torch.tensor([f is not None for f in faces])}

@@ -19,13 +19,15 @@ from torch import Tensor
 
 from musetalk.blend import first_row
 from musetalk.box import Box, Region
+from musetalk.imaging import kept
 
 TINT_GRID = 16  # side of the map of tints
-ALIKE = 9.0  # levels over which drawing and source count as different
+ALIKE, ALIKE_FAR = 9.0, 60.0  # levels over which drawing and source count as different: by the mouth, and far from it
+MOUTH_AT, MOUTH_SIZE = (0.5, 0.8), (0.26, 0.2)  # where a face box has its mouth, and how far it moves skin; sides of the box
 TRUST = 40.0  # levels of difference that may still be a tint
 LIPS = 32  # side of the map of the source's lips
 LIPS_GROW = 0.06  # how far around them the drawing is shown, sides of the box
-CRISP = 0.6  # unsharp mask on the drawing, against the decoder's blur
+CRISP = 0.4  # unsharp mask on the drawing, against the decoder's blur
 
 
 def lips_map(labels: Tensor, square: Box, box: Box, size: int = LIPS) -> Tensor:
@@ -69,15 +71,26 @@ def _mix(source: Tensor, face: Tensor, lips: Tensor) -> tuple[Tensor, Tensor]:
     free = 1 - F.interpolate(lips.float()[None, None] / 255, size=(size, size), mode="bilinear")[:, :, size - rows :]
     tint = _tint(source - face, free)
     apart = _box_blur(source - face - tint, size // 24).square().sum(dim=1, keepdim=True)
-    own = torch.exp(apart * (-1 / ALIKE**2)) * free
+    (tolerance,) = _tolerance(face.device, size)
+    own = torch.exp(-apart / tolerance[:, :, size - rows :]) * free
     own = _box_blur(-F.max_pool2d(-own, 3, 1, 1), size // 24)
     crisp = face + CRISP * (face - _box_blur(face, 3))
     return own, (crisp + tint) * (1 - own)
 
 
+@kept(8)
+def _tolerance(size: int) -> tuple[Tensor]:
+    """Squared levels by which the drawing may differ and the source is still shown: (1, 1, size, size)."""
+    at = (torch.arange(size) + 0.5) / size
+    x, y = ((at - c) / r for c, r in zip(MOUTH_AT, MOUTH_SIZE, strict=True))
+    near = torch.exp(-0.5 * (x.square()[None, :] + y.square()[:, None]))[None, None]
+    return ((ALIKE_FAR + (ALIKE - ALIKE_FAR) * near).square(),)
+
+
 def _tint(difference: Tensor, free: Tensor) -> Tensor:
     """The smooth part of source minus drawing (1, C, S, S), told where the source's lips are not, spread over them."""
-    weight = free * torch.exp(difference.square().sum(dim=1, keepdim=True) * (-1 / TRUST**2)) + 1e-6
+    usual = (difference * free).sum(dim=(2, 3), keepdim=True) / free.sum().clamp(min=1e-6)
+    weight = free * torch.exp((difference - usual).square().sum(dim=1, keepdim=True) * (-1 / TRUST**2)) + 1e-6
     value = F.adaptive_avg_pool2d(difference * weight, TINT_GRID)
     known = F.adaptive_avg_pool2d(weight, TINT_GRID)
     levels = [(value, known)]

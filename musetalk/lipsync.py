@@ -195,7 +195,8 @@ class LipSync:
         for start in range(0, len(prompts), options.batch_size):
             outputs = range(start, min(start + options.batch_size, len(prompts)))
             slots = [Slot(o, source_index(o, len(avatar), options.loop), weights[o]) for o in outputs]
-            for slot, painted in zip(slots, self.generate_batch(avatar, prompts, slots, options.quality, options.finish), strict=True):
+            made = self.generate_batch(avatar, prompts, slots, options.quality, options.finish)
+            for slot, painted in zip(slots, made, strict=True):
                 frame = avatar.frames[slot.source].clone()
                 if painted is not None:
                     painted.paste(frame.unbind(-1), painted.face.permute(2, 0, 1))

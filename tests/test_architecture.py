@@ -18,8 +18,8 @@ MUSETALK = {
     "order": "options", "imaging": "box", "avatar": "box", "colour": "imaging",
     "checkpoints": "errors nets",
     "audio": "errors nets", "faces": "box imaging nets", "track": "box faces nets", "generate": "nets",
-    "blend": "box imaging nets options", "tuning": "generate nets",
-    "lipsync": "audio avatar blend box checkpoints errors faces generate nets options order track tuning",
+    "blend": "box imaging nets options", "finish": "blend box imaging", "tuning": "generate nets",
+    "lipsync": "audio avatar blend box checkpoints errors faces finish generate nets options order track tuning",
 }
 PIPELINE = {
     "errors": "", "settings": "", "redact": "", "metrics": "",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ import torch
 
 from musetalk import LipSync
 from musetalk.checkpoints import default_dtype
-from pipeline import media, stages
+from musetalk.lipsync import Painted
+from pipeline import media
 from pipeline.run import Service
 from pipeline.settings import Settings
 from tests.fakes import cuda
@@ -94,7 +94,7 @@ def test_five_stages_run_at_once(
 ) -> None:
     """Preparing goes on only once a first batch is generated, and blending only once a second one is."""
     generated, waited = [threading.Event(), threading.Event()], []
-    generate, append, paste = LipSync.generate_batch, LipSync._append, stages.paste
+    generate, append, paste = LipSync.generate_batch, LipSync._append, Painted.paste
 
     def counted(*arguments: Any) -> Any:
         made = generate(*arguments)
@@ -110,7 +110,7 @@ def test_five_stages_run_at_once(
 
     monkeypatch.setattr(LipSync, "generate_batch", counted)
     monkeypatch.setattr(LipSync, "_append", prepared)
-    monkeypatch.setattr(stages, "paste", partial(after, generated[1], paste))
+    monkeypatch.setattr(Painted, "paste", lambda *arguments: after(generated[1], paste, *arguments))
     service = Service(settings.model_copy(update={"cache_dir": tmp_path, "device": "cuda", "batch_size": 5}))
     speak(service, short_clip, short_speech)
     assert len(waited) > 10

@@ -1,0 +1,135 @@
+"""The natural finish: what it shows where, on pictures of which the answer is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from musetalk import blend
+from musetalk.box import Box, Region
+from musetalk.colour import Colour, Planes, from_rgb, to_rgb
+from musetalk.finish import LIPS, lips_map, natural
+
+SIDE = 64  # of the network's faces
+BOX = Box(20, 10, 212, 202)
+AREA = Box(20, 106, 212, 202)
+
+
+def scene(seed: int = 3) -> torch.Tensor:
+    """A frame (240, 240, 3) with light from a side and grain."""
+    generator = torch.Generator().manual_seed(seed)
+    ramp = torch.linspace(90, 170, 240)[None, :, None].expand(240, 240, 3)
+    return (ramp + 12 * torch.randn(240, 240, 3, generator=generator)).clamp(0, 255).to(torch.uint8)
+
+
+def small(frame: torch.Tensor) -> torch.Tensor:
+    """The box as the network sees it: (3, SIDE, SIDE) float."""
+    part = frame[BOX.y1 : BOX.y2, BOX.x1 : BOX.x2].permute(2, 0, 1).float()[None]
+    return F.interpolate(part, size=(SIDE, SIDE), mode="bilinear", antialias=True)[0]
+
+
+def region(level: int = 255) -> Region:
+    mask = torch.zeros(AREA.height, AREA.width, dtype=torch.uint8)
+    mask[:, 8:-8] = level
+    return Region(AREA, mask)
+
+
+def lips() -> torch.Tensor:
+    out = torch.zeros(LIPS, LIPS, dtype=torch.uint8)
+    out[23:29, 11:21] = 255
+    return out
+
+
+def shown(frame: torch.Tensor, face: torch.Tensor, where: Region | None = None) -> torch.Tensor:
+    out = frame.clone()
+    natural(out.unbind(-1), face.clamp(0, 255).to(torch.uint8), BOX, where or region(), lips())
+    return out
+
+
+def test_where_drawing_and_source_agree_but_for_a_tint_the_source_is_shown() -> None:
+    frame = scene()
+    tinted = small(frame) + torch.tensor([18.0, -9.0, -14.0])[:, None, None]
+    official, ours = frame.clone(), shown(frame, tinted)
+    blend.paste(official.unbind(-1), tinted.clamp(0, 255).to(torch.uint8), BOX, region())
+    cheek = slice(112, 140), slice(34, 64)
+    wrong, right = ((x[cheek].float() - frame[cheek].float()).abs().mean() for x in (official, ours))
+    assert float(wrong) > 10, "the official way tints and blurs"
+    assert float(right) < 1.5
+    mouth = slice(160, 180), slice(100, 130)
+    tint = (ours[mouth].float() - frame[mouth].float()).mean(dim=(0, 1)).abs()
+    assert float(tint.max()) < 3, "no tint at the lips either, where the drawing is shown"
+
+
+def test_an_open_mouth_is_the_drawings() -> None:
+    frame = scene()
+    face = small(frame)
+    face[:, 48:56, 26:38] = torch.tensor([40.0, 10.0, 12.0])[:, None, None]
+    ours = shown(frame, face)
+    inside = ours[10 + 50 * 3 : 10 + 54 * 3, 20 + 29 * 3 : 20 + 35 * 3].float().mean(dim=(0, 1))
+    assert float((inside - torch.tensor([40.0, 10.0, 12.0])).abs().max()) < 12
+
+
+def test_a_jaw_that_drops_is_the_drawings() -> None:
+    """Below the mouth and far from the source's lips, a large difference is the drawing's too."""
+    frame = scene()
+    face = small(frame)
+    face[:, 58:64, 22:42] -= 70
+    below = (shown(frame, face)[190:200, 90:140].float() - frame[190:200, 90:140].float()).mean()
+    assert float(below) < -35
+
+
+def test_only_the_mask_is_changed_and_in_its_strength() -> None:
+    frame = scene()
+    assert torch.equal(shown(frame, 255 - small(frame), region(0)), frame)
+    ours = shown(frame, 255 - small(frame))
+    outside = torch.ones(240, 240, dtype=torch.bool)
+    outside[AREA.y1 : AREA.y2, AREA.x1 + 8 : AREA.x2 - 8] = False
+    assert torch.equal(ours[outside], frame[outside])
+    assert not torch.equal(ours, frame)
+
+
+def test_rows_that_the_fast_lane_leaves_out_do_not_matter() -> None:
+    frame, face = scene(), small(scene())
+    other = face.clone()
+    other[:, : blend.first_row(BOX, region(), SIDE)] = 0
+    assert torch.equal(shown(frame, face), shown(frame, other))
+
+
+@pytest.mark.parametrize("box", [Box(-31, 60, 101, 191), Box(121, 101, 263, 251)])
+def test_a_box_that_leaves_the_frame(box: Box) -> None:
+    frame = scene()
+    area = Box(box.x1 & ~1, (box.y1 + box.height // 2) & ~1, box.x2 & ~1, box.y2 & ~1).clipped(240, 240)
+    everything = Region(area, torch.full((area.height, area.width), 255, dtype=torch.uint8))
+    for planes in (frame.unbind(-1), tuple(Planes.of(torch.full((240 * 360,), 90, dtype=torch.uint8), 240, 240))):
+        natural(planes, torch.full((3, SIDE, SIDE), 90, dtype=torch.uint8), box, everything, lips())
+
+
+def test_planes_and_rgb_show_the_same() -> None:
+    """The worker's 4:2:0 planes against the library's RGB."""
+    colour = Colour()
+    smooth = F.interpolate(scene().permute(2, 0, 1)[None].float(), size=(16, 16), mode="area")
+    frame = F.interpolate(smooth, size=(240, 240), mode="bilinear")[0].permute(1, 2, 0)
+    levels = from_rgb(frame.to(torch.uint8)[None], colour)[0]
+    buffer = torch.cat([levels[0].flatten(), *(blend.quads(c).flatten() for c in levels[1:])])
+    planes = Planes.of(buffer, 240, 240)
+    face = small(frame)
+    face[:, 48:56, 26:38] = 60
+    want = shown(to_rgb(planes, colour), face)
+    drawn = from_rgb(face.clamp(0, 255).to(torch.uint8).permute(1, 2, 0)[None], colour)[0]
+    natural(tuple(planes), drawn, BOX, region(), lips())
+    apart = (to_rgb(planes, colour).float() - want.float()).abs()
+    assert float(apart.mean()) < 1
+    assert float(apart[112:140, 40:200].max()) < 6
+
+
+def test_lips_map_follows_the_labels() -> None:
+    square, box = Box(0, 0, 256, 256), Box(32, 16, 224, 208)
+    labels = torch.zeros(512, 512, dtype=torch.uint8)
+    labels[320:352, 200:312] = 12  # in the frame: rows 160..176, columns 100..156
+    found = lips_map(labels, square, box)
+    rows, columns = (found > 200).any(1).nonzero().flatten(), (found > 200).any(0).nonzero().flatten()
+    unit = 192 / LIPS
+    assert abs((int(rows[0]) + int(rows[-1]) + 1) / 2 * unit + 16 - 168) < unit
+    assert abs((int(columns[0]) + int(columns[-1]) + 1) / 2 * unit + 32 - 128) < unit
+    assert not lips_map(torch.zeros_like(labels), square, box).any()
