@@ -102,7 +102,8 @@ class Service:
             GENERATION_TIME_SEC=round(result.generation_sec, 3), SCRIPT_WALL_TIME_SEC=round(result.wall_sec, 3),
             PEAK_VRAM_MIB=memory.vram_mib, PEAK_RAM_KB=memory.peak_kb,
             gpu_class=self.gpu_class, stage_times=StageTimes(**timer.times),
-            total_time=timer.total, frames=result.frames, avatar_cached=result.avatar_cached, lane=result.lane, selftest=selftest)
+            total_time=timer.total, frames=result.frames, avatar_cached=result.avatar_cached, lane=result.lane,
+            selftest=selftest)
         return Success(output_url=url, musetalk_job_id=request.musetalk_job_id, metrics=metrics).body()
 
 
