@@ -274,7 +274,7 @@ def main() -> None:
     parser.add_argument("--quality", choices=("exact", "fast"), default="exact", help="the lane that is measured")
     parser.add_argument("--model-dir", default=str(REPOSITORY / "models" / "demo"))
     options = parser.parse_args()
-    global LANE  # noqa: PLW0603 - one lane a run
+    global LANE
     LANE = options.quality
     lipsync = LipSync.load(options.model_dir)
     figures = {k: round(v, 4) if isinstance(v, float) else v for k, v in report(lipsync, options.quick).items()}
