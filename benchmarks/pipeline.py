@@ -119,7 +119,7 @@ def measure(seconds: int) -> dict[str, float]:
 def checked(clip: Path, sound: Path) -> Inputs:
     """Both files as a job has them after its validation."""
     settings = Settings(device="cpu", max_audio_sec=3600)
-    return validate(Source(clip, "", "clip"), Source(sound, "", "sound"), settings, Control(600))
+    return validate(Source(clip, "", "clip"), Source(sound, "", "sound"), clip.parent, settings, Control(600))
 
 
 class _stubbed:

@@ -166,7 +166,7 @@ def job(weights: Path, seconds: int, batch_size: int | None) -> dict[str, Any]:
             done = pipeline.job(engine, inputs, clip, folder / "o.mp4")
     assert done.avatar_cached
     lipsync, batch = engine.load(), engine.batch_size
-    latents, tokens = torch.randn(batch, 8, 32, 32), lipsync.prompts(inputs.pcm, Fraction(25)).batch(range(batch))
+    latents, tokens = torch.randn(batch, 8, 32, 32), lipsync.prompts(inputs.speech.pcm, Fraction(25)).batch(range(batch))
     alone = batch / common.median([common.timed(lambda: lipsync.generate(latents, tokens)) for _ in range(5)])
     rate = done.frames / done.wall_sec
     return {"cached_job_frames_per_sec": rate, "generator_frames_per_sec": alone, "cached_job_share": rate / alone,

@@ -199,7 +199,7 @@ class LipSync:
                 yield frame.numpy()
 
     def generate_batch(
-        self, avatar: Avatar, prompts: Prompts, slots: Sequence[Slot], quality: Quality = "exact"
+        self, avatar: Avatar | Sequence[Face | None], prompts: Prompts, slots: Sequence[Slot], quality: Quality = "exact"
     ) -> list[Painted | None]:
         """What each slot's frame gets pasted; None where it has no face or is silent. `fast` may raise NoFastLane."""
         entries = [avatar[slot.source] if slot.weight > 0 else None for slot in slots]

@@ -42,6 +42,11 @@ class Settings(BaseModel):
     b2_prefix: str = Field("avatar/outputs", description="folder in the bucket")
     b2_realm: str = Field("production", description="B2 realm, or the URL of another native-API server")
     b2_public_url_base: str | None = Field(None, description="CDN base in front of the bucket")
+    ai_label: Literal["on", "off"] = Field("on", description="mark every film as made with generative models (IPTC metadata); `off` for operators who mark downstream")
+    c2pa_cert: str | None = Field(None, description="certificate chain that signs content credentials, leaf first: PEM text or path")
+    c2pa_key: str | None = Field(None, description="its private key: PEM text or path")
+    c2pa_tsa_url: str | None = Field(None, description="time-stamp server (RFC 3161) for content credentials")
+    c2pa_tsa_required: bool = Field(True, description="whether a film without a time stamp is a failure (retryable) while `C2PA_TSA_URL` is down")
     gpu_class_name: str | None = Field(None, description="overrides `gpu_class` in the metrics")
     download_allow_hosts: tuple[str, ...] = Field((), description="host names and CIDRs exempt from the private-address refusal, comma-separated")
     local_input_root: Path | None = Field(None, description="folder under which inputs may be plain paths (off RunPod: `samples`)")
@@ -97,7 +102,7 @@ class Settings(BaseModel):
 
     def secrets(self) -> tuple[str | None, ...]:
         """The values that must never be said."""
-        return self.b2_key_id, self.b2_app_key
+        return self.b2_key_id, self.b2_app_key, self.c2pa_key
 
     def _check_storage(self, on_runpod: bool) -> None:
         if self.storage == "local":

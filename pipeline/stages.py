@@ -127,7 +127,7 @@ class Decode(Stage):
         self._reader = reader = FrameReader(self.source, start, count)
         try:
             yield reader
-            self.damaged = self.damaged or reader.complaint()
+            self.damaged = self.damaged or reader.damaged
         finally:
             self._reader = None
             reader.close()

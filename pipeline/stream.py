@@ -23,9 +23,8 @@ from pipeline import runner
 from pipeline.control import Control
 from pipeline.engine import Engine
 from pipeline.errors import BadMedia, BadRequest
-from pipeline.geometry import plan
-from pipeline.media import FrameSource, Mp4Writer
-from pipeline.mediainfo import MediaInfo
+from pipeline.media import FrameSource, MediaInfo, Mp4Writer, plan
+from pipeline.provenance import tags
 from pipeline.runner import ROOM, Buffers, Stage, Together
 from pipeline.schema import JobRequest
 from pipeline.stages import Blend, Clock, Decode, Encode, Generate, Prepare
@@ -43,31 +42,29 @@ class Result:
     frames: int
     avatar_cached: bool
     lane: Quality
+    damaged: str | None = None  # which source is damaged, and how much of it was decoded
 
 
 def speak(engine: Engine, request: JobRequest, inputs: Inputs, content: str, target: Path, control: Control) -> Result:
     """Write the lip-synced MP4 to `target`. `content` is the clip's sha256."""
     began = time.perf_counter()
     with engine.job() as lipsync:
-        options = request.params.options(lipsync.nets.version, batch_size=engine.batch_size, quality=engine.settings.quality)
-        if options.quality == "fast" and lipsync.nets.tiny is None:
-            raise BadRequest("params.quality: this worker's weights have no tiny decoder (taesd/); ask for exact, or add it "
-                             "with python -m pipeline.weights fetch", stage="validation", field="params.quality")
-        source, colour, key = _clip(engine, lipsync, request, options, inputs.clip, content)
-        clock = Clock(engine.device)
+        options = options_of(engine, lipsync, request, engine.batch_size)
+        source, colour, key = clip_of(engine, lipsync, request, options, inputs.clip, content)
+        clock, pcm = Clock(engine.device), inputs.speech.pcm
         with clock.running():
-            prompts = lipsync.prompts(inputs.pcm, source.fps, options)
+            prompts = lipsync.prompts(pcm, source.fps, options)
         outputs, batch = len(prompts), options.batch_size
         cached = engine.cache.get(key, outputs)
         buffers = Buffers(lambda: np.empty(source.frame_bytes, np.uint8), buffers_needed(batch))
         with closing(cached or Avatar.new()) as avatar:
             decode = Decode(source, outputs, options.loop, len(cached) if cached else None, buffers)
             prepare = Prepare(lipsync, avatar, options, source, colour)
-            generate = Generate(lipsync, avatar, prompts, speech_weights(inputs.pcm, source.fps, outputs, options), options,
+            generate = Generate(lipsync, avatar, prompts, speech_weights(pcm, source.fps, outputs, options), options,
                                 clock, partial(control.progress, "inference"))
             blend = Blend(source, colour)
-            encode = Encode(lambda: Mp4Writer(target, source, inputs.speech, outputs / float(source.fps)), buffers,
-                            lambda: min(ENCODER_SEC, control.remaining + 1))
+            encode = Encode(partial(Mp4Writer, target, source, inputs.speech, outputs / float(source.fps),
+                                    tags=tags(engine.settings)), buffers, lambda: min(ENCODER_SEC, control.remaining + 1))
             stages: list[Stage] = [decode, prepare, generate, blend, encode]
             if cached:
                 stages.remove(prepare)
@@ -77,7 +74,25 @@ def speak(engine: Engine, request: JobRequest, inputs: Inputs, content: str, tar
             if not cached:
                 avatar.finish(complete=decode.whole)
                 engine.cache.put(key, avatar)
-    return Result(clock.seconds, time.perf_counter() - began, outputs, cached is not None, options.quality)
+    return Result(clock.seconds, time.perf_counter() - began, outputs, cached is not None, options.quality,
+                  _damaged(decode, inputs))
+
+
+def options_of(engine: Engine, lipsync: LipSync, request: JobRequest, batch_size: int) -> Options:
+    """The job's options on this worker; raises BadRequest for what its weights do not have."""
+    options = request.params.options(lipsync.nets.version, batch_size=batch_size, quality=engine.settings.quality)
+    if options.quality == "fast" and lipsync.nets.tiny is None:
+        raise BadRequest("params.quality: this worker's weights have no tiny decoder (taesd/); ask for exact, or add it "
+                         "with python -m pipeline.weights fetch", stage="validation", field="params.quality")
+    return options
+
+
+def _damaged(decode: Decode, inputs: Inputs) -> str | None:
+    """What to state of sources that could be decoded in part only."""
+    said = [f"video_url: {decode.count} frames were decoded: {decode.damaged}"] if decode.damaged else []
+    if inputs.speech.damaged:
+        said.append(f"audio_url: {inputs.speech.seconds:.2f} s were decoded: {inputs.speech.damaged}")
+    return "; ".join(said) or None
 
 
 def buffers_needed(batch_size: int) -> int:
@@ -89,7 +104,7 @@ def buffers_needed(batch_size: int) -> int:
     return 3 * ROOM + WINDOW + 4 * batch_size + 2
 
 
-def _clip(
+def clip_of(
     engine: Engine, lipsync: LipSync, request: JobRequest, options: Options, clip: MediaInfo, content: str
 ) -> tuple[FrameSource, Colour, str]:
     """How the clip is decoded, its colours, and its prepared avatar's key in the cache."""

@@ -3,51 +3,48 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from pathlib import Path
 
 from pipeline import media
 from pipeline.control import Control
 from pipeline.download import Source
 from pipeline.errors import BadMedia, JobError
-from pipeline.mediainfo import MediaInfo, VideoInfo
+from pipeline.media import MediaInfo, Speech, VideoInfo
+from pipeline.media.formats import ACCEPTED
 from pipeline.settings import Settings
 
 SMALLEST_SIDE = 32  # pixels
-SAMPLE_RATE = 16_000
+DECODE_SEC = 120.0  # for the speech
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What inference works on: the clip, the speech's file and its samples (S,) float32 at 16 kHz."""
+    """What inference works on: the clip and the decoded speech."""
 
     clip: MediaInfo
-    speech: MediaInfo
-    pcm: NDArray[np.float32]
+    speech: Speech
 
 
 def validate(
-    video: Source, audio: Source, settings: Settings, control: Control, first_seconds: float | None = None
+    video: Source, audio: Source, folder: Path, settings: Settings, control: Control, first_seconds: float | None = None
 ) -> Inputs:
-    """Probe both files and decode the speech (only its `first_seconds`, if given); raises BadMedia."""
-    clip = _named(video, "video_url", lambda: media.probe(video.path, settings.max_pixels))
+    """Probe both files and decode the speech (only its `first_seconds`, if given) into the job's folder; raises BadMedia."""
+    pixels, longest = settings.max_pixels, settings.max_audio_sec
+    clip = _named(video, "video_url", lambda: media.probe(video.path, pixels))
     video_stream = _check_clip(clip, settings)
-    _check_length(clip, video_stream.index, "video_url", settings.max_video_sec, "MAX_VIDEO_SEC", settings.max_pixels)
+    _check_length(clip, video_stream.index, "video_url", settings.max_video_sec, "MAX_VIDEO_SEC", pixels)
     control.check()
-    speech = _named(audio, "audio_url", lambda: media.probe(audio.path, settings.max_pixels))
-    if speech.audio is None:
-        raise BadMedia("audio_url: the file has no sound track", field="audio_url", reason="no_audio")
-    _check_length(speech, speech.audio.index, "audio_url", settings.max_audio_sec, "MAX_AUDIO_SEC", settings.max_pixels)
+    info = _named(audio, "audio_url", lambda: media.probe(audio.path, pixels))
+    if info.audio is None:
+        raise BadMedia(f"audio_url: the file has no sound track (taken: {ACCEPTED['audio']})", field="audio_url",
+                       reason="no_audio")
+    _check_length(info, info.audio.index, "audio_url", longest, "MAX_AUDIO_SEC", pixels)
     control.check()
-    pcm = _named(audio, "audio_url", lambda: media.read_pcm(
-        speech, settings.max_audio_sec, min(120.0, control.remaining), settings.max_pixels))
-    seconds = len(pcm) / SAMPLE_RATE
-    if seconds > settings.max_audio_sec + 0.5:
-        raise _too_long("audio_url", seconds, settings.max_audio_sec, "MAX_AUDIO_SEC")
-    if first_seconds is not None:
-        pcm = pcm[: round(first_seconds * SAMPLE_RATE)]
-    return Inputs(clip, speech, pcm)
+    speech = _named(audio, "audio_url", lambda: media.read_speech(
+        info, folder / "speech.wav", longest, min(DECODE_SEC, control.remaining), pixels, first_seconds))
+    if speech.seconds > longest + 0.5:
+        raise _too_long("audio_url", speech.seconds, longest, "MAX_AUDIO_SEC")
+    return Inputs(clip, speech)
 
 
 def _named(source: Source, field: str, work):  # type: ignore[no-untyped-def]
@@ -63,6 +60,9 @@ def _named(source: Source, field: str, work):  # type: ignore[no-untyped-def]
 
 def _check_clip(clip: MediaInfo, settings: Settings) -> VideoInfo:
     video = clip.video
+    if video is None and clip.undecodable:
+        raise BadMedia(f"video_url: no frame can be decoded: {clip.undecodable}", field="video_url",
+                       ffprobe_stderr=clip.undecodable)
     if video is None:
         raise BadMedia("video_url: the file has no picture (cover art does not count)", field="video_url", reason="no_video")
     pixels = video.width * video.height

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from musetalk import Options
 from pipeline import errors, redact, schema
 from pipeline.errors import BadRequest
-from pipeline.geometry import plan
+from pipeline.media import plan
 from pipeline.metrics import PeakMemory, StageTimer, normalise
 from pipeline.run import Service, failure, status_of
 from pipeline.schema import Params, parse

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -227,7 +228,7 @@ def test_blending_planes_equals_blending_rgb(service: Service) -> None:
 
 @pytest.fixture
 def no_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(media.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     before = {t.ident for t in threading.enumerate()}
     yield
     time.sleep(0.3)
@@ -327,7 +328,7 @@ def test_broken_weights_are_named(settings: Settings, tmp_path: Path, short_clip
 
 
 def test_stale_folders_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(media.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / "musetalk-job-old").mkdir()
     (tmp_path / "musetalk-job-old" / "video").write_bytes(b"x")
     with job_folder() as mine:

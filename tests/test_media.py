@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,10 +15,10 @@ import numpy as np
 import pytest
 
 from pipeline import media as m
-from pipeline.errors import BadMedia
-from pipeline.geometry import plan
-from pipeline.media import FrameReader, FrameSource, Mp4Writer
-from tests.conftest import SAMPLES
+from pipeline.errors import BadMedia, FfmpegFailed
+from pipeline.media import FrameReader, FrameSource, Mp4Writer, Speech, child, plan, read_speech
+from tests import exif
+from tests.conftest import SAMPLES, make_media
 from tests.faults.files import mutate
 
 PIXELS = 8_847_360
@@ -42,16 +45,11 @@ def frames(src: FrameSource, start: int = 0, count: int = 1 << 20) -> np.ndarray
     return np.stack(out) if out else np.empty((0, src.frame_bytes), np.uint8)
 
 
-@pytest.fixture(params=["ffprobe", "ffmpeg"])
-def prober(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "ffmpeg":
-        monkeypatch.setattr(m.shutil, "which", lambda _: None)
-    elif not m.shutil.which("ffprobe"):
-        pytest.skip("ffprobe is not installed: probing goes through ffmpeg")
-    return str(request.param)
+def speech(path: Path, seconds: float = 60, first: float | None = None) -> Speech:
+    return read_speech(m.probe(path, PIXELS), path.with_suffix(".decoded.wav"), seconds, 30, PIXELS, first)
 
 
-def test_probe(media: Make, prober: str) -> None:
+def test_probe(media: Make) -> None:
     tagged = media("tagged.mp4", "-f", "lavfi", "-i", MOVING.format(rate="30000/1001"), "-f", "lavfi", "-i", "sine=d=2",
                    "-c:v", "libx264", "-pix_fmt", "yuv420p", "-colorspace", "bt709", "-color_range", "tv", "-color_primaries",
                    "bt709", "-color_trc", "bt709", "-c:a", "aac", "-ac", "2")
@@ -65,12 +63,126 @@ def test_probe(media: Make, prober: str) -> None:
     assert info.duration == pytest.approx(2.0, abs=0.1)
 
 
-def test_rotated_phone_clip(media: Make, prober: str) -> None:
+def test_rotated_phone_clip(media: Make) -> None:
     plain = media("plain.mp4", "-f", "lavfi", "-i", MOVING.format(rate=25), "-c:v", "libx264")
     turned = media("turned.mp4", "-display_rotation", "90", "-i", str(plain), "-c", "copy")
     src = source(turned)
     assert (src.width, src.height) == (180, 320)
     assert len(frames(src)) == 50
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_turned_as_its_exif_data_say(media: Make, tmp_path: Path, kind: str, orientation: int) -> None:
+    codec = {"jpg": ("-q:v", "2"), "png": (), "webp": ("-c:v", "libwebp", "-quality", "90")}[kind]
+    plain = media(f"upright.{kind}", "-f", "lavfi", "-i", "testsrc2=s=320x180", "-frames:v", "1", *codec)
+    path = tmp_path / f"turned.{kind}"
+    path.write_bytes(exif.turned(plain.read_bytes(), orientation))
+    stored = frames(source(plain))[0][: 320 * 180].reshape(180, 320)
+    want = exif.seen(stored, orientation)
+    src = source(path)
+    assert (src.height, src.width) == want.shape
+    got = frames(src)[0][: src.width * src.height].reshape(want.shape)
+    assert np.abs(got.astype(int) - want).mean() < 1
+
+
+@pytest.mark.parametrize(("options", "orientation"), [
+    (("-display_rotation", "90"), 8), (("-display_rotation", "180"), 3), (("-display_rotation", "270"), 6),
+    (("-display_rotation", "0", "-display_hflip"), 2), (("-display_rotation", "90", "-display_hflip"), None),
+], ids=lambda o: str(o))
+def test_a_film_is_turned_as_its_matrix_says(media: Make, tmp_path: Path, options: tuple[str, ...], orientation: int) -> None:
+    plain = media("matrix.mp4", "-f", "lavfi", "-i", MOVING.format(rate=25), "-c:v", "libx264", "-pix_fmt", "yuv420p")
+    turned = make_media(tmp_path / "turned.mp4", *options, "-i", str(plain), "-c", "copy")
+    src = source(turned)
+    stored = frames(source(plain), 0, 1)[0][: 320 * 180].reshape(180, 320)
+    got = frames(src, 0, 1)[0][: 320 * 180].reshape(src.height, src.width)
+    wanted = [exif.seen(stored, o) for o in ([orientation] if orientation else [5, 7])]
+    assert any(want.shape == got.shape and np.abs(got.astype(int) - want).mean() < 1 for want in wanted)
+
+
+def test_a_size_that_changes_on_the_way_is_scaled_to_the_first(media: Make, tmp_path: Path) -> None:
+    both = tmp_path / "both.ts"
+    both.write_bytes(b"".join(
+        media(f"{size}.ts", "-f", "lavfi", "-i", f"testsrc2=s={size}:r=25:d=1", "-c:v", "libx264", "-output_ts_offset", offset)
+        .read_bytes() for size, offset in (("320x180", "0"), ("640x360", "1"))))
+    got = frames(source(both))
+    assert abs(len(got) - 50) <= 2
+    luma = got[:, : 320 * 180].reshape(-1, 180, 320).astype(int)
+    assert np.abs(luma[45] - luma[20]).mean() < 12, "the same picture, made twice"
+
+
+def test_a_frame_stream_of_another_size_than_planned_is_an_error(media: Make) -> None:
+    src = source(media("plan.mp4", "-f", "lavfi", "-i", MOVING.format(rate=25), "-c:v", "libx264"))
+    with pytest.raises(FfmpegFailed, match="180x320 as planned"):
+        frames(replace(src, width=180, height=320))
+
+
+def test_a_decoder_that_is_killed_is_not_the_end_of_the_clip(media: Make) -> None:
+    src = source(media("long.mp4", "-f", "lavfi", "-i", "testsrc2=s=1280x720:r=25:d=8", "-c:v", "libx264",
+                       "-preset", "ultrafast"))
+    reader, buffer = FrameReader(src), np.empty(src.frame_bytes, np.uint8)
+    assert reader.read_into(buffer)
+    os.kill(reader._child.pid, signal.SIGKILL)
+    with pytest.raises(FfmpegFailed, match="SIGKILL") as caught:
+        while reader.read_into(buffer):
+            pass
+    reader.close()
+    assert caught.value.retryable
+
+
+def test_a_clip_that_breaks_off_says_so(media: Make, tmp_path: Path) -> None:
+    whole = media("whole.mp4", "-f", "lavfi", "-i", MOVING.format(rate=25), "-c:v", "libx264",
+                  "-movflags", "+faststart", "-g", "5")
+    data = whole.read_bytes()
+    (tmp_path / "half.mp4").write_bytes(data[: len(data) * 6 // 10])
+    for path, damaged in ((whole, False), (tmp_path / "half.mp4", True)):
+        src = source(path)
+        reader, buffer, count = FrameReader(src), np.empty(src.frame_bytes, np.uint8), 0
+        while reader.read_into(buffer):
+            count += 1
+        assert (count < 50, bool(reader.damaged)) == (damaged, damaged)
+        reader.close()
+
+
+@pytest.mark.parametrize("transfer", ["smpte2084", "arib-std-b67"])
+def test_hdr_becomes_bt709(media: Make, tmp_path: Path, transfer: str) -> None:
+    """A grey ramp in light up to 203 cd/m2 (HDR's reference white) comes out as a plain, rising BT.709 ramp."""
+    ramp = "gradients=s=320x180:c0=black:c1=0x909090:x0=0:y0=90:x1=319:y1=90:d=0.2"
+    tags = f"format=yuv420p10le,setparams=colorspace=bt2020nc:color_primaries=bt2020:color_trc={transfer}:range=tv"
+    path = media(f"{transfer}.mp4", "-f", "lavfi", "-i", ramp, "-vf", tags, "-c:v", "libx265", "-x265-params",
+                 f"log-level=none:colorprim=bt2020:transfer={transfer}:colormatrix=bt2020nc")
+    src = source(path)
+    assert src.info.video
+    assert (src.info.video.is_hdr, src.info.video.matrix, src.info.video.full_range) == (True, "bt709", False)
+    luma = frames(src, 0, 1)[0][: 320 * 180].reshape(180, 320)[90].astype(int)
+    chroma = frames(src, 0, 1)[0][320 * 180 :].astype(int)
+    assert luma.min() >= 14
+    assert luma.max() > 110
+    assert np.abs(chroma - 128).max() <= 4
+    writer = Mp4Writer(tmp_path / "o.mp4", src, speech(media("tone.wav", "-f", "lavfi", "-i", "sine=440:d=2")), 0.2)
+    for frame in frames(src):
+        writer.write(frame)
+    writer.finish(60)
+    writer.close()
+    out = m.probe(tmp_path / "o.mp4", PIXELS).video
+    assert out
+    assert (out.color_space, out.color_primaries, out.color_transfer, out.color_range) == ("bt709", "bt709", "bt709", "tv")
+
+
+def test_interlaced_is_deinterlaced(media: Make) -> None:
+    """Fields of a moving picture lie beside each other in every other line; afterwards lines do not jump."""
+    moving = ("-f", "lavfi", "-i", "testsrc2=s=320x180:r=50:d=1")
+    comb = media("comb.mkv", *moving, "-vf", "interlace=scan=tff:lowpass=off", "-c:v", "ffv1", "-field_order", "tt")
+    video = m.probe(comb, PIXELS).video
+    assert video
+    assert video.interlaced
+
+    def jumps(path: Path) -> float:
+        luma = frames(source(path), 10, 1)[0][: 320 * 180].reshape(180, 320).astype(int)
+        return float(np.abs(luma[1:-1] * 2 - luma[:-2] - luma[2:]).mean())
+
+    whole = media("progressive.mkv", *moving, "-vf", "fps=25", "-c:v", "ffv1")
+    assert jumps(comb) < 1.3 * jumps(whole)
 
 
 @pytest.mark.parametrize(("rate", "fps", "count"), [("60", "25", 50), ("24000/1001", "25", 50), ("25", "30000/1001", 60),
@@ -110,6 +222,14 @@ def test_seeking_gives_the_very_frames_of_a_run_from_the_start(
     ("a.mov", ("-f", "lavfi", "-i", MOVING.format(rate=25), "-c:v", "libx264")),
     ("still.png", ("-f", "lavfi", "-i", "testsrc2=s=320x180", "-frames:v", "1")),
     ("still.jpg", ("-f", "lavfi", "-i", "testsrc2=s=320x180", "-frames:v", "1")),
+    ("moving.gif", ("-f", "lavfi", "-i", MOVING.format(rate=25))),
+    ("moving.webp", ("-f", "lavfi", "-i", MOVING.format(rate=25), "-c:v", "libwebp_anim")),
+    ("still.bmp", ("-f", "lavfi", "-i", "testsrc2=s=320x180", "-frames:v", "1")),
+    ("still.tiff", ("-f", "lavfi", "-i", "testsrc2=s=320x180", "-frames:v", "1")),
+    ("still.avif", ("-f", "lavfi", "-i", "testsrc2=s=320x180", "-frames:v", "1", "-cpu-used", "8")),
+    ("flash.flv", ("-f", "lavfi", "-i", MOVING.format(rate=25))),
+    ("windows.wmv", ("-f", "lavfi", "-i", MOVING.format(rate=25))),
+    ("program.mpg", ("-f", "lavfi", "-i", MOVING.format(rate=25))),
     ("still.webp", ("-f", "lavfi", "-i", "testsrc2=s=320x180", "-frames:v", "1", "-c:v", "libwebp")),
 ])
 def test_any_common_picture(media: Make, name: str, arguments: tuple[str, ...]) -> None:
@@ -122,15 +242,16 @@ def test_any_common_picture(media: Make, name: str, arguments: tuple[str, ...]) 
 @pytest.mark.parametrize(("name", "rate", "channels"), [
     ("a.wav", 8000, 1), ("b.wav", 192000, 2), ("c.mp3", 44100, 2), ("d.m4a", 48000, 6), ("e.flac", 96000, 2),
     ("f.ogg", 44100, 2), ("g.opus", 48000, 1), ("h.mp4", 44100, 1),
+    ("i.amr", 8000, 1), ("j.aiff", 44100, 2), ("k.caf", 48000, 2), ("l.wma", 44100, 2),
 ])
-def test_any_common_sound(media: Make, prober: str, name: str, rate: int, channels: int) -> None:
+def test_any_common_sound(media: Make, name: str, rate: int, channels: int) -> None:
     codec = {"ogg": ["-c:a", "libvorbis"], "opus": ["-c:a", "libopus"]}.get(name.rsplit(".", 1)[1], [])
     picture = ["-f", "lavfi", "-i", MOVING.format(rate=25), "-c:v", "libx264"] if name.endswith("mp4") else []
     path = media(name, "-f", "lavfi", "-i", "sine=440:d=2:r=48000", *picture, *codec, "-ar", str(rate), "-ac", str(channels))
     info = m.probe(path, PIXELS)
     assert info.audio
     assert info.audio.channels == channels
-    pcm = m.read_pcm(info, 60, 30, PIXELS)
+    pcm = speech(path).pcm
     assert len(pcm) == pytest.approx(32000, abs=2200)
     spectrum = np.abs(np.fft.rfft(pcm[4000:20000]))
     assert spectrum.argmax() == pytest.approx(440, abs=2)
@@ -140,11 +261,11 @@ def test_mono_is_the_mean_of_the_channels(media: Make) -> None:
     path = media("lr.wav", "-f", "lavfi", "-i", "sine=440:d=1:r=16000", "-f", "lavfi", "-i", "anullsrc=r=16000:cl=mono:d=1",
                  "-filter_complex", "[0][1]join=inputs=2:channel_layout=stereo")
     mono = media("l.wav", "-f", "lavfi", "-i", "sine=440:d=1:r=16000")
-    both, one = (m.read_pcm(m.probe(p, PIXELS), 9, 9, PIXELS) for p in (path, mono))
+    both, one = (speech(p, 9).pcm for p in (path, mono))
     np.testing.assert_allclose(both, one / 2, atol=2e-3)
 
 
-def test_cover_art_is_no_video(media: Make, prober: str) -> None:
+def test_cover_art_is_no_video(media: Make) -> None:
     art = media("art.png", "-f", "lavfi", "-i", "testsrc2=s=320x180", "-frames:v", "1")
     song = media("song.mp3", "-f", "lavfi", "-i", "sine=d=1", "-i", str(art), "-map", "0", "-map", "1",
                  "-disposition:v", "attached_pic", "-c:v", "copy")
@@ -161,7 +282,7 @@ def test_cover_art_is_no_video(media: Make, prober: str) -> None:
     ("noise.mp4", bytes(range(256)) * 40, "not a media file"),
     ("empty.mp4", b"", "empty"),
 ])
-def test_what_is_not_media(tmp_path: Path, prober: str, name: str, content: bytes, words: str) -> None:
+def test_what_is_not_media(tmp_path: Path, name: str, content: bytes, words: str) -> None:
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(BadMedia, match=words):
@@ -171,9 +292,9 @@ def test_what_is_not_media(tmp_path: Path, prober: str, name: str, content: byte
 def test_encoded_file_has_the_sound_and_the_tags(media: Make, tmp_path: Path) -> None:
     clip = media("tagged2.mp4", "-f", "lavfi", "-i", MOVING.format(rate=25), "-c:v", "libx264", "-pix_fmt", "yuv420p",
                  "-colorspace", "bt709", "-color_range", "tv", "-color_primaries", "bt709", "-color_trc", "bt709")
-    speech = m.probe(media("tone.wav", "-f", "lavfi", "-i", "sine=440:d=2"), PIXELS)
+    tone = speech(media("tone.wav", "-f", "lavfi", "-i", "sine=440:d=2"))
     src = source(clip)
-    writer = Mp4Writer(tmp_path / "o.mp4", src, speech, 2.0)
+    writer = Mp4Writer(tmp_path / "o.mp4", src, tone, 2.0)
     for frame in frames(src):
         writer.write(frame)
     writer.finish(60)
@@ -182,7 +303,7 @@ def test_encoded_file_has_the_sound_and_the_tags(media: Make, tmp_path: Path) ->
     assert info.video
     assert (info.video.color_space, info.video.color_range, info.video.fps) == ("bt709", "tv", 25.0)
     assert info.duration == pytest.approx(2.0, abs=0.05)
-    assert len(m.read_pcm(info, 9, 9, PIXELS)) == pytest.approx(32000, abs=800)
+    assert len(speech(tmp_path / "o.mp4").pcm) == pytest.approx(32000, abs=800)
     before, after = (frames(source(p)).astype(int) for p in (clip, tmp_path / "o.mp4"))
     for plane in (slice(0, 320 * 180), slice(320 * 180, None)):
         assert np.abs(before[:, plane] - after[:, plane]).mean() < 3, "the colours are the source's"
@@ -196,11 +317,13 @@ def test_damaged_sound_never_hangs_the_encoder(media: Make, tmp_path: Path) -> N
     presenter, cut = SAMPLES / "presenter.mp4", ("-ss", "0.3", "-i", str(SAMPLES / "speech.wav"), "-t", "0.3")
     whole = media("whole.mp3", "-i", str(media("cut.wav", *cut)))
     (tmp_path / "damaged.mp3").write_bytes(mutate(whole.read_bytes(), random.Random(1018)))
-    speech, src = m.probe(tmp_path / "damaged.mp3", PIXELS), source(presenter, resolution="360p")
+    src = source(presenter, resolution="360p")
     pictures = frames(src, 0, 4)
 
     def encode(number: int) -> None:
-        writer = Mp4Writer(tmp_path / f"{number}.mp4", src, speech, 0.16)
+        info = m.probe(tmp_path / "damaged.mp3", PIXELS)
+        damaged = read_speech(info, tmp_path / f"{number}.wav", 60, 10, PIXELS)
+        writer = Mp4Writer(tmp_path / f"{number}.mp4", src, damaged, 0.16)
         try:
             for frame in pictures:
                 writer.write(frame)
@@ -214,7 +337,7 @@ def test_damaged_sound_never_hangs_the_encoder(media: Make, tmp_path: Path) -> N
 
 def test_children_get_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("B2_APP_KEY", "canary")
-    code, out, _ = m.run(["/usr/bin/env"], 5)
+    code, out, _ = child.run(["/usr/bin/env"], 5)
     assert code == 0
     assert b"canary" not in out
     assert b"PATH=" in out

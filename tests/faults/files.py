@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import random
-import shutil
+import signal
 import struct
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
-from pipeline import media as module
+from pipeline.control import Control
+from pipeline.media import child as module
+from pipeline.media import probe as probing
 from pipeline.run import Service, status_of
 from pipeline.stages import one_thread
+from tests import exif
 from tests.conftest import make_media
-from tests.faults.world import SUCCESS, Body, Expect, Row, World, media, processing
+from tests.faults.world import SUCCESS, Body, Expect, Row, World, children, media, processing
 
 NOT_MEDIA = media("validation", words="not a media file")
 NO_FACE = media("preprocessing", words="face")
@@ -86,7 +91,14 @@ CLIPS: dict[str, tuple[str, tuple[str, ...], Expect]] = {
     "tiny": ("tiny.mp4", ("-f", "lavfi", "-i", "color=red:s=16x16:d=0.2", *X264), media("validation", words="smaller than")),
     "16k x 16k PNG": ("huge.png", ("-f", "lavfi", "-i", "color=red:s=16000x16000", "-frames:v", "1"),
                   media("validation", words="MAX_PIXELS")),
-    "GIF": ("film.gif", (*FACE, "-frames:v", "3"), NOT_MEDIA),
+    "GIF": ("film.gif", (*FACE, "-frames:v", "3"), SUCCESS),
+    "animated WebP": ("film.webp", (*FACE, "-c:v", "libwebp_anim"), SUCCESS),
+    "BMP": ("still.bmp", (*FACE, "-frames:v", "1"), SUCCESS), "TIFF": ("still.tiff", (*FACE, "-frames:v", "1"), SUCCESS),
+    "AVIF": ("still.avif", (*FACE, "-frames:v", "1", "-cpu-used", "8"), SUCCESS),
+    "FLV": ("film.flv", FACE, SUCCESS), "WMV": ("film.wmv", FACE, SUCCESS), "MPEG-PS": ("film.mpg", FACE, SUCCESS),
+    "HDR10": ("hdr.mp4", (*FACE, "-vf", "format=yuv420p10le,setparams=colorspace=bt2020nc:color_primaries=bt2020:"
+                          "color_trc=smpte2084", "-c:v", "libx265", "-x265-params", "log-level=none"), SUCCESS),
+    "4K, a large face": ("uhd.mp4", (*FACE, "-frames:v", "1", "-vf", "scale=3840:2160", *X264), SUCCESS),
     "longer than MAX_VIDEO_SEC": ("hours.mp4", ("-f", "lavfi", "-i", "color=red:s=64x64:r=1:d=700", *X264),
                                   media("validation", words="MAX_VIDEO_SEC")),
 }
@@ -97,7 +109,8 @@ SOUNDS: dict[str, tuple[str, tuple[str, ...], Expect]] = {
     **{f"{n} channels": (f"channels{n}.wav", ("-i", "{speech}", "-ac", str(n)), SUCCESS) for n in range(2, 9)},
     **{f"{kind}": (f"speech.{kind}", ("-i", "{speech}", *codec), SUCCESS) for kind, codec in {
         "mp3": (), "m4a": ("-c:a", "aac"), "flac": (), "ogg": ("-c:a", "libvorbis"),
-        "opus": ("-c:a", "libopus", "-ar", "48000"), "aac": (), "webm": ("-c:a", "libopus", "-ar", "48000")}.items()},
+        "opus": ("-c:a", "libopus", "-ar", "48000"), "aac": (), "webm": ("-c:a", "libopus", "-ar", "48000"),
+        "amr": ("-ar", "8000"), "aiff": (), "caf": (), "wma": ()}.items()},
     "a video's sound track": ("talk.mp4", (*FACE, "-i", "{speech}", "-c:v", "copy", "-c:a", "aac"), SUCCESS),
     "silent": ("silent.wav", ("-f", "lavfi", "-i", "anullsrc=r=16000:cl=mono", "-t", "0.3"), SUCCESS),
     "8 bit": ("eight.wav", ("-i", "{speech}", "-c:a", "pcm_u8"), SUCCESS),
@@ -138,11 +151,13 @@ def no_index(w: World) -> Body:
 
 
 def truncated(w: World) -> None:
-    """The index promises 50 frames, the data ends half way: what is there is used."""
+    """The index promises 50 frames, the data ends half way: what is there is used, and the metrics say so."""
     make(w, "fifty.mp4", "-stream_loop", "9", *FACE, "-frames:v", "50", *X264, "-movflags", "+faststart", "-g", "5")
     data = (w.files / "fifty.mp4").read_bytes()
-    body = w.job(video=write(w, "half.mp4", data[: len(data) * 6 // 10]))
+    words = make(w, "two.wav", "-i", "{speech}", "-af", "apad=whole_dur=2")
+    body = w.job(video=write(w, "half.mp4", data[: len(data) * 6 // 10]), audio=words)
     assert body["status"] == "success", body
+    assert "video_url" in body["metrics"]["damaged"], body
 
 
 def forged_duration(seconds: float) -> Callable[[World], Body]:
@@ -199,6 +214,54 @@ def many_channels(w: World) -> Body:
     return w.job(audio=write(w, "channels.m4a", bytes(data)))
 
 
+def phone_photo(orientation: int) -> Callable[[World], Body]:
+    """A portrait photo: the picture lies on its side, the EXIF data say how to hold it."""
+    def act(w: World) -> Body:
+        lying = {6: "transpose=cclock", 8: "transpose=clock"}[orientation]
+        make(w, f"lying{orientation}.jpg", *FACE, "-frames:v", "1", "-vf", f"crop=270:360,{lying}", "-q:v", "2")
+        data = (w.files / f"lying{orientation}.jpg").read_bytes()
+        body = w.job(video=write(w, f"photo{orientation}.jpg", exif.turned(data, orientation)))
+        assert body["status"] == "success", body
+        video = probing.probe(Path(body["output_url"].removeprefix("file://")), 10**7).video
+        assert video
+        assert (video.width, video.height) == (270, 360), video
+        return body
+    return act
+
+
+def killed_decoder(which: str) -> Callable[[World], None]:
+    """The decoder of a running job is killed (really): retryable, and what was prepared so far is not taken for the clip."""
+    def act(w: World) -> None:
+        film, words = f"minutes-{which}.mp4", f"minutes-{which}.flac"
+        make(w, film, "-stream_loop", "99", *FACE, "-frames:v", "200", *X264, "-g", "10", "-crf", "40")
+        make(w, words, "-stream_loop", "999", "-i", "{speech}", "-t", "6" if which == "video" else "590", "-ar", "48000",
+             "-ac", "2" if which == "video" else "8")
+        service, killed = w.another(max_download_mb=200.0), threading.Event()
+        mark = f"/{which}".encode()
+
+        def murder() -> None:
+            while not killed.wait(0.005):
+                for pid in (c.split()[1] for c in children()):
+                    line = _read(Path(f"/proc/{pid}/cmdline"))
+                    if mark in line and (b"yuv4mpegpipe" in line or b"f32le" in line or b"rawvideo" in line):
+                        killed.wait(1.0 if which == "video" else 0.1)
+                        os.kill(int(pid), signal.SIGKILL)
+                        killed.set()
+
+        thread = threading.Thread(target=murder)
+        thread.start()
+        body = w.job(service, Control(120.0), video=film if which == "video" else "clip.mp4", audio=words)
+        killed.set()
+        thread.join()
+        stage = "inference" if which == "video" else "validation"
+        assert (wrong := processing(stage, True, "SIGKILL").differs(body)) == "", wrong
+        if which == "video":
+            again = w.job(service, Control(120.0), video=film, audio=words)
+            assert again["status"] == "success", again
+            assert not again["metrics"]["avatar_cached"], "the killed job's frames were taken for the clip"
+    return act
+
+
 def child_memory(w: World) -> None:
     """ffmpeg gets 64 MB (really, by its limit): the job fails cleanly and promptly."""
     make(w, "hd.mp4", *FACE, "-vf", "scale=3840:2160", "-frames:v", "3", *X264)
@@ -212,10 +275,7 @@ def hung_child(w: World) -> Body:
     script = w.folder / "hangs.sh"
     script.write_text("#!/bin/sh\ntrap '' TERM\nsh -c 'trap \"\" TERM; sleep 999; : hangs.sh'\n")
     script.chmod(0o755)
-    with (
-        mock.patch.object(module, "ffmpeg", return_value=str(script)), mock.patch.object(module, "PROBE_SEC", 1),
-        mock.patch.object(shutil, "which", return_value=None),
-    ):
+    with mock.patch.object(module, "ffmpeg", return_value=str(script)), mock.patch.object(probing, "PROBE_SEC", 1):
         body = w.job()
     left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if b"hangs.sh" in _read(p)]
     assert not left, "a process of the hung group lives on"
@@ -313,6 +373,10 @@ ROWS = [
     Row("files", "WAV that announces 4 GB", forged_wav),
     Row("files", "sound of 60,000 channels", many_channels), Row("files", "ffmpeg's memory limit", child_memory),
     Row("files", "ffmpeg hangs and ignores SIGTERM", hung_child, processing("validation", True, "took more than")),
+    Row("files", "a portrait phone photo, EXIF 6", phone_photo(6)),
+    Row("files", "a portrait phone photo, EXIF 8", phone_photo(8)),
+    Row("files", "the clip's decoder is killed", killed_decoder("video"), limit_sec=120),
+    Row("files", "the speech's decoder is killed", killed_decoder("audio"), limit_sec=120),
     Row("files", "150 mutated files", fuzz(150), limit_sec=200),
     Row("files", "2,000 mutated files", fuzz(2000), limit_sec=1800, long=True),
 ]

@@ -1,0 +1,14 @@
+"""The only callers of ffmpeg: probe, frames, the speech, MP4; and the output's geometry."""
+
+from pipeline.media.child import ffmpeg
+from pipeline.media.encoder import Mp4Writer, video_encoder
+from pipeline.media.formats import ACCEPTED
+from pipeline.media.frames import FrameReader, FrameSource
+from pipeline.media.geometry import Geometry, plan
+from pipeline.media.probe import AudioInfo, MediaInfo, VideoInfo, packet_seconds, probe
+from pipeline.media.sound import SAMPLE_RATE, Speech, read_speech
+
+__all__ = [
+    "ACCEPTED", "SAMPLE_RATE", "AudioInfo", "FrameReader", "FrameSource", "Geometry", "MediaInfo", "Mp4Writer", "Speech",
+    "VideoInfo", "ffmpeg", "packet_seconds", "plan", "probe", "read_speech", "video_encoder",
+]

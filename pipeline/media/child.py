@@ -1,0 +1,127 @@
+"""Child processes: how ffmpeg is started, limited, watched and ended. Nothing else starts one.
+
+Files come from strangers. Every child gets an environment without secrets, its own process group and, when it reads a
+stranger's file, a memory limit, a container whitelist and a pixel limit; it is killed with its group when not wanted any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import os
+import re
+import resource
+import signal
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import imageio_ffmpeg
+
+from pipeline import redact
+from pipeline.errors import FfmpegFailed
+from pipeline.settings import child_environment
+
+PIPE_BYTES = 1 << 20
+MEMORY_LIMIT = 6 << 30  # bytes of address space of a child that reads a stranger's file
+END_SEC = 10.0  # from the end of a child's output to its own
+STARVED = re.compile(r"Cannot allocate memory|Resource temporarily unavailable|error while loading shared libraries")
+
+
+@functools.lru_cache(maxsize=1)
+def ffmpeg() -> str:
+    """Path of the ffmpeg to use (IMAGEIO_FFMPEG_EXE, else the packaged one)."""
+    return imageio_ffmpeg.get_ffmpeg_exe()
+
+
+def spawn(command: Sequence[str], memory: int | None, **pipes: Any) -> subprocess.Popen[bytes]:
+    """Start a child in a process group of its own, with at most `memory` bytes of address space if given."""
+    child = subprocess.Popen(list(command), env=child_environment(), start_new_session=True, bufsize=0, **pipes)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if memory is not None:
+            resource.prlimit(child.pid, resource.RLIMIT_AS, (memory, memory))
+        resource.prlimit(child.pid, resource.RLIMIT_CORE, (0, 0))
+    return child
+
+
+def signal_group(child: subprocess.Popen[bytes]) -> None:
+    """Kill the child's whole group; safe from any thread, closes nothing."""
+    if child.returncode is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)
+
+
+def kill(child: subprocess.Popen[bytes]) -> None:
+    """End the child's whole group at once, collect it and close its pipes."""
+    signal_group(child)
+    child.wait()
+    for pipe in (child.stdin, child.stdout, child.stderr):
+        if pipe:
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+
+def run(command: Sequence[str], timeout: float, limited: bool = True) -> tuple[int, bytes, str]:
+    """Run to the end: exit code, stdout, stderr. Raises FfmpegFailed when it hangs, is killed or lacks memory."""
+    child = spawn(command, MEMORY_LIMIT if limited else None, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                  stderr=subprocess.PIPE)
+    try:
+        out, err = child.communicate(timeout=timeout)
+        said = err.decode(errors="replace")
+        check_exit(Path(command[0]).name, child.returncode, said)
+        return child.returncode, out, said
+    except subprocess.TimeoutExpired:
+        raise FfmpegFailed(f"{Path(command[0]).name} took more than {timeout:g} s", timeout_seconds=timeout) from None
+    finally:
+        kill(child)
+
+
+def check_exit(name: str, code: int, said: str) -> None:
+    """Raise FfmpegFailed for an end that says nothing about the file: by a signal, or for lack of memory.
+
+    At the pipe such an end looks like the end of the file.
+    """
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            raise FfmpegFailed(f"{name} was killed ({signal.Signals(-code).name})", exit_status=code)
+        raise FfmpegFailed(f"{name} was killed (signal {-code})", exit_status=code)
+    if code and STARVED.search(said):
+        raise FfmpegFailed(f"{name} ran out of memory", exit_status=code, ffprobe_stderr=tail(said))
+
+
+def tail(text: str, path: Path | None = None, limit: int = 400) -> str:
+    """The end of ffmpeg's complaints, without the file's local path."""
+    text = redact.text(text.replace(f"file:{path}", "input").replace(str(path), "input") if path else text)
+    return text.strip()[-limit:]
+
+
+class Child:
+    """An ffmpeg process that runs along, its complaints kept in a temporary file."""
+
+    def __init__(self, command: Sequence[str], path: Path, memory: int | None, **pipes: Any) -> None:
+        """`path` is the file that complaints call "input"."""
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        self._path, self._aborted = path, False
+        self._child = spawn(command, memory, stderr=self._log, **pipes)
+        for pipe in (self._child.stdin, self._child.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # a larger pipe: fewer wake-ups for each frame
+                    fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+
+    def complaint(self) -> str:
+        """What ffmpeg said, without the local path of its file."""
+        self._log.seek(0)
+        return tail(self._log.read().decode(errors="replace"), self._path)
+
+    def abort(self) -> None:
+        """Make a read or write in another thread end at once."""
+        self._aborted = True
+        signal_group(self._child)
+
+    def close(self) -> None:
+        """End the process if it still runs."""
+        kill(self._child)
+        self._log.close()

@@ -1,0 +1,116 @@
+"""Frames and speech -> MP4, and which encoder does it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import subprocess
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import BadMedia, FfmpegFailed
+from pipeline.media import child
+from pipeline.media.child import Child
+from pipeline.media.frames import FrameSource
+from pipeline.media.probe import VideoInfo
+from pipeline.media.sound import Speech
+
+log = logging.getLogger("musetalk.media")
+NVENC = ("-c:v", "h264_nvenc", "-preset", "p4", "-rc", "vbr", "-cq", "19", "-b:v", "0")
+X264 = ("-c:v", "libx264", "-preset", "veryfast", "-crf", "18")
+
+
+@functools.lru_cache(maxsize=1)
+def video_encoder() -> tuple[str, ...]:
+    """Encoder options: NVENC when a trial encode works here, else x264 with a preset that keeps up. Logged with the reason."""
+    reason = _nvenc_refused()
+    chosen = X264 if reason else NVENC
+    log.info("video encoder: %s (%s)", chosen[1], reason or "its trial encode worked")
+    return chosen
+
+
+def _nvenc_refused() -> str:
+    """Why NVENC cannot be used; empty when it can."""
+    if not Path("/dev/nvidiactl").exists():
+        return "no NVIDIA device"
+    trial = [child.ffmpeg(), "-nostdin", "-v", "error", "-f", "lavfi", "-i", "color=black:s=256x256:r=25:d=0.2", *NVENC,
+             "-f", "null", "-"]
+    try:
+        code, _, err = child.run(trial, 15, limited=False)  # CUDA reserves far more addresses than it uses
+    except FfmpegFailed as e:
+        return e.message
+    return (err.strip()[-200:] or f"trial encode failed: exit {code}") if code else ""
+
+
+class Mp4Writer(Child):
+    """Encodes yuv420p frames and the speech into an MP4, once. It reads our own files only, so it has no memory limit."""
+
+    def __init__(
+        self, path: Path, source: FrameSource, speech: Speech, seconds: float, encoder: tuple[str, ...] | None = None,
+        tags: tuple[str, ...] = (),
+    ) -> None:
+        """`seconds` is the length of the sound at most, `tags` are options that write metadata."""
+        video = source.info.video
+        if video is None:
+            raise BadMedia("no video stream")
+        command = [
+            child.ffmpeg(), "-nostdin", "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "yuv420p",
+            "-s", f"{source.width}x{source.height}", "-r", f"{source.fps.numerator}/{source.fps.denominator}", "-i", "pipe:0",
+            "-f", "wav", "-i", f"file:{speech.path}", "-map", "0:v", "-map", "1:a", "-map_metadata", "-1", *tags,
+            *(encoder or video_encoder()), *colour_tags(video), "-pix_fmt", "yuv420p",
+            "-af", f"atrim=end={seconds:.6f}", "-c:a", "aac", "-b:a", "160k", "-movflags", "+faststart", "-f", "mp4",
+            f"file:{path}",
+        ]
+        super().__init__(command, path, None, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+
+    def write(self, frame: NDArray[np.uint8]) -> None:
+        """Add one frame. Raises FfmpegFailed when the encoder died."""
+        view = frame.data.cast("B")
+        try:
+            while view:
+                view = view[self._child.stdin.write(view) :]  # type: ignore[union-attr]
+        except (BrokenPipeError, ValueError):
+            raise self._failure() from None
+
+    def finish(self, timeout: float) -> None:
+        """Close the stream and wait for the file."""
+        if self._child.stdin:
+            with contextlib.suppress(BrokenPipeError):
+                self._child.stdin.close()
+        try:
+            code = self._child.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise FfmpegFailed(f"the encoder did not finish within {timeout:g} s", timeout_seconds=timeout) from None
+        if code or not self._path.is_file() or not self._path.stat().st_size:
+            raise self._failure()
+
+    def _failure(self) -> Exception:
+        code = self._child.poll()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._child.wait(5)
+        said = self.complaint()
+        if "No space left" in said:
+            return OSError(28, "No space left on device")
+        try:
+            child.check_exit("the encoder", code or 0, said)
+        except FfmpegFailed as e:
+            return e
+        return FfmpegFailed(f"the encoder stopped (exit {code}): {said[-200:]}", ffprobe_stderr=said)
+
+
+def colour_tags(video: VideoInfo) -> list[str]:
+    """Mark the frames with the source's colour tags; an untagged source stays untagged.
+
+    As a filter that only marks: given as output options, ffmpeg would take the raw frames for BT.601 and convert them.
+    """
+    if video.is_rgb or video.is_hdr:
+        return ["-vf", "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"]
+    tags = [f"{name}={value}" for name, value in (
+        ("colorspace", video.color_space), ("color_primaries", video.color_primaries), ("color_trc", video.color_transfer),
+    ) if value not in ("unknown", "reserved", "gbr", "N/A")]
+    if video.full_range or video.color_range == "tv":
+        tags.append(f"range={'pc' if video.full_range else 'tv'}")
+    return ["-vf", "setparams=" + ":".join(tags)] if tags else []

@@ -1,0 +1,158 @@
+"""A clip's frames, read from ffmpeg at one exact size and rate."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.errors import BadMedia, FfmpegFailed
+from pipeline.media import child
+from pipeline.media.child import END_SEC, Child
+from pipeline.media.formats import guarded
+from pipeline.media.probe import MediaInfo, VideoInfo
+
+FRAME = b"FRAME\n"  # what y4m puts before each frame
+TONE_MAP = (
+    "zscale=tin={transfer}:pin=bt2020:min={matrix}:rin={range}:t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,"
+    "tonemap=hable:desat=0,zscale=t=bt709:m=bt709:r=limited")
+
+
+@dataclass(frozen=True)
+class FrameSource:
+    """A clip as yuv420p frames of one size at one exact rate: frame i is what is shown at i / fps."""
+
+    info: MediaInfo
+    width: int
+    height: int
+    fps: Fraction
+    filters: tuple[str, ...]
+    max_pixels: int
+
+    @property
+    def frame_bytes(self) -> int:
+        return self.width * self.height * 3 // 2
+
+    def command(self, start: int, count: int) -> tuple[list[str], int]:
+        """ffmpeg's command for `count` frames from frame `start`, and how many leading frames to drop.
+
+        The rate filter must choose the same frames after a seek as in a run from the beginning. So timestamps stay
+        the file's own, the seek begins at a key frame, the filter's origin is a moment that lies on the output's grid
+        and on the microsecond, and every timestamp is moved by 7 us, so that no frame lies exactly between two output
+        frames, where rounding could go either way.
+        """
+        info, video = self.info, self.info.video
+        if video is None:
+            raise BadMedia("no video stream")
+        a, b = self.fps.numerator, self.fps.denominator
+        unit = Fraction(b, 1000) if b > 1 and a % 1000 == 0 else Fraction(b)  # seconds that are whole frames
+        origin = max(0, int(start / self.fps / unit) - 1) * unit
+        drop = start - int(origin * self.fps)
+        seek = ["-noaccurate_seek", "-ss", f"{float(origin):.6f}"] if origin else []
+        rate = [f"settb=1/1000000,setpts=PTS+7,fps={a}/{b}:start_time={float(origin):.6f}"]
+        chain = [*(["bwdif=deint=interlaced"] if video.interlaced else []), *([] if info.opener.still else rate),
+                 *self._size(video), *self.filters, *_colour(video), "format=yuv420p"]
+        # the graph is not made anew when the picture's size changes on the way: the rate filter would count from its origin
+        fixed = [] if video.interlaced else ["-reinit_filter", "0"]
+        return [
+            child.ffmpeg(), "-nostdin", "-v", "error", "-threads", "2", "-copyts", "-start_at_zero", *seek, *fixed,
+            *guarded(info.path, self.max_pixels, info.opener),
+            "-map", f"0:{video.index}", "-an", "-sn", "-dn", "-vf", ",".join(chain), "-fps_mode", "passthrough",
+            "-frames:v", str(drop + count), "-f", "yuv4mpegpipe", "pipe:1",
+        ], drop
+
+    def _size(self, video: VideoInfo) -> list[str]:
+        """Square pixels of the probed size, whatever size a picture on the way has; nothing when it has that size."""
+        return [f"scale={video.width}:{video.height}", "setsar=1"]
+
+
+def _colour(video: VideoInfo) -> list[str]:
+    """Filters that bring the frames to 8 bit Y'CbCr of the matrix and range that VideoInfo states."""
+    if video.is_hdr:
+        full = video.color_range in ("pc", "jpeg")
+        matrix = "gbr" if video.is_rgb else "2020_cl" if video.color_space == "bt2020c" else "2020_ncl"
+        return [TONE_MAP.format(transfer=video.color_transfer, matrix=matrix, range="full" if full else "limited")]
+    if video.is_rgb:
+        return ["scale=out_color_matrix=bt709:out_range=tv"]
+    return ["scale=in_range=pc:out_range=pc"] if video.full_range else []
+
+
+class FrameReader(Child):
+    """Reads a FrameSource's frames one by one into buffers the caller owns."""
+
+    def __init__(self, source: FrameSource, start: int = 0, count: int = 1 << 30) -> None:
+        command, self._drop = source.command(start, min(count, (1 << 30) - start))
+        super().__init__(command, source.info.path, child.MEMORY_LIMIT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        self._source, self._begun, self._mark = source, False, bytearray(len(FRAME))
+        self._status = 0  # exit status, once it has ended
+
+    @property
+    def damaged(self) -> str:
+        """What is wrong with the clip as far as it was read; empty when nothing is."""
+        return self.complaint() or (f"the decoder ended with status {self._status}" if self._status else "")
+
+    def read_into(self, buffer: NDArray[np.uint8]) -> bool:
+        """Fill `buffer` with the next frame; False at the end of what can be decoded, or once aborted.
+
+        Raises FfmpegFailed when the decoder was killed, lacked memory, or its frames are not of the planned size.
+        """
+        while True:
+            if not self._frame(buffer):
+                return False
+            if not self._drop:
+                return True
+            self._drop -= 1
+
+    def _frame(self, buffer: NDArray[np.uint8]) -> bool:
+        if not self._begun and not self._header():
+            return self._end(0)
+        if got := self._fill(memoryview(self._mark)):
+            if got == len(FRAME) and self._mark != FRAME:
+                raise FfmpegFailed("the decoder's frames are not of the planned size")
+            view = buffer.data.cast("B")[: self._source.frame_bytes]
+            if got == len(FRAME) and (got := self._fill(view)) == len(view):
+                return True
+        return self._end(got)
+
+    def _header(self) -> bool:
+        """Read the stream's header, which states the frames' size; False when it ends before."""
+        line, byte = bytearray(), bytearray(1)
+        while self._fill(memoryview(byte)):
+            if byte == b"\n":
+                break
+            line += byte
+        else:
+            return False
+        size = re.match(rb"YUV4MPEG2 W(\d+) H(\d+) .*\bC420", line)
+        if size is None or (int(size[1]), int(size[2])) != (self._source.width, self._source.height):
+            raise FfmpegFailed(f"the decoder's frames are not {self._source.width}x{self._source.height} as planned: "
+                               f"{line[:60].decode(errors='replace')}")
+        self._begun = True
+        return True
+
+    def _fill(self, view: memoryview) -> int:
+        """Read until `view` is full or the stream ends: bytes read."""
+        out, got = self._child.stdout, 0
+        while out is not None and got < len(view):
+            count = out.readinto(view[got:])  # type: ignore[attr-defined]
+            if not count:
+                break
+            got += count
+        return got
+
+    def _end(self, got: int) -> bool:
+        """Judge the end of the stream after `got` bytes of a frame: a decoder that was killed ends it as well."""
+        try:
+            self._status = self._child.wait(END_SEC)
+        except subprocess.TimeoutExpired:
+            raise FfmpegFailed("the decoder closed its output but does not end", timeout_seconds=END_SEC) from None
+        if self._aborted:
+            return False
+        child.check_exit("the decoder", self._status, self.complaint())
+        if got:
+            raise FfmpegFailed(f"the decoder ended inside a frame (exit {self._status})", exit_status=self._status)
+        return False

@@ -1,0 +1,143 @@
+"""One clock for the speech: what the mouth is generated from is what the viewer hears, whatever the container does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import media as m
+from pipeline.errors import FfmpegFailed
+from pipeline.media import FrameReader, FrameSource, Mp4Writer, Speech, read_speech
+from tests.conftest import SAMPLES
+from tests.faults.world import children
+
+PIXELS = 8_847_360
+Make = Callable[..., Path]
+WORDS = ("-t", "2", "-i", str(SAMPLES / "speech.wav"))
+PICTURE = ("-f", "lavfi", "-i", "color=gray:s=64x64:r=25:d=3")
+GAP = "asetpts='PTS+gt(T,0.9)*0.6/TB'"
+
+
+def speech(path: Path, folder: Path, first: float | None = None) -> Speech:
+    return read_speech(m.probe(path, PIXELS), folder / "decoded.wav", 60, 30, PIXELS, first)
+
+
+def output(spoken: Speech, clip: Path, folder: Path) -> Path:
+    """The MP4 of a speech over a grey picture."""
+    source = FrameSource(m.probe(clip, PIXELS), 64, 64, Fraction(25), (), PIXELS)
+    reader, frame = FrameReader(source), np.empty(source.frame_bytes, np.uint8)
+    assert reader.read_into(frame)
+    reader.close()
+    count = int(spoken.seconds * 25)
+    writer = Mp4Writer(folder / "o.mp4", source, spoken, count / 25)
+    for _ in range(count):
+        writer.write(frame)
+    writer.finish(60)
+    writer.close()
+    return folder / "o.mp4"
+
+
+def lag(a: np.ndarray, b: np.ndarray) -> float:
+    """Seconds that `a` is later than `b`, by cross-correlation."""
+    size = 1 << (len(a) + len(b)).bit_length()
+    correlation = np.fft.irfft(np.fft.rfft(a, size) * np.conj(np.fft.rfft(b, size)))
+    at = int(correlation.argmax())
+    return (at - size if at > size // 2 else at) / m.SAMPLE_RATE
+
+
+def ogg_twice(make: Make) -> Path:
+    """Two Ogg files one after the other, as recorders write them: the timestamps begin anew."""
+    once = make("once.ogg", "-i", str(SAMPLES / "speech.wav"), "-t", "1", "-c:a", "libvorbis")
+    twice = once.with_name("twice.ogg")
+    twice.write_bytes(once.read_bytes() * 2)
+    return twice
+
+
+# name -> (file, ffmpeg's arguments, seconds of silence before it)
+ROWS: dict[str, tuple[str, tuple[str, ...], float]] = {
+    "wav": ("clock-a.wav", WORDS, 0), "mp3": ("clock-b.mp3", WORDS, 0), "aac": ("clock-c.aac", WORDS, 0),
+    "m4a, encoder delay": ("clock-d.m4a", WORDS, 0), "opus": ("clock-e.opus", (*WORDS, "-c:a", "libopus"), 0),
+    "video, sound from 0.736 s": ("clock-f.mp4", (*PICTURE, "-itsoffset", "0.736", *WORDS, "-c:v", "libx264"), 0.736),
+    "mkv, sound from 0.8 s": ("clock-g.mkv", (*PICTURE, "-itsoffset", "0.8", *WORDS, "-c:v", "libx264"), 0.8),
+    "mkv, sound from 0.12 s": ("clock-h.mkv", (*PICTURE, "-itsoffset", "0.12", *WORDS, "-c:v", "libx264"), 0.12),
+    "negative start": ("clock-i.mkv", (*PICTURE, *WORDS, "-c:v", "libx264", "-output_ts_offset", "-0.3"), 0),
+    "edit list": ("clock-j.mp4", (*PICTURE, "-ss", "0.37", *WORDS, "-c:v", "libx264", "-c:a", "aac"), 0),
+    "transport stream": ("clock-k.ts", (*PICTURE, *WORDS, "-c:v", "libx264", "-c:a", "aac"), 0),
+    "gap in the timestamps": ("clock-l.mkv", (*WORDS, "-af", GAP, "-c:a", "pcm_s16le"), 0),
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_viewer_hears_what_the_mouth_was_generated_from(media: Make, tmp_path: Path, row: str) -> None:
+    name, arguments, late = ROWS[row]
+    whole = speech(media("clock-a.wav", *WORDS), tmp_path).pcm
+    spoken = speech(media(name, *arguments), tmp_path)
+    heard = speech(output(spoken, media("grey.mp4", *PICTURE), tmp_path), tmp_path).pcm
+    assert abs(lag(heard, spoken.pcm)) <= 0.010
+    assert abs(len(heard) - len(spoken.pcm)) <= 0.1 * m.SAMPLE_RATE
+    if late:
+        assert abs(lag(spoken.pcm, whole) - late) <= 0.03
+        assert len(spoken.pcm) / m.SAMPLE_RATE == pytest.approx(2 + late, abs=0.05), "its end is not cut off"
+    if "gap" in row:
+        assert len(spoken.pcm) / m.SAMPLE_RATE == pytest.approx(2.6, abs=0.05)
+
+
+def test_timestamps_that_begin_anew_go_on(media: Make, tmp_path: Path) -> None:
+    twice = speech(ogg_twice(media), tmp_path)
+    assert twice.seconds == pytest.approx(2.0, abs=0.05)
+    halves = twice.pcm[: m.SAMPLE_RATE], twice.pcm[m.SAMPLE_RATE : 2 * m.SAMPLE_RATE]
+    assert np.abs(halves[1]).mean() == pytest.approx(np.abs(halves[0]).mean(), rel=0.1)
+
+
+def test_a_gap_of_a_day_takes_no_memory(media: Make, tmp_path: Path) -> None:
+    path = media("day.mkv", *WORDS, "-af", "asetpts='PTS+gt(T,0.9)*86400/TB'", "-c:a", "pcm_s16le")
+    assert speech(path, tmp_path).seconds <= 61
+
+
+def test_only_the_first_seconds(media: Make, tmp_path: Path) -> None:
+    spoken = speech(media("clock-a.wav", *WORDS), tmp_path, 0.5)
+    assert spoken.seconds == pytest.approx(0.5, abs=0.01)
+    assert m.probe(spoken.path, PIXELS).duration == pytest.approx(0.5, abs=0.01)
+
+
+def test_wav_and_mouth_are_the_same_samples(media: Make, tmp_path: Path) -> None:
+    spoken = speech(media("clock-s.m4a", *WORDS, "-ac", "2", "-ar", "44100"), tmp_path)
+    assert (spoken.rate, spoken.channels, spoken.damaged) == (44100, 2, "")
+    again = read_speech(m.probe(spoken.path, PIXELS), tmp_path / "again.wav", 60, 30, PIXELS)
+    assert len(again.pcm) == len(spoken.pcm)
+    assert np.abs(again.pcm - spoken.pcm).max() < 1e-3
+
+
+def test_a_decoder_that_is_killed_is_not_the_end_of_the_speech(media: Make, tmp_path: Path) -> None:
+    path = media("minutes.flac", "-f", "lavfi", "-i", "sine=220:r=48000:d=1500", "-ac", "2")
+    info = m.probe(path, PIXELS)
+    before = set(children())
+
+    def murder() -> None:
+        while not (found := [c for c in children() if c not in before]):
+            time.sleep(0.01)
+        time.sleep(0.3)
+        os.kill(int(found[0].split()[1]), signal.SIGKILL)
+
+    thread = threading.Thread(target=murder)
+    thread.start()
+    with pytest.raises(FfmpegFailed, match="SIGKILL"):
+        read_speech(info, tmp_path / "decoded.wav", 1600, 120, PIXELS)
+    thread.join()
+
+
+def test_damaged_speech_says_so(media: Make, tmp_path: Path) -> None:
+    data = bytearray(media("clock-whole.flac", *WORDS).read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 4000] = bytes(4000)
+    (tmp_path / "hole.flac").write_bytes(bytes(data))
+    spoken = speech(tmp_path / "hole.flac", tmp_path)
+    assert spoken.damaged
+    assert 0.5 < spoken.seconds < 2.1
