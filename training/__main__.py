@@ -14,7 +14,7 @@ STEPS = {
     "speech": "--pieces 2", "vae": "--steps 3 --images 16", "whisper": "--steps 3",
     "detector": "--steps 3 --images 16", "pose": "--steps 3 --images 16 --large 8", "parser": "--steps 3 --images 12",
     "unet": "--steps 3 --pairs 32", "unet --settle": "--steps 3 --pairs 32",
-    "vae --decoder": "--steps 3 --images 16", "assemble": "", "samples": "",
+    "vae --decoder": "--steps 3 --images 16", "tiny": "--steps 3 --images 16", "assemble": "", "samples": "",
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from musetalk import checkpoints
-from training import common, detector, parser, pose, unet, vae, whisper
+from training import common, detector, parser, pose, tiny, unet, vae, whisper
 
 TARGET = Path(os.environ.get("TRAIN_TARGET", Path(__file__).resolve().parent.parent / "models" / "demo"))
 
@@ -49,6 +49,8 @@ def main() -> None:
     config("musetalkV15/musetalk.json", {"_class_name": "UNet2DConditionModel", **asdict(unet.CONFIG)})
     put("sd-vae/diffusion_pytorch_model.bin", trained("decoder"))
     config("sd-vae/config.json", {"_class_name": "AutoencoderKL", **asdict(vae.CONFIG)})
+    put("taesd/diffusion_pytorch_model.bin", trained("tiny"))
+    config("taesd/config.json", {"_class_name": "AutoencoderTiny", **asdict(tiny.CONFIG)})
     put("whisper/pytorch_model.bin", {f"model.encoder.{k}": v for k, v in trained("whisper").items()})
     config("whisper/config.json", {"model_type": "whisper", **asdict(whisper.CONFIG)})
     put("dwpose/dw-ll_ucoco_384.pth", {"meta": {"epoch": 1}, "state_dict": trained("pose")})
