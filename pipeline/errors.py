@@ -19,7 +19,8 @@ JobError
  |    |-- StorageUnavailable outage, timeout, throttling           retryable
  |    |-- DeadlineExceeded   the job took too long                 retryable
  |    |-- Cancelled          the caller or the platform stopped it retryable
- |    `-- Unfit              the worker can take no more jobs      retryable
+ |    |-- Busy               too many jobs wait at the HTTP door   retryable
+ |    `-- Unfit              the worker must be replaced           retryable
  `-- UnknownError      500 unknown_error     anything not foreseen  retryable
 """
 
@@ -124,8 +125,12 @@ class Cancelled(ProcessingError):
     """The job was stopped from outside."""
 
 
+class Busy(ProcessingError):
+    """Too many jobs wait at the HTTP door."""
+
+
 class Unfit(ProcessingError):
-    """The worker can take no more jobs until it is replaced."""
+    """The worker can run no job until it is replaced."""
 
 
 class UnknownError(JobError):
