@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 CHILD_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES",
                    "NVIDIA_DRIVER_CAPABILITIES")
@@ -57,6 +57,8 @@ class Settings(BaseModel):
     revision: str = Field("unknown", description="the worker's version, as the self-test reports it; set when the image is built")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="of the JSON log lines")
 
+    _on_runpod: bool = PrivateAttr(False)
+
     @field_validator("model_dir")
     @classmethod
     def _snapshot(cls, value: Path) -> Path:
@@ -91,8 +93,14 @@ class Settings(BaseModel):
             name = str(first["loc"][0])
             shown = "(hidden)" if "key" in name else repr(values.get(name))
             raise BadSetting(f"{name.upper()}={shown}: {first['msg']} ({cls.model_fields[name].description})") from None
+        settings._on_runpod = on_runpod
         settings._check_storage(on_runpod)
         return settings
+
+    @property
+    def on_runpod(self) -> bool:
+        """Whether the environment is RunPod's, where a GPU is paid for."""
+        return self._on_runpod
 
     def secrets(self) -> tuple[str | None, ...]:
         """The values that must never be said."""
@@ -117,11 +125,6 @@ def find_weights(volume: Path = VOLUME) -> Path:
     raise BadSetting(
         "MODEL_DIR is not set: on RunPod it must name the folder of weights, e.g. /models/v15. None were found in "
         f"{volume}/musetalk/v15, {volume}/models/v15 or {volume}/huggingface-cache/hub")
-
-
-def keep_kernels(folder: Path) -> None:
-    """Let torch keep the kernels that a GPU's driver builds at load, so that the next start finds them."""
-    os.environ.setdefault("PYTORCH_KERNEL_CACHE_PATH", str(folder))
 
 
 def child_environment() -> dict[str, str]:
