@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: install install-dev run test test-full check lint types
+.PHONY: install install-dev run test test-full gpu-report check lint types
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -23,6 +23,9 @@ test: install-dev
 
 test-full: install-dev  ## published-size networks, fault harness, image build
 	$(BIN)/python -m pytest -m "full or not full"
+
+gpu-report: install  ## what this machine's GPU does, PASS or FAIL, and gpu-report.json
+	$(BIN)/python -m benchmarks.gpu
 
 lint: install-dev
 	$(BIN)/ruff check .
