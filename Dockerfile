@@ -7,12 +7,16 @@ ARG BASE_IMAGE=python:3.11-slim-bookworm
 FROM ${BASE_IMAGE} AS build
 ARG TORCH="torch==2.13.0"
 ARG TORCH_INDEX=""
+# pip keeps no cache; compiled files stay: without them every cold start would compile torch again
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python3 -m venv /opt/worker
-COPY requirements.txt /tmp/requirements.txt
-# compiled files stay: without them every cold start would compile torch again
+COPY requirements.txt scripts/slim-environment /tmp/
+# one layer: built, checked and slimmed. A TORCH that requirements.txt would replace is an error, not a silent change.
 RUN /opt/worker/bin/pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "${TORCH}" \
-    && /opt/worker/bin/pip install -r /tmp/requirements.txt
+    && /opt/worker/bin/pip freeze > /tmp/installed \
+    && grep '^torch==' /tmp/installed > /tmp/torch \
+    && /opt/worker/bin/pip install -c /tmp/torch -r /tmp/requirements.txt \
+    && sh /tmp/slim-environment /opt/worker
 
 FROM ${BASE_IMAGE}
 ARG MODELS=models/demo

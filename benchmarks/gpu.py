@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -20,8 +21,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import common, nets, pipeline, published
+from benchmarks.report import Report
 from musetalk import LipSync, checkpoints, generate, tuning
 from musetalk.audio import whisper_states
 from pipeline.control import Control
@@ -47,53 +49,6 @@ SHARE = 1.15  # goal: seconds of the inference stage over those of generation
 # Largest and mean difference from the CPU's float32, as a share of its largest value. In float32 only the order of sums
 # differs; UNet, VAE and parser compute in half precision.
 LIMITS = {"float32": (2e-3, 1e-4), "float16": (5e-2, 5e-3), "bfloat16": (2e-1, 3e-2)}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    name: str
-    value: str
-    limit: str = ""
-    verdict: str = ""
-
-
-@dataclass
-class Report:
-    """What was found, printed as it comes."""
-
-    device: torch.device
-    rows: list[Row] = field(default_factory=list)
-    figures: dict[str, Any] = field(default_factory=dict)
-
-    def add(self, name: str, value: Any, limit: str = "", good: bool | None = None) -> None:
-        """A figure; with `good` also a verdict."""
-        shown = f"{value:.4g}" if isinstance(value, float) else str(value)
-        row = Row(name, shown, limit, "" if good is None else "PASS" if good else "FAIL")
-        self.figures[name] = value
-        self.rows.append(row)
-        print(f"{row.verdict:<5}{row.name:<52} {row.value:<28} {row.limit}", flush=True)
-
-    def skip(self, name: str, why: str) -> None:
-        """A row that this machine cannot have."""
-        self.rows.append(Row(name, why, "", "SKIP"))
-        print(f"SKIP {name:<52} {why}", flush=True)
-
-    @property
-    def failed(self) -> list[str]:
-        """Names of the rows that failed."""
-        return [row.name for row in self.rows if row.verdict == "FAIL"]
-
-    @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """A group of rows; an exception in it is a FAIL, and the report goes on."""
-        began = time.perf_counter()
-        try:
-            yield
-        except Exception as e:
-            self.add(name, f"{type(e).__name__}: {e}".partition("\n")[0][:90], "", False)
-        self.figures[f"{name}: seconds"] = round(time.perf_counter() - began, 1)
 
 
 @dataclass(frozen=True)
@@ -189,7 +144,7 @@ def rates(report: Report, lipsync: LipSync, plan: Plan) -> None:
         inputs = tuning.examples(unet, vae, batch, 50)
         for name, build in ways.items():
             with report.part(f"generator, {name}, batch {batch}"), PeakMemory() as memory:
-                rate = batch / _seconds(lambda way=build(batch), x=inputs: way(*x), plan.rounds)  # type: ignore[misc]
+                rate = batch / _seconds(functools.partial(build(batch), *inputs), plan.rounds)
                 report.add(f"generator, {name}, batch {batch}, frames/s", rate)
                 if not on_gpu:
                     continue
@@ -202,7 +157,8 @@ def rates(report: Report, lipsync: LipSync, plan: Plan) -> None:
 def search(report: Report, plain: tuning.Generator, inputs: tuple[Tensor, Tensor], rounds: int) -> None:
     """What cuDNN's search by timing would gain; it is off so that numbers do not depend on timing."""
     if report.device.type != "cuda":
-        return report.skip("gain of cuDNN's search", "no GPU")
+        report.skip("gain of cuDNN's search", "no GPU")
+        return
     without = _seconds(lambda: plain(*inputs), rounds)
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=False):
         within = _seconds(lambda: plain(*inputs), rounds)
@@ -212,7 +168,8 @@ def search(report: Report, plain: tuning.Generator, inputs: tuple[Tensor, Tensor
 def theirs(report: Report, batch: int, plan: Plan) -> None:
     """The straightforward UNet and VAE of the same size."""
     if not plan.scripted or not importlib.util.find_spec("diffusers"):
-        return report.skip("generator against diffusers", "published sizes only" if not plan.scripted else "not installed")
+        report.skip("generator against diffusers", "published sizes only" if not plan.scripted else "not installed")
+        return
     for name, value in nets.measure(report.device, batch, plan.rounds).items():
         if name.endswith("gain"):
             report.add(f"against diffusers, batch {batch}: {name}", value)
@@ -222,7 +179,8 @@ def theirs(report: Report, batch: int, plan: Plan) -> None:
 def recorded(report: Report, lipsync: LipSync, plan: Plan) -> None:
     """A graph's faces are the plain path's, batches that do not fill it included."""
     if report.device.type != "cuda":
-        return report.skip("recorded and plain give the same faces", "no GPU")
+        report.skip("recorded and plain give the same faces", "no GPU")
+        return
     unet, vae, batch = lipsync.nets.unet, lipsync.nets.vae, max(plan.batches)
     plain = tuning.plain(unet, vae)
     way, worst = tuning.Recorded(plain, *tuning.examples(unet, vae, batch, 50)), 0.0
@@ -278,7 +236,7 @@ def warm_job(report: Report, jobs: Jobs) -> None:
     else:
         report.skip("the fast lane", "these weights have no tiny decoder")
     for lane in lanes:
-        given = {} if lane == "exact" else {"quality": lane}
+        given: dict[str, Any] = {} if lane == "exact" else {"quality": lane}
         fresh = jobs.run(jobs.engine, **given)
         with PeakMemory() as memory:
             warm = jobs.run(jobs.engine, **given)
@@ -320,7 +278,8 @@ def drills(report: Report, jobs: Jobs) -> None:
             got = type(e).__name__
         took = time.perf_counter() - began
         limit = 5.0 if report.device.type == "cuda" else 60.0  # a busy CPU says nothing about a GPU
-        report.add(name, f"{got} after {took:.1f} s", f"{kind.__name__} in {limit:.0f} s", got == kind.__name__ and took < limit)
+        good = got == kind.__name__ and took < limit
+        report.add(name, f"{got} after {took:.1f} s", f"{kind.__name__} in {limit:.0f} s", good)
     frames = jobs.run(engine).frames
     report.add("a job after the drills", f"{frames} frames", "success", frames > 0)
 
@@ -395,8 +354,8 @@ def main(argv: list[str] | None = None) -> int:
         scripted = not options.tiny and not options.weights
         if scripted:
             published.write_weights(weights)
-        plan = Plan(weights, scripted, (1, 2) if options.tiny else (1, 4, 8, 16), options.seconds or (1 if options.tiny else 10),
-                    1 if options.tiny else 3, "360p" if options.tiny else "720p")
+        few = Plan(weights, scripted, (1, 2), options.seconds or 1, 1, "360p")
+        plan = few if options.tiny else Plan(weights, scripted, (1, 4, 8, 16), options.seconds or 10, 3, "720p")
         report = run(plan, device, folder)
     options.json.write_text(json.dumps({
         "machine": common.machine(), "device": str(device), "driver": gpu_driver(), "tiny": options.tiny,

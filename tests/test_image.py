@@ -103,7 +103,7 @@ def test_lean_and_safe(image: tuple[Buildah, str]) -> None:
     assert lines[:3] == ["10001", "0", "0"], out
     assert "Permission denied" in lines[3], "the code belongs to root"
     print(f"image: {lines[4]} MB unpacked, base included")
-    assert int(lines[4]) < 8000
+    assert int(lines[4]) < 1500
 
 
 def test_sample_job_inside(image: tuple[Buildah, str]) -> None:
