@@ -76,6 +76,7 @@ def image() -> Iterator[tuple[Buildah, str]]:
         buildah("commit", "--rm", scratch, "localhost/base")
         done = subprocess.run(
             [str(REPOSITORY / "scripts/build-image"), "localhost/worker", "--build-arg", "BASE_IMAGE=localhost/base",
+             "--build-arg", "VARIANT=cpu",
              *pip_mounts(folder)], capture_output=True, text=True, cwd=REPOSITORY,
             env={**os.environ, "BUILDAH_ROOT": str(buildah.folder), "DOCKER_HOST": "unix:///nowhere"})
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
