@@ -10,6 +10,7 @@ JobError
  |-- ProcessingError   500 processing_error  the worker or its surroundings
  |    |-- OutOfMemory        CUDA or host memory                   retryable
  |    |-- DeviceLost         the GPU's context is gone             retryable
+ |    |-- NoDevice           the GPU that is asked for cannot be used  not retryable
  |    |-- ModelBroken        weights missing, damaged or foreign   not retryable
  |    |-- FfmpegFailed       ffmpeg crashed or hung                retryable
  |    |-- BadOutput          the networks produced NaN             retryable
@@ -83,6 +84,12 @@ class OutOfMemory(ProcessingError):
 
 class DeviceLost(ProcessingError):
     """The GPU's context is unusable; the process must be replaced."""
+
+
+class NoDevice(ProcessingError):
+    """The GPU that is asked or paid for cannot be used: no driver, or too old a one."""
+
+    retryable = False
 
 
 class ModelBroken(ProcessingError):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 CHILD_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES",
                    "NVIDIA_DRIVER_CAPABILITIES")
@@ -66,6 +66,8 @@ class Settings(BaseModel):
     http_queue_max: int = Field(8, ge=0, description="jobs waiting at the HTTP door; beyond it 503 with Retry-After")
     revision: str = Field("unknown", description="the worker's version, as the self-test reports it; set when the image is built")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="of the JSON log lines")
+
+    _on_runpod: bool = PrivateAttr(False)
 
     @field_validator("model_dir")
     @classmethod
@@ -135,8 +137,14 @@ class Settings(BaseModel):
         if not settings.model_dir.is_dir():
             raise BadSetting(f"MODEL_DIR={str(settings.model_dir)!r}: no such folder "
                              f"({cls.model_fields['model_dir'].description})")
+        settings._on_runpod = on_runpod
         settings._check_storage(on_runpod)
         return settings
+
+    @property
+    def on_runpod(self) -> bool:
+        """Whether the environment is RunPod's, where a GPU is paid for."""
+        return self._on_runpod
 
     def secrets(self) -> tuple[str | None, ...]:
         """The values that must never be said."""
@@ -172,11 +180,6 @@ def find_weights(volume: Path = VOLUME) -> Path:
     raise BadSetting(
         "MODEL_DIR is not set: on RunPod it must name the folder of weights, e.g. /models/v15. None were found in "
         f"{volume}/musetalk/v15, {volume}/models/v15 or {volume}/huggingface-cache/hub")
-
-
-def keep_kernels(folder: Path) -> None:
-    """Let torch keep the kernels that a GPU's driver builds at load, so that the next start finds them."""
-    os.environ.setdefault("PYTORCH_KERNEL_CACHE_PATH", str(folder))
 
 
 def child_environment() -> dict[str, str]:

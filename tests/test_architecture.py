@@ -23,7 +23,7 @@ MUSETALK = {
 }
 PIPELINE = {
     "errors": "", "settings": "", "redact": "", "metrics": "",
-    "control": "errors", "logs": "redact", "bar": "", "schema": "errors", "weights": "", "health": "settings", "runner": "control",
+    "control": "errors", "logs": "redact", "bar": "", "schema": "errors", "health": "settings", "runner": "control",
     "media": "errors redact settings",
     "download": "control errors redact settings", "validate": "control download errors media settings",
     "credentials": "control errors settings", "provenance": "control credentials settings",

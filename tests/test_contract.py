@@ -109,6 +109,7 @@ def test_unforeseen_failure() -> None:
     ("SourceUnavailable", 422, "media_error", True), ("BadMedia", 422, "media_error", False),
     ("NoFaceFound", 422, "media_error", False), ("OutOfMemory", 500, "processing_error", True),
     ("DeviceLost", 500, "processing_error", True), ("ModelBroken", 500, "processing_error", False),
+    ("NoDevice", 500, "processing_error", False),
     ("FfmpegFailed", 500, "processing_error", True), ("BadOutput", 500, "processing_error", True),
     ("DiskFull", 500, "processing_error", True), ("StorageRejected", 500, "processing_error", False),
     ("StorageUnavailable", 500, "processing_error", True), ("DeadlineExceeded", 500, "processing_error", True),
