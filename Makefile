@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: install install-dev run test test-full check lint types
+.PHONY: install install-dev run page test test-full test-certificate check lint types
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -18,11 +18,24 @@ install-dev: .venv/installed-dev
 run: install  ## run test_input.json: the sample presenter speaks the sample speech
 	$(BIN)/python handler.py
 
+# gradio and runpod disagree on a version: the page has an environment of its own, over the worker's
+.venv-page/installed: .venv/installed requirements-page.txt
+	$(PYTHON) -m venv .venv-page
+	.venv-page/bin/pip install --quiet --disable-pip-version-check -r requirements-page.txt
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(.venv-page/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/worker.pth
+	touch $@
+
+page: .venv-page/installed  ## a local page to try and tune the worker: http://127.0.0.1:7860
+	.venv-page/bin/python -m pipeline.page
+
 test: install-dev
 	$(BIN)/python -m pytest
 
 test-full: install-dev  ## published-size networks, fault harness, image build
 	$(BIN)/python -m pytest -m "full or not full"
+
+test-certificate: install  ## a certificate chain for trying out content credentials, in ./test-certificate
+	$(BIN)/python scripts/make_test_certificate.py test-certificate
 
 lint: install-dev
 	$(BIN)/ruff check .

@@ -32,9 +32,17 @@ def read_settings() -> Settings:
         sys.exit(f"musetalk-worker: {e}")
 
 
+def start() -> Service:
+    """The service, or exit 1 with one clear line."""
+    try:
+        return Service(settings)
+    except BadSetting as e:
+        sys.exit(f"musetalk-worker: {e}")
+
+
 settings = read_settings()
 logs.setup(settings.log_level)
-service = Service(settings)
+service = start()
 executor = ThreadPoolExecutor(1, thread_name_prefix="job")
 
 

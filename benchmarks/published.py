@@ -138,7 +138,7 @@ def prepare(device: torch.device, count: int) -> dict[str, float]:
         out[f"official_{name}_sec"] = common.median([common.timed(step) for _ in range(3)])
     out["official_sec_per_frame"] = sum(out.values())
     detector, pose, vae, parser = networks(device, dtype)
-    nets: Any = Networks(None, vae, None, pose, parser, detector, "v15", "", device, dtype)  # type: ignore[arg-type]
+    nets: Any = Networks(None, vae, None, pose, parser, detector, None, "v15", "", device, dtype)  # type: ignore[arg-type]
     with scripted():
         def run(frames: list[Tensor]) -> None:
             avatar = Avatar.new()

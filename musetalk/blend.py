@@ -21,6 +21,7 @@ SIZE = 512  # side of the parser's picture and of the label map
 SKIN, NOSE, MOUTH, NECK = 1, 10, (11, 12, 13), 14
 TOP_ROW = 224  # the lower half's masks look at most 22 rows up
 EXPAND = 1.5  # the square's side over the longer side of the face box
+ROW_REACH = 2  # rows above the nearest one that stretching a face may read; one more for rounding
 UPPER = 0.5  # share of the square, from its top, that always stays the source's
 
 
@@ -217,6 +218,13 @@ def stretched(face: Tensor, box: Box, area: Box) -> Tensor:
     out = linear(face, box.height, box.width, part)
     gaps = (x1 - area.x1, area.x2 - inside.x2, y1 - area.y1, area.y2 - inside.y2)
     return F.pad(out[None].float(), gaps, mode="replicate")[0].to(torch.uint8) if any(gaps) else out
+
+
+def first_row(box: Box, region: Region, side: int) -> int:
+    """The first row of a face (side, side) that shows in `region` once it is stretched over its box; `side` if none does."""
+    if not region.mask.numel():
+        return side
+    return max(0, int((max(region.box.y1 - box.y1, 0) + 0.5) * side / box.height - 0.5) - ROW_REACH)
 
 
 def quads(plane: Tensor) -> Tensor:

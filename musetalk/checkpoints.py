@@ -8,9 +8,10 @@ Official layout, relative to the weights' folder; a file of the converted form (
     dwpose/dw-ll_ucoco_384.pth                 [config.json]
     face-parse-bisent/79999_iter.pth           [config.json]
     s3fd-619a316812.pth                        [s3fd.json]
+    taesd/diffusion_pytorch_model.safetensors, or taesd/taesd_decoder.pth     [config.json]
 
-The configs in brackets exist only for networks of another size than the published ones. `manifest.json`, where there
-is one, lists every file's size and sha256 and is checked on load.
+The configs in brackets exist only for networks of another size than the published ones. Without `taesd/` there is no fast
+lane; all else is needed. `manifest.json`, where there is one, lists every file's size and sha256 and is checked on load.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from musetalk.nets.bisenet import BiSeNet, BiSeNetConfig
 from musetalk.nets.layers import config_from, fold_batch_norm
 from musetalk.nets.rtmpose import RtmPose, RtmPoseConfig
 from musetalk.nets.s3fd import S3fd, S3fdConfig
+from musetalk.nets.tiny import Tiny, TinyConfig
 from musetalk.nets.unet import UNet, UNetConfig
 from musetalk.nets.vae import Vae, VaeConfig
 from musetalk.nets.whisper import WhisperConfig, WhisperEncoder
@@ -55,6 +57,7 @@ class Part:
     configs: tuple[str, ...]
     needs_config: bool
     rename: Callable[[State], State] = dict
+    optional: bool = False  # whether a folder may do without it
 
 
 def _vae_names(state: State) -> State:
@@ -79,6 +82,15 @@ def _whisper_names(state: State) -> State:
     return state
 
 
+def _tiny_names(state: State) -> State:
+    """The decoder alone; the original file's indices (`3.conv.0.weight`) count the clamp, which has no weights, as layer 0."""
+    def named(key: str) -> str:
+        index, _, rest = key.partition(".")
+        return f"decoder.layers.{int(index) - 1}.{rest}" if index.isdecimal() else key
+
+    return {named(k): v for k, v in state.items() if not k.startswith("encoder.")}
+
+
 def _mmengine(state: Mapping[str, Any]) -> State:
     """The `state_dict` of an mmengine checkpoint."""
     inner = state.get("state_dict", state)
@@ -97,12 +109,15 @@ POSE = Part("pose", (f"dwpose/{SAFE}", "dwpose/dw-ll_ucoco_384.pth"), ("dwpose/c
 PARSER = Part("parser", (f"face-parse-bisent/{SAFE}", "face-parse-bisent/79999_iter.pth"),
               ("face-parse-bisent/config.json",), False)
 DETECTOR = Part("detector", ("s3fd.safetensors", "s3fd-619a316812.pth", "s3fd.pth"), ("s3fd.json",), False)
-PARTS = {"v15": (UNET15, VAE, WHISPER, POSE, PARSER, DETECTOR), "v1": (UNET10, VAE, WHISPER, POSE, PARSER, DETECTOR)}
+TINY_FILES = ("taesd/diffusion_pytorch_model.safetensors", "taesd/diffusion_pytorch_model.bin", "taesd/taesd_decoder.pth")
+TINY = Part("tiny", TINY_FILES, ("taesd/config.json",), False, _tiny_names, optional=True)
+COMMON = (VAE, WHISPER, POSE, PARSER, DETECTOR, TINY)
+PARTS = {"v15": (UNET15, *COMMON), "v1": (UNET10, *COMMON)}
 
 
 @dataclass(frozen=True)
 class Networks:
-    """The six networks of one weights' folder. `identity` names the weights' content."""
+    """The networks of one weights' folder. `identity` names the weights' content."""
 
     unet: UNet
     vae: Vae
@@ -110,6 +125,7 @@ class Networks:
     pose: RtmPose
     parser: BiSeNet
     detector: S3fd
+    tiny: Tiny | None  # the fast lane's decoder, where the folder has one
     version: str
     identity: str
     device: torch.device
@@ -117,8 +133,9 @@ class Networks:
 
     def modules(self) -> Iterator[nn.Module]:
         """Every module of all of them."""
-        for net in (self.unet, self.vae, self.whisper, self.pose, self.parser, self.detector):
-            yield from net.modules()
+        for net in (self.unet, self.vae, self.whisper, self.pose, self.parser, self.detector, self.tiny):
+            if net is not None:
+                yield from net.modules()
 
 
 # -- reading files ---------------------------------------------------------------------------------------------------
@@ -266,21 +283,22 @@ def version_of(folder: Path) -> str:
 
 
 def builders(folder: Path, version: str) -> list[tuple[Part, Callable[[], nn.Module]]]:
-    """Every part of a version with a function that builds its network from the folder's config."""
+    """Every part of a version with a function that builds its network from the folder's config; optional ones if there."""
     kinds: dict[str, tuple[type[nn.Module], type[Any]]] = {
         "unet": (UNet, UNetConfig), "vae": (Vae, VaeConfig), "whisper": (WhisperEncoder, WhisperConfig),
         "pose": (RtmPose, RtmPoseConfig), "parser": (BiSeNet, BiSeNetConfig), "detector": (S3fd, S3fdConfig),
+        "tiny": (Tiny, TinyConfig),
     }
 
     def builder(part: Part) -> Callable[[], nn.Module]:
         net, config = kinds[part.name]
         return lambda: net(config_from(config, *read_config(folder, part)))
 
-    return [(part, builder(part)) for part in PARTS[version]]
+    return [(part, builder(part)) for part in PARTS[version] if not part.optional or find(folder, part.files)]
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Networks:
-    """All six networks on `device`: UNet, VAE and parser in `dtype` (default_dtype if None), the others in float32.
+    """All networks on `device`: UNet, decoders and parser in `dtype` (default_dtype if None), the others in float32.
 
     S3FD squares its features (half precision would overflow) and RTMPose's coordinates are its result.
 
@@ -297,13 +315,23 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
         return net.to(device=device, dtype=to, memory_format=torch.channels_last)
 
     nets: dict[str, Any] = {part.name: load_part(folder, part, build) for part, build in builders(folder, version)}
+    _check_latents(folder, nets["vae"].cfg, nets.setdefault("tiny", None))
     nets["unet"].fold_time()
     fold_batch_norm(nets["pose"].float())
     fold_batch_norm(nets["parser"].float())
     for name, net in nets.items():
-        nets[name] = net.to(device, torch.float32) if name == "whisper" else fast(
-            net, dtype if name in ("unet", "vae", "parser") else torch.float32)
+        if net is not None:
+            nets[name] = net.to(device, torch.float32) if name == "whisper" else fast(
+                net, dtype if name in ("unet", "vae", "parser", "tiny") else torch.float32)
     return Networks(**nets, version=version, identity=identity, device=device, dtype=dtype)
+
+
+def _check_latents(folder: Path, full: VaeConfig, tiny: Tiny | None) -> None:
+    """Both decoders must take the same latents to pictures of the same size."""
+    if tiny is not None and (tiny.cfg.latent_channels, tiny.cfg.stride) != (full.latent_channels, full.stride):
+        raise BadCheckpoint(
+            f"{folder / TINY.configs[0]}: {tiny.cfg.latent_channels} channels of latents at {tiny.cfg.stride} pixels a cell, "
+            f"where the VAE has {full.latent_channels} at {full.stride}; {HELP}", file=str(folder / TINY.configs[0]))
 
 
 # -- manifest --------------------------------------------------------------------------------------------------------

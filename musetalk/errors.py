@@ -5,6 +5,7 @@ MuseTalkError
  |-- BadCheckpoint       a weight or config file is missing, damaged, foreign or of another shape (file, key)
  |-- BadAudio            the speech cannot be used (empty, not finite)
  |-- NonFiniteOutput     the networks produced NaN or infinity (frame)
+ |-- NoFastLane          the weights have no tiny decoder
  `-- Interrupted         another thread asked for it
 """
 
@@ -37,6 +38,10 @@ class NonFiniteOutput(MuseTalkError):
     def __init__(self, frame: int) -> None:
         super().__init__(f"the networks produced non-finite values at output frame {frame}")
         self.frame = frame
+
+
+class NoFastLane(MuseTalkError):
+    """The weights have no tiny decoder."""
 
 
 class Interrupted(MuseTalkError):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from musetalk.nets.tiny import Tiny
 from musetalk.nets.unet import UNet
-from musetalk.nets.vae import Vae
+from musetalk.nets.vae import Vae, VaeConfig
 
 
 def vae_inputs(crops: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +43,37 @@ def to_levels(decoded: Tensor) -> Tensor:
     return levels.to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def faces(unet: UNet, vae: Vae, latent: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+class Decoder(Protocol):
+    """The VAE, or what stands in for its decoder."""
+
+    cfg: VaeConfig
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (N, 4, h, w) in the UNet's scale -> image (N, 3, S, S), about [-1, 1]."""
+
+
+class Lower:
+    """The tiny decoder on the lower rows of a face, which alone are ever blended; its first row is repeated above.
+
+    Always the same rows, so that its work can be recorded. `covers` says whether they hold all that a face shows.
+    """
+
+    def __init__(self, tiny: Tiny, cfg: VaeConfig, first: int | None = None) -> None:
+        """`first` row that is decoded; by default 7/16 down: blending begins half way down, less the mask's soft edge."""
+        self.tiny, self.cfg = tiny, cfg
+        self.first = cfg.crop_size * 7 // 16 if first is None else first
+
+    def covers(self, first: int) -> bool:
+        """Whether row `first` and those below are decoded."""
+        return first >= self.first
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (N, 4, h, w) in the UNet's scale -> image (N, 3, S, S) float32, about [-1, 1]."""
+        rows = self.tiny.decode(latents, (self.first, self.cfg.crop_size))
+        return F.pad(rows, (0, 0, self.first, 0), mode="replicate") if self.first else rows
+
+
+def faces(unet: UNet, vae: Decoder, latent: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
     """UNet input (N, 8, h, w) and prompts (N, T, C) -> RGB faces (N, S, S, 3) uint8, finite flags (N,) bool."""
     weight = unet.conv_in.weight
     latent = latent.to(weight.device, weight.dtype).contiguous(memory_format=torch.channels_last)

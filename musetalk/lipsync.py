@@ -26,8 +26,8 @@ from musetalk import blend, checkpoints, faces, generate, tuning
 from musetalk.audio import Prompts, silent_frames
 from musetalk.avatar import Avatar, Face
 from musetalk.box import Box, Region
-from musetalk.errors import Interrupted, NoFace, NonFiniteOutput
-from musetalk.options import Options
+from musetalk.errors import Interrupted, NoFace, NoFastLane, NonFiniteOutput
+from musetalk.options import Options, Quality
 from musetalk.order import source_index
 from musetalk.track import Found, Tracker
 
@@ -45,6 +45,10 @@ class LipSync:
             for module in self.nets.modules():
                 module.register_forward_pre_hook(self._check)
         self.generator: tuning.Generator = tuning.plain(self.nets.unet, self.nets.vae)
+        self.fast: tuning.Generator | None = None  # of the rows that `lower` decodes
+        if self.nets.tiny is not None:
+            self.lower = generate.Lower(self.nets.tiny, self.nets.vae.cfg)
+            self.fast = tuning.plain(self.nets.unet, self.lower)
 
     @classmethod
     def load(
@@ -138,16 +142,18 @@ class LipSync:
         return Prompts(self.nets.whisper, pcm, fps, options.audio_padding_left, options.audio_padding_right)
 
     @torch.inference_mode()
-    def generate(self, latents: Tensor, prompts: Tensor, first_frame: int = 0) -> Tensor:
+    def generate(self, latents: Tensor, prompts: Tensor, first_frame: int = 0, fast_from: int | None = None) -> Tensor:
         """Latents (N, 8, h, w), prompts (N, T, C) -> faces (N, S, S, 3) uint8 on the device.
 
+        `fast_from`: by the tiny decoder, right from this row on. Raises NoFastLane where the weights have none.
         On CUDA's out of memory the batch is halved (for good) until one frame does not fit either.
         """
         made = None
         while made is None:
             try:
                 parts = [slice(i, i + self.largest_batch) for i in range(0, len(latents), self.largest_batch)]
-                made = [self.generator(latents[p], prompts[p]) for p in parts]
+                generator = self.generator if fast_from is None else self._fast(fast_from)
+                made = [generator(latents[p], prompts[p]) for p in parts]
             except torch.OutOfMemoryError:
                 self.generator = tuning.plain(self.nets.unet, self.nets.vae)  # a recorded generator holds a batch's memory
                 size = min(len(latents), self.largest_batch)
@@ -160,6 +166,14 @@ class LipSync:
         if not bool(finite.all()):
             raise NonFiniteOutput(first_frame + int((~finite).nonzero()[0]))
         return torch.cat([face for face, _ in made])
+
+    def _fast(self, first: int) -> tuning.Generator:
+        """A generator of faces that are right from row `first` on."""
+        if self.fast is None or self.nets.tiny is None:
+            raise NoFastLane("these weights have no tiny decoder (taesd/)")
+        if self.lower.covers(first):
+            return self.fast
+        return tuning.plain(self.nets.unet, generate.Lower(self.nets.tiny, self.nets.vae.cfg, 0))
 
     def speak(
         self,
@@ -178,20 +192,23 @@ class LipSync:
         for start in range(0, len(prompts), options.batch_size):
             outputs = range(start, min(start + options.batch_size, len(prompts)))
             slots = [Slot(o, source_index(o, len(avatar), options.loop), weights[o]) for o in outputs]
-            for slot, painted in zip(slots, self.generate_batch(avatar, prompts, slots), strict=True):
+            for slot, painted in zip(slots, self.generate_batch(avatar, prompts, slots, options.quality), strict=True):
                 frame = avatar.frames[slot.source].clone()
                 if painted is not None:
                     blend.paste(frame.unbind(-1), painted.face.permute(2, 0, 1), painted.box, painted.region)
                 yield frame.numpy()
 
-    def generate_batch(self, avatar: Avatar, prompts: Prompts, slots: Sequence[Slot]) -> list[Painted | None]:
-        """What each slot's frame gets pasted; None where it has no face or is silent."""
+    def generate_batch(
+        self, avatar: Avatar | Sequence[Face | None], prompts: Prompts, slots: Sequence[Slot], quality: Quality = "exact"
+    ) -> list[Painted | None]:
+        """What each slot's frame gets pasted; None where it has no face or is silent. `fast` may raise NoFastLane."""
         entries = [avatar[slot.source] if slot.weight > 0 else None for slot in slots]
         todo = [(slot, entry) for slot, entry in zip(slots, entries, strict=True) if entry is not None]
         if not todo:
             return [None] * len(slots)
         tokens = prompts.batch([slot.output for slot, _ in todo])
-        faces = iter(self.generate(torch.stack([entry.latents for _, entry in todo]), tokens, todo[0][0].output))
+        first = None if quality == "exact" else min(blend.first_row(e.box, e.region, self.crop_size) for _, e in todo)
+        faces = iter(self.generate(torch.stack([entry.latents for _, entry in todo]), tokens, todo[0][0].output, first))
         return [None if entry is None else Painted(next(faces), entry.box, slot.region(entry))
                 for slot, entry in zip(slots, entries, strict=True)]
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 ParsingMode = Literal["jaw", "raw", "neck"]
 Loop = Literal["pingpong", "repeat", "hold"]
+Quality = Literal["exact", "fast"]
 V1: dict[str, Any] = {"extra_margin": 0, "parsing_mode": "raw"}  # upstream's other defaults, for MuseTalk 1.0
 
 
@@ -39,7 +40,7 @@ class Options:
     seed: int | None = _option(None, "sample the VAE's posterior with this seed, as upstream does unseeded; default: its mean",
                                ge=0, le=2**63 - 1, avatar=True)
     batch_size: int = _option(8, "frames generated at once", ge=1, le=64)
-    quality: Literal["exact", "fast"] = _option("exact", "fast: the tiny decoder")
+    quality: Quality = _option("exact", "fast: the tiny decoder")
     finish: Literal["natural", "official"] = _option("official", "natural: give the source's detail and colour back")
 
     @classmethod

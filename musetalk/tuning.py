@@ -29,7 +29,7 @@ LEVELS = 0.5  # mean difference of two paths' faces that rounding explains, grey
 ROUNDS = 3
 
 
-def plain(unet: UNet, vae: Vae) -> Generator:
+def plain(unet: UNet, vae: generate.Decoder) -> Generator:
     """The reference: one kernel after the other."""
     return lambda latents, prompts: generate.faces(unet, vae, latents, prompts)
 

@@ -13,6 +13,7 @@ JobError
  |    |-- ModelBroken        weights missing, damaged or foreign   not retryable
  |    |-- FfmpegFailed       ffmpeg crashed or hung                retryable
  |    |-- BadOutput          the networks produced NaN             retryable
+ |    |-- SigningFailed      the film could not be signed           retryable
  |    |-- DiskFull           no room for temporary files           retryable
  |    |-- StorageRejected    credentials, bucket, cap              not retryable
  |    |-- StorageUnavailable outage, timeout, throttling           retryable
@@ -95,6 +96,10 @@ class FfmpegFailed(ProcessingError):
 
 class BadOutput(ProcessingError):
     """The networks produced no usable picture."""
+
+
+class SigningFailed(ProcessingError):
+    """The film could not be signed, or its time-stamp server failed."""
 
 
 class DiskFull(ProcessingError):

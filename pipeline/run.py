@@ -16,10 +16,12 @@ from typing import Any
 
 from pipeline import errors, redact, stream
 from pipeline.control import Control
-from pipeline.download import Downloader
+from pipeline.download import Downloader, Source
 from pipeline.engine import Engine
 from pipeline.errors import JobError, Stage
 from pipeline.metrics import PeakMemory, StageKey, StageTimer, give_back_memory, gpu_class, versions
+from pipeline.preview import Preview
+from pipeline.provenance import Making, Mark, Marker
 from pipeline.schema import Failure, JobRequest, Metrics, SelfTest, StageTimes, Success, parse
 from pipeline.settings import REPOSITORY, Settings
 from pipeline.storage import storage_of
@@ -43,6 +45,7 @@ class Service:
         self.downloader = Downloader(settings)
         self.samples = Downloader(settings.model_copy(update={"local_input_root": REPOSITORY / "samples"}))
         self.storage = storage_of(settings)
+        self.marker = Marker(settings)
         remove_stale()
 
     def run_job(
@@ -58,6 +61,15 @@ class Service:
                     return self._story(job_input, job_id, timer, control, preview, cleanup)
             except Exception as e:
                 return failure(e, timer)
+
+    @contextlib.contextmanager
+    def preview(self, job_input: Any) -> Iterator[Preview]:
+        """Single frames of a job's film while the context is open; raises JobError where the job would fail."""
+        request, control = parse(job_input, "preview"), Control(self.settings.job_deadline_sec)
+        with job_folder() as folder:
+            video = self.downloader.fetch(request.video_url, folder / "video", "video_url", control)
+            audio = self.downloader.fetch(request.audio_url, folder / "audio", "audio_url", control)
+            yield Preview(self.engine, validate(video, audio, folder, self.settings, control), video.sha256)
 
     def _story(
         self, job_input: Any, job_id: str | None, timer: StageTimer, control: Control, preview: bool,
@@ -77,11 +89,12 @@ class Service:
             inputs = validate(video, audio, folder, self.settings, control, 1.0 if preview or test else None)
         with self._stage("inference", request, timer, control):
             result = stream.speak(self.engine, request, inputs, video.sha256, folder / "output.mp4", control)
+            mark = self._mark(folder / "output.mp4", request, video, audio, control)
         with self._stage("upload", request, timer, control):
-            url = self.storage.upload(folder / "output.mp4", request.musetalk_job_id, control)
+            url = self.storage.upload(folder / "output.mp4", request.musetalk_job_id, control, mark.digest)
             report = self._report() if test else None
             cleanup.close()
-        return self._success(request, url, result, timer, memory, report)
+        return self._success(request, url, result, mark, timer, memory, report)
 
     @contextlib.contextmanager
     def _stage(self, name: StageKey, request: JobRequest, timer: StageTimer, control: Control) -> Iterator[None]:
@@ -90,12 +103,18 @@ class Service:
         log.info("stage done", extra={"job_id": request.musetalk_job_id, "stage": name, "seconds": timer.times[name]})
         control.progress(name, 1)
 
+    def _mark(self, film: Path, request: JobRequest, video: Source, audio: Source, control: Control) -> Mark:
+        """Mark the film, which ends its making: timed with inference."""
+        nets = self.engine.load().nets
+        making = Making(request.musetalk_job_id, nets.version, nets.identity, video.path, audio.path)
+        return self.marker.finish(film, making, control)
+
     def _report(self) -> dict[str, Any]:
         """A self-test's findings."""
         return {"worker": self.settings.revision, **versions(), **self.engine.report()}
 
     def _success(
-        self, request: JobRequest, url: str, result: Result, timer: StageTimer, memory: PeakMemory,
+        self, request: JobRequest, url: str, result: Result, mark: Mark, timer: StageTimer, memory: PeakMemory,
         selftest: dict[str, Any] | None,
     ) -> dict[str, Any]:
         metrics = Metrics(
@@ -103,7 +122,7 @@ class Service:
             PEAK_VRAM_MIB=memory.vram_mib, PEAK_RAM_KB=memory.peak_kb,
             gpu_class=self.gpu_class, stage_times=StageTimes(**timer.times),
             total_time=timer.total, frames=result.frames, avatar_cached=result.avatar_cached, selftest=selftest,
-            damaged=result.damaged)
+            lane=result.lane, damaged=result.damaged, provenance=mark.written)
         return Success(output_url=url, musetalk_job_id=request.musetalk_job_id, metrics=metrics).body()
 
 

@@ -165,12 +165,13 @@ def main() -> int:
     """Serve until SIGTERM; a job in flight is finished first."""
     try:
         settings = Settings.from_env()
+        logs.setup(settings.log_level)
+        service = Service(settings)
     except BadSetting as e:
         print(f"musetalk-worker: {e}", file=sys.stderr)
         return 1
-    logs.setup(settings.log_level)
     uvicorn.run(
-        create_app(Service(settings)), host=settings.host, port=settings.port, log_config=None, access_log=False,
+        create_app(service), host=settings.host, port=settings.port, log_config=None, access_log=False,
         timeout_graceful_shutdown=int(settings.job_deadline_sec) + 30)
     return 0
 

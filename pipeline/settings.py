@@ -33,6 +33,7 @@ class Settings(BaseModel):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes the GPU where there is one")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of UNet and VAE; `auto`: float16 on a GPU, bfloat16 on CPUs that have it")
     batch_size: int | None = Field(None, ge=1, le=64, description="frames generated at once, unless `params.batch_size` says otherwise; by default 8 on a CPU, on a GPU what its free memory holds, up to 16")
+    quality: Literal["exact", "fast"] = Field("exact", description="`fast` takes the tiny decoder, unless `params.quality` says otherwise")
     storage: Literal["b2", "local"] = Field("local", description="where results go; `local` is the default only off RunPod with no B2 variable set")
     local_storage_dir: Path = Field(Path("outputs"), description="folder for `local`")
     b2_key_id: str | None = Field(None, description="Backblaze B2 application key id")
@@ -41,6 +42,11 @@ class Settings(BaseModel):
     b2_prefix: str = Field("avatar/outputs", description="folder in the bucket")
     b2_realm: str = Field("production", description="B2 realm, or the URL of another native-API server")
     b2_public_url_base: str | None = Field(None, description="CDN base in front of the bucket")
+    ai_label: Literal["on", "off"] = Field("on", description="mark every film as made with generative models (IPTC metadata); `off` for operators who mark downstream")
+    c2pa_cert: str | None = Field(None, description="certificate chain that signs content credentials, leaf first: PEM text or path")
+    c2pa_key: str | None = Field(None, description="its private key: PEM text or path")
+    c2pa_tsa_url: str | None = Field(None, description="time-stamp server (RFC 3161) for content credentials")
+    c2pa_tsa_required: bool = Field(True, description="whether a film without a time stamp is a failure (retryable) while `C2PA_TSA_URL` is down")
     gpu_class_name: str | None = Field(None, description="overrides `gpu_class` in the metrics")
     download_allow_hosts: tuple[str, ...] = Field((), description="host names and CIDRs exempt from the private-address refusal, comma-separated")
     local_input_root: Path | None = Field(None, description="folder under which inputs may be plain paths (off RunPod: `samples`)")
@@ -96,7 +102,7 @@ class Settings(BaseModel):
 
     def secrets(self) -> tuple[str | None, ...]:
         """The values that must never be said."""
-        return self.b2_key_id, self.b2_app_key
+        return self.b2_key_id, self.b2_app_key, self.c2pa_key
 
     def _check_storage(self, on_runpod: bool) -> None:
         if self.storage == "local":

@@ -188,10 +188,10 @@ class Generate(Stage):
 
     name, room = "generate", ROOM
 
-    def __init__(self, lipsync: LipSync, avatar: Avatar, prompts: Prompts, weights: Sequence[float], batch_size: int,
+    def __init__(self, lipsync: LipSync, avatar: Avatar, prompts: Prompts, weights: Sequence[float], options: Options,
                  clock: Clock, progress: Callable[[float], None]) -> None:
         self.lipsync, self.avatar, self.prompts, self.weights = lipsync, avatar, prompts, weights
-        self.batch_size, self.clock, self.progress = batch_size, clock, progress
+        self.batch_size, self.quality, self.clock, self.progress = options.batch_size, options.quality, clock, progress
 
     def run(self, items: Iterator[Frame]) -> Generator[list[Frame], None, None]:
         """Batches of frames with what is pasted into them."""
@@ -201,7 +201,7 @@ class Generate(Stage):
             if len(batch) == self.batch_size or frame.output == len(self.prompts) - 1:
                 slots = [Slot(f.output, f.source, self.weights[f.output]) for f in batch]
                 with self.clock.running():
-                    made = self.lipsync.generate_batch(self.avatar, self.prompts, slots)
+                    made = self.lipsync.generate_batch(self.avatar, self.prompts, slots, self.quality)
                 for f, painted in zip(batch, made, strict=True):
                     f.painted = painted
                 self.progress((frame.output + 1) / len(self.prompts))

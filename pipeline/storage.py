@@ -7,12 +7,12 @@ import errno
 import hashlib
 import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
 
 import requests
-from b2sdk.v3 import B2Api, B2HttpApiConfig, InMemoryAccountInfo
 from b2sdk.v3.exception import (
     AccessDenied,
     B2ConnectionError,
@@ -28,22 +28,25 @@ from b2sdk.v3.exception import (
     TransientErrorMixin,
     Unauthorized,
 )
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_before_delay
 
 from pipeline import redact
+from pipeline.b2line import Cut, Line
 from pipeline.control import Control
-from pipeline.errors import DiskFull, JobError, StorageRejected, StorageUnavailable
+from pipeline.errors import Cancelled, DeadlineExceeded, DiskFull, JobError, StorageRejected, StorageUnavailable
 from pipeline.settings import Settings
 
-CONNECT_SEC, READ_SEC = 10.0, 30.0  # of one B2 call; the SDK alone waits 128 s, five times
 UPLOAD_SEC = 120.0  # of one upload with all its tries
+STOP_SEC = 0.2  # how soon a stopped job lets go of its upload
+DIGEST = "content_digest"  # in an object's file info: what was signed, where signatures make each run's bytes differ
 PERMANENT = (Unauthorized, AccessDenied, CapExceeded, NonExistentBucket, BadRequest)
 
 
 class Storage(Protocol):
     """Where results go."""
 
-    def upload(self, path: Path, job_id: str, control: Control) -> str:
-        """Store the file under the job's id; returns its URL."""
+    def upload(self, path: Path, job_id: str, control: Control, digest: str = "") -> str:
+        """Store the file under the job's id; returns its URL. `digest` names what the file holds where its bytes do not."""
 
 
 class LocalStorage:
@@ -52,7 +55,7 @@ class LocalStorage:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def upload(self, path: Path, job_id: str, control: Control) -> str:
+    def upload(self, path: Path, job_id: str, control: Control, digest: str = "") -> str:  # noqa: ARG002
         """Copy next to the target, then rename, so nobody sees half a file."""
         control.check()
         target = (self.folder / f"{job_id}.mp4").resolve()
@@ -71,85 +74,63 @@ class LocalStorage:
         return target.as_uri()
 
 
-class _Session(requests.Session):
-    """Gives every call a time limit the SDK's own defaults do not."""
-
-    def request(self, *args: Any, **kwargs: Any) -> requests.Response:
-        kwargs["timeout"] = (CONNECT_SEC, READ_SEC)
-        return super().request(*args, **kwargs)
-
-
 class B2Storage:
     """A B2 bucket, one authorised client for the worker's life."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        redact.hide(settings.b2_key_id, settings.b2_app_key)
-        self._api = B2Api(InMemoryAccountInfo(), api_config=B2HttpApiConfig(http_session_factory=_Session))
-        self._bucket: Any = None  # None: not authorised
+        self._line: Line | None = None
 
-    def upload(self, path: Path, job_id: str, control: Control) -> str:
+    def upload(self, path: Path, job_id: str, control: Control, digest: str = "") -> str:
         """Upload with backoff until it is there, the storage refuses for good, or UPLOAD_SEC or the job is over."""
         key = f"{self.settings.b2_prefix.strip('/')}/{job_id}.mp4".lstrip("/")
-        clock = Control(min(UPLOAD_SEC, control.remaining))
-        attempt = 0
-        while True:
-            control.check()
-            try:
-                return self._once(path, key)
-            except (B2Error, requests.RequestException, OSError, AssertionError) as e:
-                error = self._translate(e, key)
-                wait = min(0.5 * 2**attempt, 20.0) * random.uniform(0.7, 1.3)
-                if isinstance(e, TooManyRequests) and e.retry_after_seconds:
-                    wait = max(wait, float(e.retry_after_seconds))
-                if not error.retryable or wait > clock.remaining:
-                    raise error from e
-                if isinstance(e, (InvalidAuthToken, Unauthorized)):
-                    self._bucket = None  # authorise again
-                control.sleep(wait)
-                attempt += 1
+        control.check()
+        tries = Retrying(
+            sleep=control.sleep, retry=retry_if_exception_type(StorageUnavailable), wait=_wait, reraise=True,
+            stop=stop_before_delay(min(UPLOAD_SEC, control.remaining)))
+        return tries(self._try, path, key, control, digest)
 
-    def _once(self, path: Path, key: str) -> str:
-        bucket = self._connect()
-        size = path.stat().st_size
+    def _try(self, path: Path, key: str, control: Control, digest: str) -> str:
+        """One try, in a thread that is left behind when the job has to stop: the SDK's own waiting knows no job."""
+        line = self._line = self._line or Line()
+        pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
+        try:
+            work = pool.submit(self._once, line, path, key, digest)
+            while not wait([work], timeout=STOP_SEC).done:
+                control.check()
+            return work.result()
+        except (Cancelled, DeadlineExceeded):
+            self._line = None
+            line.cut()
+            raise
+        except Cut as e:  # another job had to leave the line
+            raise StorageUnavailable("Upload failed: the connection was cut", stage="upload") from e
+        except (B2Error, requests.RequestException, OSError, AssertionError) as e:
+            if isinstance(e, Unauthorized):
+                line.bucket = None  # authorise again
+            raise self._translate(e, key) from e
+        finally:
+            pool.shutdown(wait=False)
+
+    def _once(self, line: Line, path: Path, key: str, digest: str) -> str:
+        bucket = line.connect(self.settings)
         with path.open("rb") as file:
             sha1 = hashlib.file_digest(file, "sha1").hexdigest()
-        if not self._present(bucket, key, size, sha1):
-            bucket.upload_local_file(str(path), key, sha1_sum=sha1, content_type="video/mp4")
-        return self.url(key)
-
-    def _connect(self) -> Any:
-        if self._bucket is None:
-            s = self.settings
-            try:
-                self._api.authorize_account(s.b2_key_id, s.b2_app_key, realm=s.b2_realm)
-            except InvalidAuthToken as e:  # here it means a wrong key, elsewhere an expired token
-                raise StorageRejected("Upload refused: B2_KEY_ID and B2_APP_KEY are not valid", stage="upload",
-                                      bucket=s.b2_bucket_name, reason="Unauthorized") from e
-            self._bucket = self._api.get_bucket_by_name(s.b2_bucket_name)
-        return self._bucket
-
-    @staticmethod
-    def _present(bucket: Any, key: str, size: int, sha1: str) -> bool:
-        """Whether this very file is there already: the job ran before and only its answer was lost."""
-        try:
-            info = bucket.get_file_info_by_name(key)
-        except FileNotPresent:
-            return False
-        known = info.content_sha1 or info.file_info.get("large_file_sha1")
-        return bool(info.size == size and known == sha1)
-
-    def url(self, key: str) -> str:
-        """Public URL of an object: the CDN's, else the account's own download host's."""
+        if not _present(bucket, key, path.stat().st_size, sha1, digest):
+            bucket.upload_local_file(str(path), key, sha1_sum=sha1, content_type="video/mp4",
+                                     file_info={DIGEST: digest} if digest else None)
         if base := self.settings.b2_public_url_base:
             return f"{base.rstrip('/')}/{quote(key)}"
-        return str(self._bucket.get_download_url(key))
+        return str(bucket.get_download_url(key))
 
     def _translate(self, e: Exception, key: str) -> JobError:
         """An SDK exception -> the tree, by type."""
         where: dict[str, Any] = {"stage": "upload", "bucket": self.settings.b2_bucket_name, "file_name": key}
         causes: list[Any] = [e, *getattr(e, "exception_info_list", [])] if isinstance(e, MaxRetriesExceeded) else [e]
         permanent = next((c for c in causes if isinstance(c, PERMANENT) and not isinstance(c, InvalidAuthToken)), None)
+        if isinstance(permanent, Unauthorized):
+            return StorageRejected(f"Upload refused: the key that B2_KEY_ID and B2_APP_KEY name is not valid or may not "
+                                   f"write to this bucket and prefix: {_said(permanent)}", reason="Unauthorized", **where)
         if permanent is not None:
             return StorageRejected(f"Upload refused: {_said(permanent)}", reason=type(permanent).__name__, **where)
         transient = (TransientErrorMixin, TooManyRequests, MaxRetriesExceeded, B2ConnectionError, B2RequestTimeout,
@@ -159,6 +140,26 @@ class B2Storage:
         if isinstance(e, OSError):
             return StorageUnavailable(f"Upload failed: {e.strerror or e}", reason=type(e).__name__, **where)
         return StorageRejected(f"Upload refused: {_said(e)}", reason=type(e).__name__, **where)
+
+
+def _present(bucket: Any, key: str, size: int, sha1: str, digest: str) -> bool:
+    """Whether this very film is there already: the job ran before and only its answer was lost."""
+    try:
+        info = bucket.get_file_info_by_name(key)
+    except FileNotPresent:
+        return False
+    if digest:
+        return bool(info.file_info.get(DIGEST) == digest)
+    # of a file that came in parts B2 states "none", and the uploader's digest is in the file info
+    known = {info.content_sha1, info.file_info.get("large_file_sha1")}
+    return bool(info.size == size and sha1 in known)
+
+
+def _wait(state: RetryCallState) -> float:
+    """Seconds until the next try: doubling, with jitter, and not before the storage asks for it."""
+    error = state.outcome.exception() if state.outcome else None
+    asked = getattr(error.__cause__ if error else None, "retry_after_seconds", None) or 0.0
+    return max(float(asked), min(0.5 * 2 ** (state.attempt_number - 1), 20.0) * random.uniform(0.7, 1.3))
 
 
 def _said(e: Exception) -> str:

@@ -17,12 +17,14 @@ from musetalk import LipSync, Options
 from musetalk.avatar import Avatar, cache_key
 from musetalk.colour import Colour
 from musetalk.lipsync import speech_weights
+from musetalk.options import Quality
 from musetalk.track import WINDOW
 from pipeline import runner
 from pipeline.control import Control
 from pipeline.engine import Engine
-from pipeline.errors import BadMedia
+from pipeline.errors import BadMedia, BadRequest
 from pipeline.media import FrameSource, MediaInfo, Mp4Writer, plan
+from pipeline.provenance import tags
 from pipeline.runner import ROOM, Buffers, Stage, Together
 from pipeline.schema import JobRequest
 from pipeline.stages import Blend, Clock, Decode, Encode, Generate, Prepare
@@ -39,6 +41,7 @@ class Result:
     wall_sec: float
     frames: int
     avatar_cached: bool
+    lane: Quality
     damaged: str | None = None  # which source is damaged, and how much of it was decoded
 
 
@@ -46,8 +49,8 @@ def speak(engine: Engine, request: JobRequest, inputs: Inputs, content: str, tar
     """Write the lip-synced MP4 to `target`. `content` is the clip's sha256."""
     began = time.perf_counter()
     with engine.job() as lipsync:
-        options = request.params.options(lipsync.nets.version, batch_size=engine.batch_size)
-        source, colour, key = _clip(engine, lipsync, request, options, inputs.clip, content)
+        options = options_of(engine, lipsync, request, engine.batch_size)
+        source, colour, key = clip_of(engine, lipsync, request, options, inputs.clip, content)
         clock, pcm = Clock(engine.device), inputs.speech.pcm
         with clock.running():
             prompts = lipsync.prompts(pcm, source.fps, options)
@@ -57,11 +60,11 @@ def speak(engine: Engine, request: JobRequest, inputs: Inputs, content: str, tar
         with closing(cached or Avatar.new()) as avatar:
             decode = Decode(source, outputs, options.loop, len(cached) if cached else None, buffers)
             prepare = Prepare(lipsync, avatar, options, source, colour)
-            generate = Generate(lipsync, avatar, prompts, speech_weights(pcm, source.fps, outputs, options), batch,
+            generate = Generate(lipsync, avatar, prompts, speech_weights(pcm, source.fps, outputs, options), options,
                                 clock, partial(control.progress, "inference"))
             blend = Blend(source, colour)
-            encode = Encode(lambda: Mp4Writer(target, source, inputs.speech, outputs / float(source.fps)), buffers,
-                            lambda: min(ENCODER_SEC, control.remaining + 1))
+            encode = Encode(partial(Mp4Writer, target, source, inputs.speech, outputs / float(source.fps),
+                                    tags=tags(engine.settings)), buffers, lambda: min(ENCODER_SEC, control.remaining + 1))
             stages: list[Stage] = [decode, prepare, generate, blend, encode]
             if cached:
                 stages.remove(prepare)
@@ -71,7 +74,17 @@ def speak(engine: Engine, request: JobRequest, inputs: Inputs, content: str, tar
             if not cached:
                 avatar.finish(complete=decode.whole)
                 engine.cache.put(key, avatar)
-    return Result(clock.seconds, time.perf_counter() - began, outputs, cached is not None, _damaged(decode, inputs))
+    return Result(clock.seconds, time.perf_counter() - began, outputs, cached is not None, options.quality,
+                  _damaged(decode, inputs))
+
+
+def options_of(engine: Engine, lipsync: LipSync, request: JobRequest, batch_size: int) -> Options:
+    """The job's options on this worker. Raises BadRequest for what its weights cannot do."""
+    options = request.params.options(lipsync.nets.version, batch_size=batch_size, quality=engine.settings.quality)
+    if options.quality == "fast" and lipsync.nets.tiny is None:
+        raise BadRequest("params.quality: this worker's weights have no tiny decoder (taesd/); ask for exact, or add it "
+                         "with python -m pipeline.weights fetch", stage="validation", field="params.quality")
+    return options
 
 
 def _damaged(decode: Decode, inputs: Inputs) -> str | None:
@@ -91,7 +104,7 @@ def buffers_needed(batch_size: int) -> int:
     return 3 * ROOM + WINDOW + 4 * batch_size + 2
 
 
-def _clip(
+def clip_of(
     engine: Engine, lipsync: LipSync, request: JobRequest, options: Options, clip: MediaInfo, content: str
 ) -> tuple[FrameSource, Colour, str]:
     """How the clip is decoded, its colours, and its prepared avatar's key in the cache."""

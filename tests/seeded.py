@@ -23,6 +23,7 @@ DIGESTS = {
     "whisper_encoder": "c93c23793caeab2ccea5bb7bc3c4926d2fb31d583c915d459798c3eb99709f2f",
     "bisenet": "8e2f4a6e302b809af5f8f1c48856e1c006c909c97c6082d9d3f52679d7017a3c",
     "s3fd": "0e03063bda1f2212a2e84bd0b8e21484c7f20dff84052c46becae0af435c11cd",
+    "tiny": "b58fc8aa60504779a213597d51ba6f07332e87c7a724ca08517892afac45dde9",
     "dwpose": "2f3653576512980e1f3b5a76e078275285f59e4f70d11d792bdf0710f2aafa34",
 }
 L2_NORM_CENTRE = {"conv3_3_norm.weight": 10.0, "conv4_3_norm.weight": 8.0, "conv5_3_norm.weight": 5.0}
@@ -30,6 +31,8 @@ ROOT2 = math.sqrt(2)
 # (pattern, gain) of the convolution and linear weights: standard deviation = gain / sqrt(fan-in); first match wins.
 GAIN_RULES = [
     (r"^conv1_1\.weight$", ROOT2 / 64),
+    (r"^decoder\.layers\.\d+\.conv\.4\.weight$", 0.3),
+    (r"^decoder\.layers\.18\.weight$", 0.2),
     (r"_mbox_loc\.weight$", 0.25),
     (r"^cp\.resnet\..*\.conv2\.weight$", 0.5),
     (r"^backbone\.stem\.0\.", 3.0),

@@ -10,16 +10,19 @@ import pickle
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from musetalk import LipSync, checkpoints, fetch
 from musetalk.checkpoints import read_state
 from musetalk.errors import BadCheckpoint
+from musetalk.nets.tiny import Tiny, TinyConfig
 from tests.conftest import DEMO
 
 
@@ -158,6 +161,29 @@ def test_the_manifest_finds_one_changed_byte(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(BadCheckpoint, match="sha256"):
         LipSync.load(target)
+
+
+@pytest.mark.parametrize("form", ["diffusers", "original"])
+def test_the_tiny_decoder_loads_in_both_published_layouts(folder: Path, form: str) -> None:
+    shutil.rmtree(folder / "taesd", ignore_errors=True)
+    assert LipSync.load(folder).nets.tiny is None, "it is optional"
+    cfg = TinyConfig(decoder_block_out_channels=(16, 16, 16), num_decoder_blocks=(1, 1, 1))
+    net = Tiny(cfg)
+    (folder / "taesd").mkdir()
+    (folder / "taesd/config.json").write_text(json.dumps(asdict(cfg)))
+    state = net.state_dict()
+    if form == "diffusers":
+        save_file({**state, "encoder.layers.0.weight": torch.zeros(1)}, folder / "taesd/diffusion_pytorch_model.safetensors")
+    else:
+        names = [k.removeprefix("decoder.layers.").partition(".") for k in state]
+        torch.save({f"{int(n) + 1}.{rest}": v for (n, _, rest), v in zip(names, state.values(), strict=True)},
+                   folder / "taesd/taesd_decoder.pth")
+    loaded = LipSync.load(folder, dtype=torch.float32).nets.tiny
+    assert loaded is not None
+    assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in state.items())
+    (folder / "taesd/config.json").write_text(json.dumps(asdict(TinyConfig())))
+    with pytest.raises(BadCheckpoint, match="taesd"):
+        LipSync.load(folder)
 
 
 def test_version_one_loads(folder: Path) -> None:

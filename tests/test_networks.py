@@ -19,6 +19,7 @@ from musetalk.nets.bisenet import BiSeNet
 from musetalk.nets.layers import fold_batch_norm
 from musetalk.nets.rtmpose import RtmPose
 from musetalk.nets.s3fd import S3fd
+from musetalk.nets.tiny import Tiny, TinyConfig
 from musetalk.nets.unet import UNet, audio_positions
 from musetalk.nets.vae import Vae, VaeConfig
 from musetalk.nets.whisper import WhisperEncoder
@@ -194,3 +195,35 @@ def test_rtmpose() -> None:
 def test_audio_positions() -> None:
     g = golden("positional_encoding")
     close("position code", audio_positions(50, 384), g["table"], 4e-6, 3.1e-6)
+
+
+def test_tiny_decoder() -> None:
+    g = golden("tiny")
+    net, latents = build(Tiny, "tiny"), torch.from_numpy(g["latents"])
+    with torch.inference_mode():
+        close("tiny decoder", net.decode(latents), g["decoded"], 2e-5, 5.0e-6)
+        half = net.to(torch.bfloat16, memory_format=torch.channels_last).decode(latents.bfloat16())
+    error = (half - torch.from_numpy(g["decoded"])).abs()
+    print(f"tiny decoder bfloat16: mean {float(error.mean()):.4f}, max {float(error.max()):.3f}; reference 0.007, 0.044")
+    assert float(error.mean()) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("blocks", [(3, 3, 3, 1), (1, 2, 1)])
+def test_rows_of_the_tiny_decoder_are_the_whole_picture_s(dtype: torch.dtype, blocks: tuple[int, ...]) -> None:
+    """Bit for bit, whatever rows are asked for; and one row less of what is taken in would show."""
+    torch.manual_seed(1)
+    net = Tiny(TinyConfig(decoder_block_out_channels=(16,) * len(blocks), num_decoder_blocks=blocks)).requires_grad_(False)
+    net.to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    latents = torch.randn(2, 4, 24, 16).to(dtype).contiguous(memory_format=torch.channels_last)
+    height = 24 * net.cfg.stride
+    random = np.random.default_rng(2)
+    cases = [(0, height), (0, 1), (height - 1, height), (height * 7 // 16, height),
+             *(sorted(random.choice(height + 1, 2, replace=False).tolist()) for _ in range(24))]
+    with torch.inference_mode():
+        whole = net.decode(latents)
+        for first, stop in cases:
+            assert torch.equal(net.decode(latents, (first, stop)), whole[:, :, first:stop]), (first, stop)
+        true = net.decoder.needed
+        net.decoder.needed = lambda rows, size: [(a + (a > 0), b) for a, b in true(rows, size)]  # type: ignore[method-assign]
+        assert not torch.equal(net.decode(latents, (height - 8, height)), whole[:, :, -8:])

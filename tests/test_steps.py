@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from musetalk import audio, blend, faces, generate, imaging, order
-from musetalk.box import Box
+from musetalk.box import Box, Region
 from musetalk.options import Loop
 from tests.seeded import seeded_uniform
 from tests.test_networks import golden
@@ -253,6 +253,31 @@ def test_labels_from_logits() -> None:
             square = blend.blend_square(box)
             masks = [blend.soft_mask(blend.label_mask(labels, mode)[0], square, box) for labels in (plain, cut)]
             assert torch.equal(masks[0], masks[1])
+
+
+@pytest.mark.parametrize("box", [Box(100, 60, 300, 340), Box(5, 7, 400, 300), Box(40, 30, 240, 90), Box(10, 10, 74, 74),
+                                 Box(-30, 150, 120, 420), Box(20, 5, 276, 261), Box(0, 0, 480, 120), Box(8, 4, 520, 516)])
+@pytest.mark.parametrize("side", [128, 256])
+def test_rows_that_show(box: Box, side: int) -> None:
+    """A face's rows above `first_row` leave no trace in the frame; those from the nearest tap on do."""
+    random = torch.Generator().manual_seed(4)
+    square = blend.blend_square(box)
+    mask = blend.within(blend.soft_mask(torch.ones(512, 512, dtype=torch.bool), square, box), square, box)
+    region = blend.region_of(mask, square, 640, 480)
+    region = Region(region.box, torch.full_like(region.mask, 255))  # the soft edge's first rows hardly show
+    first = blend.first_row(box, region, side)
+    face, frame = (torch.randint(0, 256, shape, dtype=torch.uint8, generator=random)
+                   for shape in ((3, side, side), (3, 480, 640)))
+
+    def pasted(changed: int) -> torch.Tensor:
+        other, out = face.clone(), frame.clone()
+        other[:, :changed] ^= 255
+        blend.paste(out.unbind(0), other, box, region)
+        return out
+
+    assert 0 < first < side
+    assert torch.equal(pasted(first), pasted(0))
+    assert not torch.equal(pasted(first + blend.ROW_REACH + 4), pasted(0))
 
 
 # -- order -----------------------------------------------------------------------------------------------------------

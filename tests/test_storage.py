@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import gc
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -10,7 +17,7 @@ import pytest
 
 from pipeline import storage
 from pipeline.control import Control
-from pipeline.errors import Cancelled, JobError, StorageRejected, StorageUnavailable
+from pipeline.errors import Cancelled, DeadlineExceeded, JobError, StorageRejected, StorageUnavailable
 from pipeline.settings import Settings
 from pipeline.storage import B2Storage, LocalStorage
 from tests.fakes import b2 as fakes
@@ -74,12 +81,119 @@ def test_outage_is_retryable_within_the_limit(b2: fakes.B2, movie: Path, monkeyp
     assert e.value.details["file_name"] == "avatar/outputs/job-1.mp4"
 
 
-def test_hang_is_cut(b2: fakes.B2, movie: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "READ_SEC", 0.5)
-    monkeypatch.setattr(storage, "UPLOAD_SEC", 2.0)
-    b2.faults.extend([fakes.hang(3)] * 100)
-    with pytest.raises(StorageUnavailable):
-        client(b2).upload(movie, "job-1", Control(60))
+def stopped_after(b2: fakes.B2, path: Path, control: Control, began: Callable[[], None]) -> tuple[JobError, float]:
+    """Upload while the server hangs; `began` waits until it does and stops the job. The error, and seconds from then."""
+    with ThreadPoolExecutor(1) as pool:
+        upload = pool.submit(client(b2).upload, path, "job-1", control)
+        began()
+        since = time.monotonic()
+        error = upload.exception(timeout=300)
+        assert isinstance(error, JobError)
+        return error, time.monotonic() - since
+
+
+STATES = ["b2_authorize_account", "b2_list_buckets", "job-1.mp4", "b2_get_upload_url", "sending", "upload"]
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_cancel_ends_a_hanging_upload(b2: fakes.B2, tmp_path: Path, state: str) -> None:
+    path = tmp_path / "o.mp4"
+    path.write_bytes(bytes(30_000_000))  # more than sockets hold
+    b2.hangs = state
+    control, threads = Control(540), set(threading.enumerate())
+
+    def began() -> None:
+        assert b2.hanging.wait(30)
+        time.sleep(0.3)
+        control.cancel()
+
+    error, seconds = stopped_after(b2, path, control, began)
+    assert isinstance(error, Cancelled)
+    assert seconds < 5, seconds
+    b2.close()
+    del error  # its traceback holds the SDK's client, which ends its threads when it is collected
+    gc.collect()
+    left = [t for t in threading.enumerate() if t not in threads and "process_request" not in t.name]
+    for thread in left:
+        thread.join(5)
+        assert not thread.is_alive(), thread
+
+
+@pytest.mark.parametrize("state", ["b2_authorize_account", "sending", "upload"])
+def test_deadline_ends_a_hanging_upload(b2: fakes.B2, tmp_path: Path, state: str) -> None:
+    path = tmp_path / "o.mp4"
+    path.write_bytes(bytes(30_000_000))
+    b2.hangs = state
+    control = Control(4)
+    error, seconds = stopped_after(b2, path, control, lambda: None)
+    assert isinstance(error, DeadlineExceeded)
+    assert seconds < 9, seconds
+
+
+def test_cancel_ends_connecting(tmp_path: Path, movie: Path) -> None:
+    """A listener with a full backlog leaves new connections unanswered, as an unreachable host does."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, contextlib.ExitStack() as stack:
+        for _ in range(4):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(full.getsockname())
+        control = Control(540)
+        storage = B2Storage(Settings.from_env({"B2_KEY_ID": "i", "B2_APP_KEY": "k", "B2_BUCKET_NAME": "b",
+                                               "B2_REALM": f"http://127.0.0.1:{full.getsockname()[1]}"}))
+        timer = threading.Timer(1, control.cancel)
+        timer.start()
+        since = time.monotonic()
+        with pytest.raises(Cancelled):
+            storage.upload(movie, "job-1", control)
+        assert time.monotonic() - since < 6
+
+
+@pytest.mark.parametrize("code", [503, 429])
+def test_cancel_ends_the_wait_between_tries(b2: fakes.B2, movie: Path, code: int) -> None:
+    """Retry-After is waited for by the SDK itself on some calls, by the worker on others."""
+    b2.faults.extend([fakes.status(code, "too_many_requests", headers={"Retry-After": "60"})] * 10)
+    control = Control(540)
+
+    def began() -> None:
+        while "upload" not in b2.calls:
+            time.sleep(0.05)
+        time.sleep(0.5)
+        control.cancel()
+
+    error, seconds = stopped_after(b2, movie, control, began)
+    assert isinstance(error, Cancelled)
+    assert seconds < 5, seconds
+
+
+def test_another_job_goes_on_after_a_stopped_one(b2: fakes.B2, movie: Path) -> None:
+    storage, control = client(b2), Control(540)
+    b2.hangs = "upload"
+    threading.Timer(1, control.cancel).start()
+    with pytest.raises(Cancelled):
+        storage.upload(movie, "job-1", control)
+    b2.hangs = ""
+    assert storage.upload(movie, "job-2", Control(60)).endswith("job-2.mp4")
+
+
+@pytest.mark.parametrize("prefix", ["", "unverified:"])
+def test_the_same_large_file_again_is_the_same_object(tmp_path: Path, prefix: str) -> None:
+    """Of a file that came in parts B2 states the SHA1 "none"; its digest is in the file info."""
+    path = tmp_path / "o.mp4"
+    path.write_bytes(os.urandom(12_000_000))
+    server = fakes.B2(part_size=5_000_000)
+    try:
+        client(server).upload(path, "job-1", Control(60))
+        assert "b2_finish_large_file" in server.calls
+        name = "avatar/outputs/job-1.mp4"
+        assert server.objects[name] == [path.read_bytes()]
+        sha1, info = server.stated[name]
+        assert sha1 == "none"
+        if prefix:
+            server.stated[name] = prefix + info["large_file_sha1"], {}
+        client(server).upload(path, "job-1", Control(60))
+        assert len(server.objects[name]) == 1
+    finally:
+        server.close()
 
 
 @pytest.mark.parametrize(("fault", "reason"), [
@@ -99,6 +213,21 @@ def test_wrong_key_and_missing_bucket(b2: fakes.B2, movie: Path) -> None:
         with pytest.raises(StorageRejected) as e:
             client(b2, **change).upload(movie, "job-1", Control(60))
         assert "canary" not in str(e.value) + str(e.value.details)
+
+
+@pytest.mark.parametrize("code", ["unauthorized", "bad_auth_token"])
+def test_a_rejected_key_is_named(b2: fakes.B2, movie: Path, code: str) -> None:
+    b2.refusal = code
+    with pytest.raises(StorageRejected) as e:
+        client(b2, B2_APP_KEY="canary-wrong-key").upload(movie, "job-1", Control(60))
+    assert "B2_KEY_ID" in e.value.message
+
+
+def test_a_key_that_may_not_write_is_named(b2: fakes.B2, movie: Path) -> None:
+    b2.faults.extend([fakes.status(401, "unauthorized")] * 50)
+    with pytest.raises(StorageRejected) as e:
+        client(b2).upload(movie, "job-1", Control(60))
+    assert "B2_KEY_ID" in e.value.message
 
 
 def test_cancel_stops_the_waiting(b2: fakes.B2, movie: Path) -> None:

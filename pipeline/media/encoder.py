@@ -49,16 +49,17 @@ class Mp4Writer(Child):
     """Encodes yuv420p frames and the speech into an MP4, once. It reads our own files only, so it has no memory limit."""
 
     def __init__(
-        self, path: Path, source: FrameSource, speech: Speech, seconds: float, encoder: tuple[str, ...] | None = None
+        self, path: Path, source: FrameSource, speech: Speech, seconds: float, encoder: tuple[str, ...] | None = None,
+        tags: tuple[str, ...] = (),
     ) -> None:
-        """`seconds` is the length of the sound at most."""
+        """`seconds` is the length of the sound at most, `tags` are options that write metadata."""
         video = source.info.video
         if video is None:
             raise BadMedia("no video stream")
         command = [
             child.ffmpeg(), "-nostdin", "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "yuv420p",
             "-s", f"{source.width}x{source.height}", "-r", f"{source.fps.numerator}/{source.fps.denominator}", "-i", "pipe:0",
-            "-f", "wav", "-i", f"file:{speech.path}", "-map", "0:v", "-map", "1:a", "-map_metadata", "-1",
+            "-f", "wav", "-i", f"file:{speech.path}", "-map", "0:v", "-map", "1:a", "-map_metadata", "-1", *tags,
             *(encoder or video_encoder()), *colour_tags(video), "-pix_fmt", "yuv420p",
             "-af", f"atrim=end={seconds:.6f}", "-c:a", "aac", "-b:a", "160k", "-movflags", "+faststart", "-f", "mp4",
             f"file:{path}",

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 Fault = Callable[[http.server.BaseHTTPRequestHandler], bool]  # True when it has answered (or hung up)
 
@@ -38,15 +38,24 @@ class Routes(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._api(b"")
 
-    def do_POST(self) -> None:
-        self._api(self.rfile.read(int(self.headers.get("content-length") or 0)))
+    def _hang(self) -> bool:
+        self.b2.hanging.set()
+        self.b2.closed.wait()
+        return reset(self)
 
-    def do_HEAD(self) -> None:
-        self._download()
+    def do_POST(self) -> Any:
+        if self.b2.hangs == "sending" and self.path.startswith("/upload"):  # nothing of the body is read
+            return self._hang()
+        return self._api(self.rfile.read(int(self.headers.get("content-length") or 0)))
 
-    def _api(self, body: bytes) -> None:
+    def do_HEAD(self) -> Any:
+        return self._hang() if self.b2.hangs and self.path.endswith(self.b2.hangs) else self._download()
+
+    def _api(self, body: bytes) -> Any:
         name = self.path.split("?")[0].rsplit("/", 1)[-1]
         self.b2.calls.append(name)
+        if self.b2.hangs == name:
+            return self._hang()
         if self.path.startswith("/upload"):
             return self._upload(body)
         if self.path.startswith("/file/"):
@@ -57,9 +66,10 @@ class Routes(http.server.BaseHTTPRequestHandler):
     def _b2_authorize_account(self, _: Any) -> None:
         given = base64.b64decode(self.headers["Authorization"].removeprefix("Basic ")).decode()
         if given != f"{self.b2.key_id}:{self.b2.key}":
-            return self.error(401, "bad_auth_token")
+            return self.error(401, self.b2.refusal)
         storage = {
-            "apiUrl": self.b2.url, "downloadUrl": self.b2.url, "s3ApiUrl": self.b2.url, "recommendedPartSize": 10**8,
+            "apiUrl": self.b2.url, "downloadUrl": self.b2.url, "s3ApiUrl": self.b2.url,
+            "recommendedPartSize": self.b2.part_size,
             "absoluteMinimumPartSize": 5 * 10**6, "infoType": "storageApi", "bucketId": None, "bucketName": None,
             "namePrefix": None, "allowed": ALLOWED,
             "capabilities": ALLOWED["capabilities"],
@@ -82,6 +92,9 @@ class Routes(http.server.BaseHTTPRequestHandler):
             return None
         if not self.keep():
             return self.error(400, "bad_request", "Checksum did not match data received")
+        if part := self.headers["X-Bz-Part-Number"]:
+            return self.answer({"partNumber": int(part), "contentSha1": hashlib.sha1(self.body).hexdigest(),
+                                "contentLength": len(self.body), "fileId": "large"})
         return self.answer(self._file(unquote(self.headers["X-Bz-File-Name"]), self.body))
 
     def keep(self) -> bool:
@@ -91,8 +104,31 @@ class Routes(http.server.BaseHTTPRequestHandler):
             self.body, sha1 = self.body[:-40], self.body[-40:].decode()
         if hashlib.sha1(self.body).hexdigest() != sha1:
             return False
-        self.b2.objects.setdefault(unquote(self.headers["X-Bz-File-Name"]), []).append(self.body)
+        if part := self.headers["X-Bz-Part-Number"]:
+            self.b2.parts[int(part)] = self.body
+            return True
+        info = {k.lower().removeprefix("x-bz-info-"): unquote(v) for k, v in self.headers.items()
+                if k.lower().startswith("x-bz-info-")}
+        self.b2.store(unquote(self.headers["X-Bz-File-Name"]), self.body, sha1, info)
         return True
+
+    def _b2_list_unfinished_large_files(self, _: Any) -> None:
+        self.answer({"files": [], "nextFileId": None})
+
+    def _b2_start_large_file(self, q: Any) -> None:
+        self.b2.large, self.b2.parts = q, {}
+        self.answer(self._file(q["fileName"], b"") | {"action": "start", "contentSha1": "none", "fileInfo": q["fileInfo"]})
+
+    def _b2_get_upload_part_url(self, _: Any) -> None:
+        self.answer({"fileId": "large", "uploadUrl": f"{self.b2.url}/upload_part", "authorizationToken": "canary-part"})
+
+    def _b2_finish_large_file(self, q: Any) -> None:
+        parts = [self.b2.parts[n] for n in sorted(self.b2.parts)]
+        if [hashlib.sha1(p).hexdigest() for p in parts] != q["partSha1Array"]:
+            return self.error(400, "bad_request", "the parts' checksums do not match")
+        name, info = self.b2.large["fileName"], self.b2.large["fileInfo"]
+        self.b2.store(name, b"".join(parts), "none", info)
+        return self.answer(self._file(name, b"".join(parts)) | {"contentSha1": "none", "fileInfo": info})
 
     def _file(self, name: str, body: bytes) -> dict[str, Any]:
         return {
@@ -108,11 +144,12 @@ class Routes(http.server.BaseHTTPRequestHandler):
         if name not in self.b2.objects:
             return self.error(404, "not_found")
         body = self.b2.objects[name][-1]
+        sha1, info = self.b2.stated[name]
         self.send_response(200)
         for key, value in {
             "Content-Length": str(len(body)), "Content-Type": "video/mp4", "x-bz-file-id": "f1",
-            "x-bz-file-name": name, "x-bz-content-sha1": hashlib.sha1(body).hexdigest(),
-            "X-Bz-Upload-Timestamp": "1700000000000",
+            "x-bz-file-name": name, "x-bz-content-sha1": sha1, "X-Bz-Upload-Timestamp": "1700000000000",
+            **{f"X-Bz-Info-{k}": quote(v) for k, v in info.items()},
         }.items():
             self.send_header(key, value)
         self.end_headers()
@@ -142,10 +179,21 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class B2:
-    """Objects by name (all versions kept). `faults` are taken one for each upload, first come first served."""
+    """Objects by name (all versions kept). `faults` are taken one for each upload, first come first served.
 
-    def __init__(self) -> None:
+    `hangs` names the call that is never answered, or "sending": an upload's body is not read. Files larger than
+    `part_size` bytes come in parts, as the account's authorisation says.
+    """
+
+    def __init__(self, part_size: int = 10**8) -> None:
+        self.part_size = part_size
         self.objects: dict[str, list[bytes]] = {}
+        self.stated: dict[str, tuple[str, dict[str, str]]] = {}  # of the newest version: content SHA1, file info
+        self.large: dict[str, Any] = {}
+        self.parts: dict[int, bytes] = {}
+        self.hangs = ""
+        self.refusal = "bad_auth_token"  # code of the answer to a wrong key
+        self.hanging, self.closed = threading.Event(), threading.Event()
         self.faults: deque[Fault] = deque()
         self.calls: list[str] = []
         self.bucket = "talking-avatar"
@@ -158,8 +206,14 @@ class B2:
         """What a worker needs to use this storage."""
         return {"B2_KEY_ID": self.key_id, "B2_APP_KEY": self.key, "B2_BUCKET_NAME": self.bucket, "B2_REALM": self.url}
 
+    def store(self, name: str, body: bytes, sha1: str, info: dict[str, str]) -> None:
+        """A new version of an object."""
+        self.objects.setdefault(name, []).append(body)
+        self.stated[name] = sha1, info
+
     def close(self) -> None:
         """Shut down."""
+        self.closed.set()
         self.server.shutdown()
         self.server.server_close()
 

@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 
-from pipeline import download, logs, storage
+from pipeline import b2line, download, logs, storage
 from pipeline.control import Control
 from pipeline.run import Service, status_of
 from pipeline.settings import Settings
@@ -102,7 +102,7 @@ class World:
         self.files.mkdir()
         self.sources.folder = self.files
         for target, name, value in (
-            (tempfile, "tempdir", str(self.temporary)), (download, "IDLE_SEC", 1.0), (storage, "READ_SEC", 0.6),
+            (tempfile, "tempdir", str(self.temporary)), (download, "IDLE_SEC", 1.0), (b2line, "READ_SEC", 0.6),
             (storage, "UPLOAD_SEC", 3.0), (random, "uniform", lambda _a, _b: 0.05),
         ):
             self.patches.enter_context(mock.patch.object(target, name, value))

@@ -1,0 +1,56 @@
+"""Distil the demo's tiny decoder from its VAE's decoder: python -m training.tiny [--steps N], after training.vae --decoder."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch.nn import functional as F
+
+from musetalk.nets.tiny import Tiny, TinyConfig
+from musetalk.nets.vae import Vae
+from training import common, data, vae
+
+CONFIG = TinyConfig(decoder_block_out_channels=(24, 24, 24), num_decoder_blocks=(3, 3, 1))
+
+
+def loss_of(out: torch.Tensor, want: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Weighted L1 of pixels, of their gradients (twice: a tiny decoder blurs first) and of their means over 16 x 16."""
+    error = out - want
+    dx, dy = error.diff(dim=-1).abs(), error.diff(dim=-2).abs()
+    edge = (dx * weight[..., 1:]).mean() + (dy * weight[..., 1:, :]).mean()
+    return (error.abs() * weight).mean() + 2 * edge + 2 * F.avg_pool2d(error, 16).abs().mean()
+
+
+def main() -> None:
+    """Train and write the checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--images", type=int, default=12000)
+    options = parser.parse_args()
+    device = common.setup(7)
+    images = common.cached("crops", lambda: data.in_parallel(data.crops, options.images, 500))
+    teacher = common.on(Vae(vae.CONFIG), device).requires_grad_(False)
+    common.load(teacher, "decoder")
+    net = common.on(Tiny(CONFIG), device)
+    training = common.Training("tiny", net, options.steps, 3e-3, seed=8)
+    weight = vae.mouth_weight(vae.CONFIG.crop_size).to(device)
+    for _ in training.steps():
+        pick = torch.from_numpy(images[training.random.integers(len(images), size=options.batch)])
+        image = pick.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        image = image.contiguous(memory_format=torch.channels_last)
+        with common.mixed_precision(device):
+            with torch.no_grad():
+                latents = teacher.encode(image).float()
+                latents = latents + 0.1 * latents.std() * torch.randn_like(latents)  # the UNet's miss by so much
+                want = teacher.decode(latents).float()
+            out = net.decode(latents)
+            loss = loss_of(out, want, weight)
+        training.step(loss)
+        if training.due(100):
+            training.log(loss=float(loss.detach()), psnr=float(-10 * torch.log10(F.mse_loss(out.detach(), want) / 4)))
+
+
+if __name__ == "__main__":
+    main()
