@@ -14,7 +14,7 @@ import sys
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, get_args
 
 import h11
 import uvicorn
@@ -27,6 +27,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from pipeline import logs, redact
 from pipeline.control import Control
 from pipeline.errors import BadRequest, Busy, JobError
+from pipeline.metrics import StageKey
 from pipeline.run import Service, failure, status_of
 from pipeline.schema import Failure, JobRequest, SelfTest, Success
 from pipeline.settings import BadSetting, Settings
@@ -50,6 +51,8 @@ class Figures:
             self.jobs.labels(outcome)  # shown from the start, as 0
         self.seconds = Histogram("musetalk_stage_seconds", "seconds of finished stages", ["stage"], buckets=BUCKETS_SEC,
                                  registry=self.registry)
+        for stage in get_args(StageKey):
+            self.seconds.labels(stage)
         self.total = Histogram("musetalk_job_seconds", "seconds of successful jobs", buckets=BUCKETS_SEC,
                                registry=self.registry)
         inside = Gauge("musetalk_jobs_inside", "jobs running and waiting", registry=self.registry)
