@@ -27,7 +27,8 @@ from musetalk.audio import Prompts, silent_frames
 from musetalk.avatar import Avatar, Face
 from musetalk.box import Box, Region
 from musetalk.errors import Interrupted, NoFace, NoFastLane, NonFiniteOutput
-from musetalk.options import Options, Quality
+from musetalk.finish import lips_map, natural
+from musetalk.options import Finish, Options, Quality
 from musetalk.order import source_index
 from musetalk.track import Found, Tracker
 
@@ -123,10 +124,12 @@ class LipSync:
             crops = torch.stack([faces.crop(f, b, self.crop_size) for f, b in zip(pictures, boxes, strict=True)])
             latents = generate.latents(self.nets.vae, crops, self._noise(options.seed, len(avatar), crops)).half().cpu()
             squares = [blend.cut(f, blend.blend_square(b)) for f, b in zip(pictures, boxes, strict=True)]
-            masks = blend.label_mask(blend.parse(self.nets.parser, squares), options.parsing_mode,
+            labels = blend.parse(self.nets.parser, squares)
+            masks = blend.label_mask(labels, options.parsing_mode,
                                      options.left_cheek_width, options.right_cheek_width)
             regions = [self._region(m, b, f) for m, b, f in zip(masks, boxes, pictures, strict=True)]
-            ready = iter([Face(b, r, z) for b, r, z in zip(boxes, regions, latents, strict=True)])
+            lips = [lips_map(k, blend.blend_square(b), b).cpu() for k, b in zip(labels, boxes, strict=True)]
+            ready = iter([Face(*parts) for parts in zip(boxes, regions, latents, lips, strict=True)])
         for _, found in group:
             avatar.append(None if found is None else next(ready))
 
@@ -215,14 +218,15 @@ class LipSync:
         for start in range(0, len(prompts), options.batch_size):
             outputs = range(start, min(start + options.batch_size, len(prompts)))
             slots = [Slot(o, source_index(o, len(avatar), options.loop), weights[o]) for o in outputs]
-            for slot, painted in zip(slots, self.generate_batch(avatar, prompts, slots, options.quality), strict=True):
+            for slot, painted in zip(slots, self.generate_batch(avatar, prompts, slots, options.quality, options.finish), strict=True):
                 frame = avatar.frames[slot.source].clone()
                 if painted is not None:
-                    blend.paste(frame.unbind(-1), painted.face.permute(2, 0, 1), painted.box, painted.region)
+                    painted.paste(frame.unbind(-1), painted.face.permute(2, 0, 1))
                 yield frame.numpy()
 
     def generate_batch(
-        self, avatar: Avatar | Sequence[Face | None], prompts: Prompts, slots: Sequence[Slot], quality: Quality = "exact"
+        self, avatar: Avatar | Sequence[Face | None], prompts: Prompts, slots: Sequence[Slot], quality: Quality = "exact",
+        finish: Finish = "official",
     ) -> list[Painted | None]:
         """What each slot's frame gets pasted; None where it has no face or is silent. `fast` may raise NoFastLane."""
         entries = [avatar[slot.source] if slot.weight > 0 else None for slot in slots]
@@ -232,7 +236,7 @@ class LipSync:
         tokens = prompts.batch([slot.output for slot, _ in todo])
         first = None if quality == "exact" else min(blend.first_row(e.box, e.region, self.crop_size) for _, e in todo)
         faces = iter(self.generate(torch.stack([entry.latents for _, entry in todo]), tokens, todo[0][0].output, first))
-        return [None if entry is None else Painted(next(faces), entry.box, slot.region(entry))
+        return [None if entry is None else Painted(next(faces), entry, slot.region(entry), finish)
                 for slot, entry in zip(slots, entries, strict=True)]
 
 
@@ -253,11 +257,19 @@ class Slot:
 
 @dataclass(frozen=True)
 class Painted:
-    """A generated face (S, S, 3) uint8, on the device, the box it is stretched over, and where it shows."""
+    """A generated face (S, S, 3) uint8, on the device, the source's, where it shows and how."""
 
     face: Tensor
-    box: Box
+    entry: Face
     region: Region
+    finish: Finish
+
+    def paste(self, planes: Sequence[Tensor], levels: Tensor) -> None:
+        """Paste the face, as `levels` (C, S, S) uint8 of the planes' kind, into C planes of its frame in place."""
+        if self.finish == "natural":
+            natural(planes, levels, self.entry.box, self.region, self.entry.lips)
+        else:
+            blend.paste(planes, levels, self.entry.box, self.region)
 
 
 def speech_weights(pcm: np.ndarray, fps: Fraction, outputs: int, options: Options) -> list[float]:
