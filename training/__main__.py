@@ -38,7 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     words = "three steps a network, no samples: shows that all works"
     parser.add_argument("--smoke", "--quick", dest="quick", action="store_true", help=words)
-    parser.add_argument("--wide", action="store_true", help="go on to the wide world's faces before the weights are put together")
+    parser.add_argument("--wide", action="store_true", help="go on to the wide world's faces before the last steps")
     options = parser.parse_args()
     quick = options.quick
     for step, small in (STEPS | (WIDE if options.wide else {}) | LAST).items():
