@@ -26,7 +26,7 @@ from benchmarks import common
 from benchmarks.sync import correlation, peak_lag
 from musetalk import LipSync, Options
 from musetalk.errors import NoFace
-from musetalk.generate import source_index
+from musetalk.order import source_index
 from pipeline.settings import REPOSITORY
 from training import speech
 from training.textures import blur

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from musetalk.box import Box
 from musetalk.imaging import constants, lanczos4, scale_shift
@@ -20,6 +21,8 @@ from musetalk.nets.s3fd import STRIDES, S3fd
 
 FACE_SCORE = 0.5  # S3FD's threshold upstream
 NMS_IOU = 0.3
+LARGE, SCALED = 2560, 1920  # pictures with a longer side are searched for faces at this one, pixels
+SMALL = 640  # longer side at which a picture without a face is searched again
 FACE_POINTS = slice(23, 91)  # the 68 face landmarks among the 133 key points, in dlib's order
 NOSE_BRIDGE = 29  # landmark at half the height of the face box
 CAFFE_MEAN = (104.0, 117.0, 123.0)  # B, G, R means, which upstream subtracts from R, G, B in this order
@@ -88,10 +91,27 @@ def suppress(boxes: Tensor) -> list[int]:
 
 
 def detect(net: S3fd, frame: Tensor) -> list[Detection]:
-    """Faces of one RGB frame (H, W, 3) uint8, best first."""
+    """Faces of one RGB frame (H, W, 3) uint8, best first, in the frame's pixels.
+
+    S3FD's largest anchors are 512 pixels: it does not see a face that fills a 4K picture. So a picture beyond 1440p is looked
+    at in 1080p (upstream does not), and one without a face once more in small. Where upstream finds a face, up to 1440p,
+    its detections are upstream's.
+    """
+    longest = max(frame.shape[:2])
+    found = _detect(net, frame, SCALED / longest if longest > LARGE else 1.0)
+    return found or (_detect(net, frame, SMALL / longest) if longest > 1.5 * SMALL else [])
+
+
+def _detect(net: S3fd, frame: Tensor, scale: float) -> list[Detection]:
     weight = net.fc6.weight
-    image = s3fd_input(frame.to(weight.device)[None]).to(weight.dtype)
-    return decode_s3fd(net(image.contiguous(memory_format=torch.channels_last)))
+    image = s3fd_input(frame.to(weight.device)[None])
+    if scale < 1.0:
+        size = [max(1, round(side * scale)) for side in frame.shape[:2]]
+        image = interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
+    found = decode_s3fd(net(image.to(weight.dtype).contiguous(memory_format=torch.channels_last)))
+    if scale == 1.0:
+        return found
+    return [Detection(d.x1 / scale, d.y1 / scale, d.x2 / scale, d.y2 / scale, d.score) for d in found]
 
 
 # -- RTMPose ---------------------------------------------------------------------------------------------------------

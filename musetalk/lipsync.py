@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +31,8 @@ from musetalk.finish import lips_map, natural
 from musetalk.options import Finish, Options, Quality
 from musetalk.order import source_index
 from musetalk.track import Found, Tracker
+
+log = logging.getLogger("musetalk.lipsync")
 
 
 @dataclass
@@ -55,7 +57,12 @@ class LipSync:
     def load(
         cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
     ) -> LipSync:
-        """Load the weights in `folder` (official or converted layout); raises BadCheckpoint."""
+        """Load the weights in `folder` (official or converted layout); raises BadCheckpoint.
+
+        On a GPU this fixes, for the process, what chooses kernels: see `tuning.fix_numerics`.
+        """
+        if torch.device(device).type == "cuda":
+            tuning.fix_numerics()
         return cls(checkpoints.load(folder, device, dtype))
 
     def _check(self, *_: object) -> None:
@@ -67,11 +74,16 @@ class LipSync:
         """Side of the face crops the networks work on, pixels."""
         return self.nets.vae.cfg.crop_size
 
+    @torch.inference_mode()
     def tune(self, batch_size: int, tokens: int) -> None:
-        """On a GPU, find the fastest right way to generate such batches. Takes some seconds and memory for one more batch."""
+        """On a GPU, record the generator for batches of up to `batch_size` faces of `tokens` audio tokens each."""
         if self.nets.device.type == "cuda":
-            with contextlib.suppress(torch.OutOfMemoryError):  # the plain path stays, and `generate` halves the batch
-                self.generator = tuning.tune(self.nets.unet, self.nets.vae, batch_size, tokens)
+            unet, vae = self.nets.unet, self.nets.vae
+            inputs = tuning.examples(unet, vae, batch_size, tokens)
+            self.generator = tuning.Recorded(tuning.plain(unet, vae), *inputs)
+            if self.fast is not None:
+                self.fast = tuning.Recorded(self.fast, *inputs)
+            self.largest_batch = min(self.largest_batch, batch_size)
 
     # -- preparing -----------------------------------------------------------------------------------------------------
 
@@ -93,15 +105,15 @@ class LipSync:
         for item in tracker.run(frames):
             group.append(item)
             if len(group) == options.batch_size:
-                self._append(avatar, group, options)
+                self.append(avatar, group, options)
                 group = []
                 yield len(avatar)
-        self._append(avatar, group, options)
+        self.append(avatar, group, options)
         avatar.finish()
         yield len(avatar)
 
     @torch.inference_mode()
-    def _append(self, avatar: Avatar, group: list[tuple[Tensor, Found | None]], options: Options) -> None:
+    def append(self, avatar: Avatar, group: list[tuple[Tensor, Found | None]], options: Options) -> None:
         """Crop, parse and encode the faces of a few frames."""
         present = [(frame, found.box) for frame, found in group if found is not None]
         ready: Iterator[Face] = iter(())
@@ -149,22 +161,23 @@ class LipSync:
         """Latents (N, 8, h, w), prompts (N, T, C) -> faces (N, S, S, 3) uint8 on the device.
 
         `fast_from`: by the tiny decoder, right from this row on. Raises NoFastLane where the weights have none.
-        On CUDA's out of memory the batch is halved (for good) until one frame does not fit either.
+        When a GPU's memory runs out the same batch is tried once more, since another thread may have held the memory; then
+        the batch is halved (for good) until one frame does not fit either.
         """
-        made = None
+        made, again = None, False
         while made is None:
             try:
                 parts = [slice(i, i + self.largest_batch) for i in range(0, len(latents), self.largest_batch)]
                 generator = self.generator if fast_from is None else self._fast(fast_from)
                 made = [generator(latents[p], prompts[p]) for p in parts]
-            except torch.OutOfMemoryError:
-                self.generator = tuning.plain(self.nets.unet, self.nets.vae)  # a recorded generator holds a batch's memory
+            except RuntimeError as e:
                 size = min(len(latents), self.largest_batch)
-                if size == 1:
+                if not tuning.out_of_memory(e) or (again and size == 1):
                     raise
-                self.largest_batch = size // 2
-            if made is None and self.nets.device.type == "cuda":  # out of the except block, which holds the tensors
-                torch.cuda.empty_cache()
+                log.warning("out of memory", extra={"batch": size, "next_batch": size // 2 if again else size})
+            if made is None:  # out of the except block, which holds the tensors
+                self._make_room(size // 2 if again else None)
+                again = not again
         finite = torch.cat([f for _, f in made])
         if not bool(finite.all()):
             raise NonFiniteOutput(first_frame + int((~finite).nonzero()[0]))
@@ -177,6 +190,16 @@ class LipSync:
         if self.lower.covers(first):
             return self.fast
         return tuning.plain(self.nets.unet, generate.Lower(self.nets.tiny, self.nets.vae.cfg, 0))
+
+    def _make_room(self, largest: int | None) -> None:
+        """Give back what memory is cached on a GPU; with `largest`, generate no more than so many faces at once from now on."""
+        if self.nets.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if largest is not None:
+            self.largest_batch = largest
+            for generator in (self.generator, self.fast):
+                if isinstance(generator, tuning.Recorded):
+                    generator.keep(largest)
 
     def speak(
         self,

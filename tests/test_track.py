@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from musetalk import LipSync
+from musetalk import LipSync, faces
 from musetalk.box import Box
 from musetalk.faces import Detection
 from musetalk.track import Tracker, choose
@@ -52,13 +52,13 @@ def test_gated_tracking_gives_the_boxes_of_per_frame_detection(service: Service,
 
 
 def test_one_of_several_faces_is_chosen_and_followed() -> None:
-    faces = [Detection(300, 10, 360, 80, 0.9), Detection(10, 10, 110, 130, 0.8), Detection(180, 10, 230, 70, 0.95)]
-    assert choose(faces, "largest", None) == Box(10, 10, 110, 130)
-    assert choose(faces, "leftmost", None) == Box(10, 10, 110, 130)
-    assert choose(faces, "rightmost", None) == Box(300, 10, 360, 80)
-    assert choose(faces, 1, None) == Box(180, 10, 230, 70)
-    assert choose(faces, 3, None) is None
-    assert choose(faces, "largest", Box(185, 12, 233, 70)) == Box(180, 10, 230, 70)
+    found = [Detection(300, 10, 360, 80, 0.9), Detection(10, 10, 110, 130, 0.8), Detection(180, 10, 230, 70, 0.95)]
+    assert choose(found, "largest", None) == Box(10, 10, 110, 130)
+    assert choose(found, "leftmost", None) == Box(10, 10, 110, 130)
+    assert choose(found, "rightmost", None) == Box(300, 10, 360, 80)
+    assert choose(found, 1, None) == Box(180, 10, 230, 70)
+    assert choose(found, 3, None) is None
+    assert choose(found, "largest", Box(185, 12, 233, 70)) == Box(180, 10, 230, 70)
 
 
 def test_the_chosen_of_two_faces_speaks(service: Service) -> None:
@@ -72,3 +72,23 @@ def test_the_chosen_of_two_faces_speaks(service: Service) -> None:
             for face in found:
                 assert face
                 assert (face.detection.x1 + face.detection.x2) / 2 // 240 == side
+
+
+@pytest.mark.parametrize(("width", "height", "scale"), [(3840, 2160, 600.0), (2560, 1440, 420.0), (2160, 3840, 600.0)])
+def test_a_large_face_in_a_large_picture_is_found(service: Service, width: int, height: int, scale: float) -> None:
+    lipsync: LipSync = service.engine.load()
+    frame = torch.from_numpy(draw(width, height, WHO, Pose(width / 2, height / 2, scale), Mouth()).image)
+    with torch.inference_mode():
+        found = faces.detect(lipsync.nets.detector, frame)
+    assert found
+    box = found[0].box()
+    assert abs((box.x1 + box.x2) / 2 - width / 2) < 0.3 * scale
+    assert scale < box.width < 3.5 * scale
+
+
+def test_where_a_face_is_found_at_full_size_nothing_changes(service: Service) -> None:
+    net = service.engine.load().nets.detector
+    frame = torch.from_numpy(draw(1280, 720, WHO, Pose(640, 340, 120), Mouth()).image)
+    with torch.inference_mode():
+        plain = faces.decode_s3fd(net(faces.s3fd_input(frame[None]).contiguous(memory_format=torch.channels_last)))
+        assert faces.detect(net, frame) == plain

@@ -9,7 +9,7 @@ import argparse
 import subprocess
 import sys
 
-# each step, and what makes it quick; the --wide ones go on from drawn faces to those of the wide world
+# each step, and what makes it quick
 STEPS = {
     "speech": "--pieces 2",
     "vae": "--steps 3 --images 16",
@@ -20,15 +20,17 @@ STEPS = {
     "unet": "--steps 3 --pairs 32",
     "unet --settle": "--steps 3 --pairs 32",
     "vae --decoder": "--steps 3 --images 16",
+}
+# from drawn faces on to those of the wide world (training/render.py); the weights in models/demo end before these
+WIDE = {
     "vae --wide": "--steps 3 --images 16 --faces 16",
     "detector --wide": "--steps 3 --images 16 --faces 16",
     "pose --wide": "--steps 3 --large 8 --faces 16",
     "parser --wide": "--steps 3 --images 12 --faces 12",
     "speaker": "--steps 3 --pairs 16 --drawn 16",
     "speaker --decoder": "--steps 3 --pairs 16 --drawn 16",
-    "assemble": "",
-    "samples": "",
 }
+LAST = {"tiny": "--steps 3 --images 16", "assemble": "", "samples": ""}
 
 
 def main() -> int:
@@ -36,8 +38,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     words = "three steps a network, no samples: shows that all works"
     parser.add_argument("--smoke", "--quick", dest="quick", action="store_true", help=words)
-    quick = parser.parse_args().quick
-    for step, small in STEPS.items():
+    parser.add_argument("--wide", action="store_true", help="go on to the wide world's faces before the last steps")
+    options = parser.parse_args()
+    quick = options.quick
+    for step, small in (STEPS | (WIDE if options.wide else {}) | LAST).items():
         if quick and step == "samples":
             continue
         print(f"== {step}", flush=True)

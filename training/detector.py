@@ -60,7 +60,7 @@ def _corners(landmarks: NDArray[np.float64], scale: float, side: int) -> tuple[f
 
 
 def various(seed: int, count: int) -> NDArray[np.float16]:
-    """Like `pictures`, of the wide world; a fourth are backgrounds alone."""
+    """Like `pictures`, of the wide world; a third are backgrounds or bodies without a head."""
     torch.set_num_threads(1)
     r = np.random.default_rng([seed, 91])
     out = np.zeros((count, WIDE_SIDE * WIDE_SIDE * 3 + 4), np.float16)
@@ -71,10 +71,12 @@ def various(seed: int, count: int) -> NDArray[np.float16]:
             back = render.ground(int(r.integers(1 << 30)), WIDE_SIDE, WIDE_SIDE)
             out[i, :-4] = Camera.random(r).take(back, i).ravel()
             continue
-        scale = float(np.exp(r.uniform(np.log(20), np.log(84))))
-        image, landmarks = wide.frame(r, who, WIDE_SIDE, WIDE_SIDE, scale)
+        scale = float(np.exp(r.uniform(np.log(20), np.log(90))))
+        whole = r.random() < 0.88  # else shoulders and collar under a head that is out of the picture
+        image, landmarks = wide.frame(r, who, WIDE_SIDE, WIDE_SIDE, scale, None if whole else -1.25 * scale)
         out[i, :-4] = image.ravel()
-        out[i, -4:] = _corners(landmarks, scale, WIDE_SIDE)
+        if whole:
+            out[i, -4:] = _corners(landmarks, scale, WIDE_SIDE)
     return out
 
 
@@ -115,10 +117,10 @@ def loss_of(levels: list[tuple[Tensor, Tensor]], faces: Tensor) -> Tensor:
 def main() -> None:
     """Draw the frames, train, write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, help="default: 1100, with --wide 600")
+    parser.add_argument("--steps", type=int, help="default: 1100, with --wide 700")
     parser.add_argument("--images", type=int, help="drawn ones; default: 2400, with --wide 400")
     parser.add_argument("--wide", action="store_true", help="go on in the wide world")
-    parser.add_argument("--faces", type=int, default=800, help="of the wide world")
+    parser.add_argument("--faces", type=int, default=1000, help="of the wide world")
     options = parser.parse_args()
     device = common.setup(5)
     if options.wide:
@@ -142,7 +144,7 @@ def go_on(options: argparse.Namespace, device: torch.device) -> None:
     drawn = common.cached("drawn_faces", lambda: data.in_parallel(pictures, options.images or 400, 200))
     net = common.on(S3fd(CONFIG), device).train()
     common.load(net, "detector", half=True)
-    training = common.Training("wide_detector", net, options.steps or 600, 1e-3, seed=20, decay=1e-4)
+    training = common.Training("wide_detector", net, options.steps or 700, 1e-3, seed=20, decay=1e-4)
     learn(training, net, [(faces, WIDE_SIDE), (faces, WIDE_SIDE), (drawn, SIDE)], device)
 
 

@@ -96,11 +96,12 @@ def person(r: np.random.Generator) -> Person:
 
 
 def frame(
-    r: np.random.Generator, who: Person, width: int, height: int, scale: float
+    r: np.random.Generator, who: Person, width: int, height: int, scale: float, y: float | None = None
 ) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
-    """A whole frame (height, width, 3) with a person in it, and the 68 landmarks (68, 2), pixels."""
+    """A whole frame (height, width, 3) with a person in it, at height `y` if given, and the 68 landmarks (68, 2), pixels."""
     pose = random_pose(r)
-    pose = replace(pose, x=width * float(r.uniform(0.3, 0.7)), y=height * float(r.uniform(0.3, 0.62)), scale=scale)
+    x, free = width * float(r.uniform(0.3, 0.7)), height * float(r.uniform(0.3, 0.62))
+    pose = replace(pose, x=x, y=free if y is None else y, scale=scale)
     scene = Scene.random(r, who)
     view = render.render(who, scene.light, pose, data.random_mouth(r), width, height, render.ground(scene.seed, width, height))
     return scene.camera.take(view.radiance, scene.seed), view.landmarks

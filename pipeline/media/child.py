@@ -27,6 +27,7 @@ from pipeline.settings import child_environment
 
 PIPE_BYTES = 1 << 20
 MEMORY_LIMIT = 6 << 30  # bytes of address space of a child that reads a stranger's file
+PROBE_SEC = 20  # to describe a file
 END_SEC = 10.0  # from the end of a child's output to its own
 STARVED = re.compile(r"Cannot allocate memory|Resource temporarily unavailable|error while loading shared libraries")
 

@@ -16,7 +16,6 @@ from pipeline.media import child
 from pipeline.media.child import tail
 from pipeline.media.formats import ACCEPTED_TEXT, UNKNOWN, Opener, guarded, opener
 
-PROBE_SEC = 20
 MATRICES = {"bt709": "bt709", "smpte170m": "bt601", "bt470bg": "bt601", "bt2020nc": "bt2020", "bt2020c": "bt2020"}
 HDR = ("smpte2084", "arib-std-b67")  # transfers of PQ (HDR10, Dolby Vision) and HLG
 
@@ -91,7 +90,7 @@ def probe(path: Path, max_pixels: int) -> MediaInfo:
     how = opener(path)
     command = [child.ffmpeg(), "-hide_banner", "-nostdin", "-nostats", *guarded(path, max_pixels, how), "-map", "0:V:0?", "-an",
                "-sn", "-dn", "-frames:v", "1", "-vf", "showinfo=checksum=0", "-f", "null", "-"]
-    _, _, log = child.run(command, PROBE_SEC)
+    _, _, log = child.run(command, child.PROBE_SEC)
     if "Input #0" not in log or _too_many_pixels(log):
         raise BadMedia(explain(path, log), ffprobe_stderr=tail(log, path))
     return _read(path, log, how)
@@ -101,7 +100,7 @@ def packet_seconds(info: MediaInfo, index: int, max_pixels: int) -> float:
     """How long a stream really is, by its packets; headers can say anything. Nothing is decoded."""
     command = [child.ffmpeg(), "-nostdin", "-v", "error", *guarded(info.path, max_pixels, info.opener), "-map", f"0:{index}",
                "-c", "copy", "-f", "null", "-nostats", "-progress", "pipe:1", "-"]
-    _, out, _ = child.run(command, PROBE_SEC)
+    _, out, _ = child.run(command, child.PROBE_SEC)
     times = re.findall(rb"out_time_us=(\d+)", out)
     return int(times[-1]) / 1e6 if times else 0.0
 

@@ -15,7 +15,7 @@ from unittest import mock
 
 from pipeline.control import Control
 from pipeline.media import child as module
-from pipeline.media import probe as probing
+from pipeline.media import probe
 from pipeline.run import Service, status_of
 from pipeline.stages import one_thread
 from tests import exif
@@ -222,7 +222,7 @@ def phone_photo(orientation: int) -> Callable[[World], Body]:
         data = (w.files / f"lying{orientation}.jpg").read_bytes()
         body = w.job(video=write(w, f"photo{orientation}.jpg", exif.turned(data, orientation)))
         assert body["status"] == "success", body
-        video = probing.probe(Path(body["output_url"].removeprefix("file://")), 10**7).video
+        video = probe(Path(body["output_url"].removeprefix("file://")), 10**7).video
         assert video
         assert (video.width, video.height) == (270, 360), video
         return body
@@ -275,7 +275,7 @@ def hung_child(w: World) -> Body:
     script = w.folder / "hangs.sh"
     script.write_text("#!/bin/sh\ntrap '' TERM\nsh -c 'trap \"\" TERM; sleep 999; : hangs.sh'\n")
     script.chmod(0o755)
-    with mock.patch.object(module, "ffmpeg", return_value=str(script)), mock.patch.object(probing, "PROBE_SEC", 1):
+    with mock.patch.object(module, "ffmpeg", return_value=str(script)), mock.patch.object(module, "PROBE_SEC", 1):
         body = w.job()
     left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if b"hangs.sh" in _read(p)]
     assert not left, "a process of the hung group lives on"
