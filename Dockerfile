@@ -1,18 +1,19 @@
 # syntax=docker/dockerfile:1
 # CUDA variant: the default; torch from the ordinary registry brings the CUDA libraries, built for every current card.
-# CPU variant:  --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# CPU variant:  --build-arg VARIANT=cpu --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu
 # Weights:      --build-arg MODELS=models/v15 bakes a folder of weights into a layer of its own, under the code.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS build
+ARG VARIANT=cuda
 ARG TORCH="torch==2.13.0"
 ARG TORCH_INDEX=""
+# pip keeps no cache; compiled files stay: without them every cold start would compile torch again
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python3 -m venv /opt/worker
-COPY requirements.txt /tmp/requirements.txt
-# compiled files stay: without them every cold start would compile torch again
-RUN /opt/worker/bin/pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "${TORCH}" \
-    && /opt/worker/bin/pip install -r /tmp/requirements.txt
+COPY requirements.lock scripts/install-locked scripts/slim-environment /tmp/
+RUN sh /tmp/install-locked /opt/worker /tmp/requirements.lock "${VARIANT}" "${TORCH}" "${TORCH_INDEX}" \
+    && sh /tmp/slim-environment /opt/worker
 
 FROM ${BASE_IMAGE}
 ARG MODELS=models/demo
@@ -28,7 +29,7 @@ COPY ${MODELS} /app/models/baked
 COPY samples samples
 COPY musetalk musetalk
 COPY pipeline pipeline
-COPY handler.py test_input.json requirements.txt LICENSE ./
+COPY handler.py test_input.json LICENSE ./
 RUN /opt/worker/bin/python -m compileall -q handler.py musetalk pipeline
 ENV PATH=/opt/worker/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 REVISION=${REVISION} \
     MODEL_DIR=/app/models/baked CACHE_DIR=/cache HOST=0.0.0.0 \

@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: install install-dev run page test test-full test-certificate check lint types
+.PHONY: install install-dev run page test test-full test-certificate gpu-report lock check lint types
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -36,6 +36,13 @@ test-full: install-dev  ## published-size networks, fault harness, image build
 
 test-certificate: install  ## a certificate chain for trying out content credentials, in ./test-certificate
 	$(BIN)/python scripts/make_test_certificate.py test-certificate
+
+gpu-report: install  ## what this machine's GPU does, PASS or FAIL, and gpu-report.json
+	$(BIN)/python -m benchmarks.gpu
+
+lock:  ## requirements.lock: the image's versions with hashes, torch's CUDA libraries included; needs uv
+	uv pip compile requirements.txt --generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	    --custom-compile-command "make lock" --quiet --output-file requirements.lock
 
 lint: install-dev
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ os.environ.setdefault("RUNPOD_DEBUG_LEVEL", "INFO")  # the SDK's default, DEBUG,
 
 import runpod
 
-from pipeline import logs
+from pipeline import bar, logs
 from pipeline.control import Control
 from pipeline.run import Service
 from pipeline.settings import BadSetting, Settings
@@ -54,9 +54,9 @@ def model_works() -> None:
 
 
 def reporter(job: dict[str, Any]) -> Callable[[str, float], None] | None:
-    """Sends a job's progress to the platform in steps of ten per cent."""
+    """Sends a job's progress to the platform in steps of ten per cent; of a local run, to the person at the terminal."""
     if job.get("id") in (None, "local_test"):
-        return None
+        return bar.draw if bar.shown() else None
     told = -1
 
     def report(stage: str, share: float) -> None:
@@ -85,6 +85,8 @@ def answer(body: dict[str, Any]) -> dict[str, Any]:
 
 async def handler(job: dict[str, Any]) -> dict[str, Any]:
     """Run one job in a thread; when the platform cancels it, stop the work before giving way to the next."""
+    if job.get("id") == "local_test" and bar.shown():
+        logs.setup("CRITICAL")  # no lines between: the body says it all
     control = Control(settings.job_deadline_sec, reporter(job))
     loop = asyncio.get_running_loop()
     work = loop.run_in_executor(executor, lambda: service.run_job(

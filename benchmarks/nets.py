@@ -1,9 +1,10 @@
-"""UNet and VAE decoder at their published sizes, seeded weights, against diffusers in float32 eager mode, interleaved.
+"""UNet and both decoders at their published sizes, random weights, against diffusers in float32 eager mode, interleaved.
 
     pip install -r requirements-bench.txt && python -m benchmarks.nets [--batch 4] [--rounds 3]
 
 The limit is this machine's own matrix-product ceiling, measured in the same run at the same dtype. Work is counted as two
-operations a multiply-add: UNet 0.178, VAE decode 0.622 TFLOP a frame.
+operations a multiply-add: UNet 0.178, VAE decode 0.622, tiny decode 0.035 TFLOP a frame. `fast_decode` is the tiny decoder
+on the rows that are shown, `tiny_decode` all of it; `fast_gain` the exact lane's time over the fast lane's.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from musetalk import tuning
+from musetalk import generate, tuning
 from musetalk.checkpoints import default_dtype
+from musetalk.nets.tiny import Tiny
 from musetalk.nets.unet import UNet
 from musetalk.nets.vae import Vae
 
-TFLOP = {"unet": 0.1778, "vae_decode": 0.6222}
+TFLOP = {"unet": 0.1778, "vae_decode": 0.6222, "tiny_decode": 0.0352}
 
 
 def ceiling(device: torch.device, dtype: torch.dtype) -> float:
@@ -33,18 +35,18 @@ def ceiling(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / best / 1e12
 
 
-def ours(device: torch.device, dtype: torch.dtype) -> tuple[UNet, Vae]:
+def ours(device: torch.device, dtype: torch.dtype) -> tuple[UNet, Vae, Tiny]:
     """Our networks, small random weights, as loading prepares them."""
     torch.manual_seed(0)
     with torch.device(device):
-        unet, vae = UNet().eval(), Vae().eval()
+        unet, vae, tiny = UNet().eval(), Vae().eval(), Tiny().eval()
     unet.fold_time()
-    nets: list[Any] = [net.requires_grad_(False) for net in (unet, vae)]
+    nets: list[Any] = [net.requires_grad_(False) for net in (unet, vae, tiny)]
     fast = [net.to(dtype=dtype, memory_format=torch.channels_last) for net in nets]
-    return fast[0], fast[1]
+    return fast[0], fast[1], fast[2]
 
 
-def theirs(device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+def theirs(device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     """diffusers' networks of the same configuration."""
     diffusers: Any = importlib.import_module("diffusers")  # a development dependency, here alone
     kinds = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
@@ -54,15 +56,16 @@ def theirs(device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
     vae = diffusers.AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-    return unet.to(device, dtype).eval(), vae.to(device, dtype).eval()
+    return tuple(net.to(device, dtype).eval() for net in (unet, vae, diffusers.AutoencoderTiny()))
 
 
 @torch.inference_mode()
 def measure(device: torch.device, batch: int, rounds: int) -> dict[str, float]:
     """Milliseconds a frame of both, and ratios, medians of interleaved rounds."""
     dtype, plain = default_dtype(device), torch.float16 if device.type == "cuda" else torch.float32
-    unet, vae = ours(device, dtype)
-    their_unet, their_vae = theirs(device, plain)
+    unet, vae, tiny = ours(device, dtype)
+    their_unet, their_vae, their_tiny = theirs(device, plain)
+    lower = generate.Lower(tiny, vae.cfg)
     latents, audio = torch.randn(batch, 8, 32, 32, device=device), torch.randn(batch, 50, 384, device=device)
     z, zero = torch.randn(batch, 4, 32, 32, device=device), torch.zeros((), device=device, dtype=torch.long)
     last = torch.channels_last
@@ -70,25 +73,32 @@ def measure(device: torch.device, batch: int, rounds: int) -> dict[str, float]:
         "unet": (lambda: unet(latents.to(dtype, memory_format=last), audio.to(dtype)),
                  lambda: their_unet(latents.to(plain), zero, audio.to(plain)).sample),
         "vae_decode": (lambda: vae.decode(z.to(dtype, memory_format=last)), lambda: their_vae.decode(z.to(plain)).sample),
+        "tiny_decode": (lambda: tiny.decode(z.to(dtype, memory_format=last)), lambda: their_tiny.decode(z.to(plain)).sample),
+        "fast_decode": (lambda: lower.decode(z.to(dtype, memory_format=last)), lambda: their_tiny.decode(z.to(plain)).sample),
     }
     out: dict[str, float] = {"ceiling_tflops": ceiling(device, dtype)}
-    total = [0.0, 0.0]
-    for name, (mine, other) in pairs.items():
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in pairs}
+    for mine, other in pairs.values():
         mine(), other()
-        times: tuple[list[float], list[float]] = ([], [])
-        for _ in range(rounds):
-            times[0].append(common.timed(mine))
-            times[1].append(common.timed(other))
-        a, b = (common.median(t) / batch for t in times)
-        total = [total[0] + a, total[1] + b]
-        out |= {f"{name}_ms": 1000 * a, f"{name}_diffusers_ms": 1000 * b, f"{name}_gain": b / a,
-                f"{name}_share_of_ceiling": TFLOP[name] / a / out["ceiling_tflops"]}
-    out |= {"gain": total[1] / total[0], "frames_per_sec": 1 / total[0]}
-    if device.type == "cuda":  # what a worker runs there: the whole generator, as tuning left it
-        way, inputs = tuning.tune(unet, vae, batch, 50), tuning.examples(unet, vae, batch, 50)[0]
+    for _ in range(rounds):
+        for name, (mine, other) in pairs.items():
+            times[name][0].append(common.timed(mine))
+            times[name][1].append(common.timed(other))
+    took = {name: tuple(common.median(t) / batch for t in both) for name, both in times.items()}
+    for name, (a, b) in took.items():
+        out |= {f"{name}_ms": 1000 * a, f"{name}_diffusers_ms": 1000 * b, f"{name}_gain": b / a}
+        if name in TFLOP:
+            out[f"{name}_share_of_ceiling"] = TFLOP[name] / a / out["ceiling_tflops"]
+    exact, fast = ([took["unet"][i] + took[decode][i] for i in (0, 1)] for decode in ("vae_decode", "fast_decode"))
+    out |= {"gain": exact[1] / exact[0], "frames_per_sec": 1 / exact[0], "fast_frames_per_sec": 1 / fast[0],
+            "fast_gain": exact[0] / fast[0], "fast_decode_gain": took["vae_decode"][0] / took["fast_decode"][0],
+            "tiny_gain": took["tiny_decode"][1] / took["tiny_decode"][0]}
+    if device.type == "cuda":  # what a worker runs there: the whole generator, recorded
+        inputs = tuning.examples(unet, vae, batch, 50)
+        way = tuning.Recorded(tuning.plain(unet, vae), *inputs)
         best = common.median([common.timed(lambda: way(*inputs)) for _ in range(rounds)]) / batch
-        out |= {"tuned_frames_per_sec": 1 / best, "tuned_gain": total[1] / best,
-                "tuned_share_of_ceiling": sum(TFLOP.values()) / best / out["ceiling_tflops"]}
+        out |= {"recorded_frames_per_sec": 1 / best, "recorded_gain": exact[1] / best,
+                "recorded_share_of_ceiling": (TFLOP["unet"] + TFLOP["vae_decode"]) / best / out["ceiling_tflops"]}
     return out
 
 

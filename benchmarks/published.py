@@ -185,7 +185,7 @@ def main() -> None:
         folder = Path(name)
         write_weights(folder)
         figures = {**load(device, folder), **prepare(device, options.frames), **job(folder, options.seconds, options.batch)}
-    common.emit("published", **{k: round(v, 3) if isinstance(v, float) else v for k, v in figures.items()}, batch=8,
+    common.emit("published", **{k: round(v, 3) if isinstance(v, float) else v for k, v in figures.items()},
                 dtype=str(default_dtype(device)), clip=f"{WIDTH}x{HEIGHT}")
 
 

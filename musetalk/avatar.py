@@ -32,18 +32,19 @@ from musetalk.box import Box, Region
 CHUNK = 32  # source frames
 HELD = 4  # chunks kept in memory while reading
 MEMORY = 64 << 20  # bytes of avatars kept in memory: about a thousand frames
-FORMAT = 4
+FORMAT = 5
 SUFFIX = ".avatar"
 STALE_SEC = 24 * 3600  # partial files of workers that died are removed after this
 
 
 @dataclass(frozen=True)
 class Face:
-    """One source frame's face: box with the chin margin, blended region, latents (8, h, w) float16."""
+    """One source frame's face: box with the chin margin, blended region, latents (8, h, w) float16, `finish.lips_map`."""
 
     box: Box
     region: Region
     latents: Tensor
+    lips: Tensor
 
 
 class Avatar:
@@ -196,7 +197,9 @@ def _copy(source: BinaryIO, target: BinaryIO, length: int) -> None:
 
 
 def _pack(faces: list[Face | None]) -> bytes:
-    """Boxes and regions (K, 4) int32 of the K frames with a face, their masks' bytes end to end, latents (K, 8, h, w)."""
+    """Boxes and regions (K, 4) int32 of the K frames with a face, their masks' bytes end to end, latents (K, 8, h, w), lips (K, L, L)
+    uint8.
+    """
     present = [f for f in faces if f is not None]
     tensors = {"present": torch.tensor([f is not None for f in faces])}
     if present:
@@ -204,6 +207,7 @@ def _pack(faces: list[Face | None]) -> bytes:
         tensors["regions"] = torch.tensor([_corners(f.region.box) for f in present], dtype=torch.int32)
         tensors["masks"] = torch.cat([f.region.mask.cpu().flatten() for f in present])
         tensors["latents"] = torch.stack([f.latents.half().cpu().contiguous() for f in present])
+        tensors["lips"] = torch.stack([f.lips.cpu() for f in present])
     return save_bytes(tensors)
 
 
@@ -222,7 +226,7 @@ def _unpack(blob: bytes) -> list[Face | None]:
         region = Box(*tensors["regions"][at].tolist())
         size = region.width * region.height
         mask = tensors["masks"][byte : byte + size].view(region.height, region.width)
-        out.append(Face(Box(*tensors["boxes"][at].tolist()), Region(region, mask), tensors["latents"][at]))
+        out.append(Face(Box(*tensors["boxes"][at].tolist()), Region(region, mask), tensors["latents"][at], tensors["lips"][at]))
         at, byte = at + 1, byte + size
     return out
 

@@ -44,7 +44,7 @@ from musetalk.nets.whisper import WhisperConfig, WhisperEncoder
 
 State = dict[str, Tensor]
 Net = TypeVar("Net", bound=nn.Module)
-HELP = "fetch the weights again: python -m musetalk.checkpoints fetch --dir DIR"
+HELP = "fetch the weights again: python -m pipeline.weights fetch --dir DIR"
 MANIFEST = "manifest.json"
 
 
@@ -397,6 +397,4 @@ def _fingerprint(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    from musetalk.fetch import main
-
-    sys.exit(main())
+    sys.exit("weights are fetched, verified and converted by: python -m pipeline.weights")

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,9 +27,12 @@ from musetalk.audio import Prompts, silent_frames
 from musetalk.avatar import Avatar, Face
 from musetalk.box import Box, Region
 from musetalk.errors import Interrupted, NoFace, NoFastLane, NonFiniteOutput
-from musetalk.options import Options, Quality
+from musetalk.finish import lips_map, natural
+from musetalk.options import Finish, Options, Quality
 from musetalk.order import source_index
 from musetalk.track import Found, Tracker
+
+log = logging.getLogger("musetalk.lipsync")
 
 
 @dataclass
@@ -54,7 +57,12 @@ class LipSync:
     def load(
         cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
     ) -> LipSync:
-        """Load the weights in `folder` (official or converted layout); raises BadCheckpoint."""
+        """Load the weights in `folder` (official or converted layout); raises BadCheckpoint.
+
+        On a GPU this fixes, for the process, what chooses kernels: see `tuning.fix_numerics`.
+        """
+        if torch.device(device).type == "cuda":
+            tuning.fix_numerics()
         return cls(checkpoints.load(folder, device, dtype))
 
     def _check(self, *_: object) -> None:
@@ -66,11 +74,16 @@ class LipSync:
         """Side of the face crops the networks work on, pixels."""
         return self.nets.vae.cfg.crop_size
 
+    @torch.inference_mode()
     def tune(self, batch_size: int, tokens: int) -> None:
-        """On a GPU, find the fastest right way to generate such batches. Takes some seconds and memory for one more batch."""
+        """On a GPU, record the generator for batches of up to `batch_size` faces of `tokens` audio tokens each."""
         if self.nets.device.type == "cuda":
-            with contextlib.suppress(torch.OutOfMemoryError):  # the plain path stays, and `generate` halves the batch
-                self.generator = tuning.tune(self.nets.unet, self.nets.vae, batch_size, tokens)
+            unet, vae = self.nets.unet, self.nets.vae
+            inputs = tuning.examples(unet, vae, batch_size, tokens)
+            self.generator = tuning.Recorded(tuning.plain(unet, vae), *inputs)
+            if self.fast is not None:
+                self.fast = tuning.Recorded(self.fast, *inputs)
+            self.largest_batch = min(self.largest_batch, batch_size)
 
     # -- preparing -----------------------------------------------------------------------------------------------------
 
@@ -92,15 +105,15 @@ class LipSync:
         for item in tracker.run(frames):
             group.append(item)
             if len(group) == options.batch_size:
-                self._append(avatar, group, options)
+                self.append(avatar, group, options)
                 group = []
                 yield len(avatar)
-        self._append(avatar, group, options)
+        self.append(avatar, group, options)
         avatar.finish()
         yield len(avatar)
 
     @torch.inference_mode()
-    def _append(self, avatar: Avatar, group: list[tuple[Tensor, Found | None]], options: Options) -> None:
+    def append(self, avatar: Avatar, group: list[tuple[Tensor, Found | None]], options: Options) -> None:
         """Crop, parse and encode the faces of a few frames."""
         present = [(frame, found.box) for frame, found in group if found is not None]
         ready: Iterator[Face] = iter(())
@@ -111,10 +124,12 @@ class LipSync:
             crops = torch.stack([faces.crop(f, b, self.crop_size) for f, b in zip(pictures, boxes, strict=True)])
             latents = generate.latents(self.nets.vae, crops, self._noise(options.seed, len(avatar), crops)).half().cpu()
             squares = [blend.cut(f, blend.blend_square(b)) for f, b in zip(pictures, boxes, strict=True)]
-            masks = blend.label_mask(blend.parse(self.nets.parser, squares), options.parsing_mode,
+            labels = blend.parse(self.nets.parser, squares)
+            masks = blend.label_mask(labels, options.parsing_mode,
                                      options.left_cheek_width, options.right_cheek_width)
             regions = [self._region(m, b, f) for m, b, f in zip(masks, boxes, pictures, strict=True)]
-            ready = iter([Face(b, r, z) for b, r, z in zip(boxes, regions, latents, strict=True)])
+            lips = [lips_map(k, blend.blend_square(b), b).cpu() for k, b in zip(labels, boxes, strict=True)]
+            ready = iter([Face(*parts) for parts in zip(boxes, regions, latents, lips, strict=True)])
         for _, found in group:
             avatar.append(None if found is None else next(ready))
 
@@ -146,22 +161,23 @@ class LipSync:
         """Latents (N, 8, h, w), prompts (N, T, C) -> faces (N, S, S, 3) uint8 on the device.
 
         `fast_from`: by the tiny decoder, right from this row on. Raises NoFastLane where the weights have none.
-        On CUDA's out of memory the batch is halved (for good) until one frame does not fit either.
+        When a GPU's memory runs out the same batch is tried once more, since another thread may have held the memory; then
+        the batch is halved (for good) until one frame does not fit either.
         """
-        made = None
+        made, again = None, False
         while made is None:
             try:
                 parts = [slice(i, i + self.largest_batch) for i in range(0, len(latents), self.largest_batch)]
                 generator = self.generator if fast_from is None else self._fast(fast_from)
                 made = [generator(latents[p], prompts[p]) for p in parts]
-            except torch.OutOfMemoryError:
-                self.generator = tuning.plain(self.nets.unet, self.nets.vae)  # a recorded generator holds a batch's memory
+            except RuntimeError as e:
                 size = min(len(latents), self.largest_batch)
-                if size == 1:
+                if not tuning.out_of_memory(e) or (again and size == 1):
                     raise
-                self.largest_batch = size // 2
-            if made is None and self.nets.device.type == "cuda":  # out of the except block, which holds the tensors
-                torch.cuda.empty_cache()
+                log.warning("out of memory", extra={"batch": size, "next_batch": size // 2 if again else size})
+            if made is None:  # out of the except block, which holds the tensors
+                self._make_room(size // 2 if again else None)
+                again = not again
         finite = torch.cat([f for _, f in made])
         if not bool(finite.all()):
             raise NonFiniteOutput(first_frame + int((~finite).nonzero()[0]))
@@ -174,6 +190,16 @@ class LipSync:
         if self.lower.covers(first):
             return self.fast
         return tuning.plain(self.nets.unet, generate.Lower(self.nets.tiny, self.nets.vae.cfg, 0))
+
+    def _make_room(self, largest: int | None) -> None:
+        """Give back what memory is cached on a GPU; with `largest`, generate no more than so many faces at once from now on."""
+        if self.nets.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if largest is not None:
+            self.largest_batch = largest
+            for generator in (self.generator, self.fast):
+                if isinstance(generator, tuning.Recorded):
+                    generator.keep(largest)
 
     def speak(
         self,
@@ -192,14 +218,15 @@ class LipSync:
         for start in range(0, len(prompts), options.batch_size):
             outputs = range(start, min(start + options.batch_size, len(prompts)))
             slots = [Slot(o, source_index(o, len(avatar), options.loop), weights[o]) for o in outputs]
-            for slot, painted in zip(slots, self.generate_batch(avatar, prompts, slots, options.quality), strict=True):
+            for slot, painted in zip(slots, self.generate_batch(avatar, prompts, slots, options.quality, options.finish), strict=True):
                 frame = avatar.frames[slot.source].clone()
                 if painted is not None:
-                    blend.paste(frame.unbind(-1), painted.face.permute(2, 0, 1), painted.box, painted.region)
+                    painted.paste(frame.unbind(-1), painted.face.permute(2, 0, 1))
                 yield frame.numpy()
 
     def generate_batch(
-        self, avatar: Avatar | Sequence[Face | None], prompts: Prompts, slots: Sequence[Slot], quality: Quality = "exact"
+        self, avatar: Avatar | Sequence[Face | None], prompts: Prompts, slots: Sequence[Slot], quality: Quality = "exact",
+        finish: Finish = "official",
     ) -> list[Painted | None]:
         """What each slot's frame gets pasted; None where it has no face or is silent. `fast` may raise NoFastLane."""
         entries = [avatar[slot.source] if slot.weight > 0 else None for slot in slots]
@@ -209,7 +236,7 @@ class LipSync:
         tokens = prompts.batch([slot.output for slot, _ in todo])
         first = None if quality == "exact" else min(blend.first_row(e.box, e.region, self.crop_size) for _, e in todo)
         faces = iter(self.generate(torch.stack([entry.latents for _, entry in todo]), tokens, todo[0][0].output, first))
-        return [None if entry is None else Painted(next(faces), entry.box, slot.region(entry))
+        return [None if entry is None else Painted(next(faces), entry, slot.region(entry), finish)
                 for slot, entry in zip(slots, entries, strict=True)]
 
 
@@ -230,11 +257,19 @@ class Slot:
 
 @dataclass(frozen=True)
 class Painted:
-    """A generated face (S, S, 3) uint8, on the device, the box it is stretched over, and where it shows."""
+    """A generated face (S, S, 3) uint8, on the device, the source's, where it shows and how."""
 
     face: Tensor
-    box: Box
+    entry: Face
     region: Region
+    finish: Finish
+
+    def paste(self, planes: Sequence[Tensor], levels: Tensor) -> None:
+        """Paste the face, as `levels` (C, S, S) uint8 of the planes' kind, into C planes of its frame in place."""
+        if self.finish == "natural":
+            natural(planes, levels, self.entry.box, self.region, self.entry.lips)
+        else:
+            blend.paste(planes, levels, self.entry.box, self.region)
 
 
 def speech_weights(pcm: np.ndarray, fps: Fraction, outputs: int, options: Options) -> list[float]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 ParsingMode = Literal["jaw", "raw", "neck"]
 Loop = Literal["pingpong", "repeat", "hold"]
 Quality = Literal["exact", "fast"]
+Finish = Literal["natural", "official"]
 V1: dict[str, Any] = {"extra_margin": 0, "parsing_mode": "raw"}  # upstream's other defaults, for MuseTalk 1.0
 
 
@@ -41,7 +42,7 @@ class Options:
                                ge=0, le=2**63 - 1, avatar=True)
     batch_size: int = _option(8, "frames generated at once", ge=1, le=64)
     quality: Quality = _option("exact", "fast: the tiny decoder")
-    finish: Literal["natural", "official"] = _option("official", "natural: give the source's detail and colour back")
+    finish: Finish = _option("official", "natural: give the source's detail and colour back")
 
     @classmethod
     def for_version(cls, version: str, **given: Any) -> Options:

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import contextvars
 import errno
 import hashlib
 import ipaddress
-import random
+import socket
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 import requests
+from requests.adapters import HTTPAdapter
 from requests_hardened import Config, HTTPSession
 from requests_hardened.ip_filter import InvalidIPAddress
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
+from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError
 
 from pipeline import redact
 from pipeline.control import Control
-from pipeline.errors import BadMedia, BadRequest, DiskFull, SourceRefused, SourceUnavailable
+from pipeline.errors import BadMedia, BadRequest, DiskFull, MediaError, SourceRefused, SourceUnavailable
 from pipeline.settings import Settings
 
 TRIES = 3
 CONNECT_SEC, IDLE_SEC = 10.0, 20.0
 REDIRECTS = 5
 RETRY_AFTER_MAX = 15.0  # seconds a source may make us wait
+BACKOFF = wait_exponential(multiplier=0.4, exp_base=3) + wait_random(0, 0.2)
+POLL_SEC = 0.1  # between looks whether the job has to stop
 CHUNK = 1 << 18
 RETRYABLE_STATUS = {408, 425, 429, 500, 502, 503, 504}
 REDIRECT_STATUS = {301, 302, 303, 307, 308}
@@ -55,19 +64,9 @@ class Downloader:
         shown = redact.url(url)
         if "://" not in url and not url.lower().startswith(("data:", "file:")) and self.root is not None:
             return self._local(url, field)
-        scheme = url.split(":", 1)[0].lower()
-        if scheme not in ("http", "https"):
-            raise BadRequest(f"{field}: only http and https URLs are fetched", stage="download", field=field, url=shown)
-        for attempt in range(TRIES):
-            control.check()
-            try:
-                return Source(target, self._get(url, target, field, control), shown)
-            except SourceUnavailable as e:
-                if attempt == TRIES - 1:
-                    raise
-                wait = min(float(e.details.pop("retry_after", 0) or 0.4 * 3**attempt), RETRY_AFTER_MAX)
-                control.sleep(wait * random.uniform(0.8, 1.2))
-        raise AssertionError("unreachable")
+        retrying = Retrying(stop=stop_after_attempt(TRIES), wait=_wait, retry=retry_if_exception_type(SourceUnavailable),
+                            sleep=control.sleep, before=lambda _: control.check(), reraise=True)
+        return Source(target, retrying(self._try, url, target, field, control), shown)
 
     def _local(self, path: str, field: str) -> Source:
         """A plain path, which must lie under LOCAL_INPUT_ROOT once all links are resolved."""
@@ -102,35 +101,50 @@ class Downloader:
             return False
         return any(address in network for network in self.networks)
 
-    def _session(self, host: str) -> HTTPSession:
+    def _session(self, host: str, line: Line) -> HTTPSession:
         guarded = not self._allowed(host)
         session = HTTPSession(Config(guarded, False, True, (CONNECT_SEC, IDLE_SEC), "musetalk-worker"))
         session.trust_env = False  # a proxy from the environment would resolve names itself
+        line.watch(session)
         return session
 
-    def _get(self, url: str, target: Path, field: str, control: Control) -> str:
-        """One try, redirects followed by hand so that each hop is checked; returns the sha256."""
-        shown = redact.url(url)
-        for _ in range(REDIRECTS + 1):
-            redact.hide_in_job(*_signatures(url))
+    def _try(self, url: str, target: Path, field: str, control: Control) -> str:
+        """One try, given up within a moment when the job has to stop; returns the sha256.
+
+        Resolving, connecting and waiting for an answer cannot be interrupted: they have a thread of their own.
+        """
+        line = Line(control)
+        done: Future[str] = Future()
+
+        def work() -> None:
             try:
-                parts = urlsplit(url)
-                host, _port = parts.hostname or "", parts.port
-            except ValueError:
-                raise BadRequest(f"{field}: not a valid URL", stage="download", field=field, url=shown) from None
-            if parts.scheme not in ("http", "https") or not host:
-                raise SourceRefused(f"{field}: redirected to a URL that is not http or https",
-                                    stage="download", field=field, url=redact.url(url))
-            headers = {"Accept-Encoding": "identity"}
+                done.set_result(self._get(url, target, field, line))
+            except BaseException as e:
+                done.set_exception(e)
+
+        threading.Thread(target=contextvars.copy_context().run, args=(work,), name="download", daemon=True).start()
+        try:
+            while not wait((done,), POLL_SEC).done:
+                control.check()
+        finally:
+            line.cut()
+        return done.result()
+
+    def _get(self, url: str, target: Path, field: str, line: Line) -> str:
+        """The file behind `url`, redirects followed by hand so that each hop is checked; returns the sha256."""
+        shown = redact.url(url)
+        for hop in range(REDIRECTS + 1):
+            redact.hide_in_job(*_signatures(url))
+            host = _host(url, field, hop > 0)
             with (
-                _translated(field, shown), self._session(host) as session,
-                session.get(url, stream=True, headers=headers) as response,
+                _translated(field, redact.url(url), True), self._session(host, line) as session,
+                session.get(url, stream=True, headers={"Accept-Encoding": "identity"}) as response,
             ):
                 if response.status_code in REDIRECT_STATUS and "location" in response.headers:
-                    url = urljoin(url, response.headers["location"])
+                    url = urljoin(url, response.headers["location"].strip())
                     continue
                 _check_status(response, field, shown)
-                return self._save(response, target, field, shown, control)
+                return self._save(response, target, field, shown, line.control)
         raise SourceRefused(f"{field}: more than {REDIRECTS} redirects", stage="download", field=field, url=shown,
                             limit=REDIRECTS)
 
@@ -199,17 +213,87 @@ def _check_status(response: requests.Response, field: str, shown: str) -> None:
     raise SourceRefused(message, stage="download", url=shown, status_code=code, field=field)
 
 
+def _host(url: str, field: str, redirected: bool) -> str:
+    """The host of an http(s) URL; raises the 422 of one that cannot be asked."""
+    with _translated(field, redact.url(url), redirected):
+        parts = urlsplit(url)
+        port = parts.port
+        if parts.scheme not in ("http", "https"):
+            what = "not http or https, and only those are fetched"
+        elif not parts.hostname:
+            what = "the URL names no host"
+        elif port == 0:
+            what = "the URL's port is 0"
+        else:
+            parts.hostname.encode("idna")
+            requests.Request("GET", url).prepare()  # from here on, what cannot be parsed is what the source answers
+            return parts.hostname
+    raise _bad_url(field, redact.url(url), what, redirected)
+
+
+def _bad_url(field: str, shown: str, what: str, redirected: bool) -> MediaError:
+    """A URL at fault: the request's, or the source's that redirected to it."""
+    if redirected:
+        return SourceRefused(f"{field}: the source redirected to a URL that cannot be fetched: {what}", stage="download",
+                             field=field, url=shown)
+    return BadRequest(f"{field}: {what}", stage="download", field=field, url=shown)
+
+
+class Line:
+    """The connections of one try, which the job's own thread can cut while they wait."""
+
+    def __init__(self, control: Control) -> None:
+        self.control = control
+        self._open: list[HTTPConnection] = []
+
+    def watch(self, session: requests.Session) -> None:
+        """Note every connection that the session opens."""
+        pools = {"http": _pool(HTTPConnectionPool, self._noted(HTTPConnection)),
+                 "https": _pool(HTTPSConnectionPool, self._noted(HTTPSConnection))}
+        for adapter in session.adapters.values():
+            if isinstance(adapter, HTTPAdapter):
+                adapter.poolmanager.pool_classes_by_scheme = pools
+
+    def _noted(self, base: type[HTTPConnection]) -> type[HTTPConnection]:
+        line = self
+
+        class Noted(base):  # type: ignore[valid-type, misc]
+            def connect(self) -> None:
+                line._open.append(self)
+                super().connect()
+                line.control.check()  # the job may have stopped meanwhile
+
+        return Noted
+
+    def cut(self) -> None:
+        """End whatever waits on the connections."""
+        for connection in self._open:
+            if connection.sock is not None:
+                with suppress(OSError):
+                    connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+def _pool(base: type[HTTPConnectionPool], connection: type[HTTPConnection]) -> type[HTTPConnectionPool]:
+    return type(base.__name__, (base,), {"ConnectionCls": connection})
+
+
+def _wait(state: RetryCallState) -> float:
+    """Seconds before the next try: what the source asks for, else a few tenths that grow."""
+    error = state.outcome.exception() if state.outcome else None
+    asked = error.details.get("retry_after", 0) if isinstance(error, SourceUnavailable) else 0
+    return min(float(asked) or BACKOFF(state), RETRY_AFTER_MAX)
+
+
 @contextmanager
-def _translated(field: str, shown: str) -> Iterator[None]:
+def _translated(field: str, shown: str, redirected: bool) -> Iterator[None]:
     """requests', urllib3's and the disk's exceptions -> the tree."""
     where = {"stage": "download", "field": field, "url": shown}
     try:
         yield
     except InvalidIPAddress as e:
         raise SourceRefused(f"{field}: the host has no public address", reason="private_address", **where) from e  # type: ignore[arg-type]
-    except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema,
-            UnicodeError) as e:
-        raise BadRequest(f"{field}: not a valid URL", **where) from e  # type: ignore[arg-type]
+    except ValueError as e:  # of the standard library, requests and urllib3: a URL or a redirect that cannot be parsed
+        raise _bad_url(field, shown, "not a valid URL", redirected) from e
     except (requests.exceptions.Timeout, TimeoutError) as e:
         raise SourceUnavailable(f"{field}: the source timed out", timeout_seconds=IDLE_SEC, **where) from e  # type: ignore[arg-type]
     except requests.exceptions.SSLError as e:

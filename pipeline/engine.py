@@ -3,25 +3,56 @@
 from __future__ import annotations
 
 import errno
+import logging
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from musetalk import AvatarCache, BadAudio, BadCheckpoint, LipSync, NoFace, NonFiniteOutput, Options
+from musetalk import AvatarCache, BadAudio, BadCheckpoint, LipSync, NoFace, NonFiniteOutput, Options, faces
 from musetalk.avatar import Avatar
+from musetalk.blend import paste
+from musetalk.box import Box
 from musetalk.checkpoints import digests
-from pipeline.errors import BadMedia, BadOutput, DeviceLost, DiskFull, ModelBroken, NoFaceFound, OutOfMemory, Stage, Unfit
-from pipeline.media import video_encoder
-from pipeline.metrics import gpu_name
-from pipeline.settings import Settings, keep_kernels
+from musetalk.colour import Colour, Planes, from_rgb, to_rgb
+from musetalk.errors import Interrupted
+from musetalk.lipsync import Slot
+from musetalk.track import Found
+from musetalk.tuning import numerics, out_of_memory
+from pipeline.errors import (
+    BadMedia,
+    BadOutput,
+    Cancelled,
+    DeviceLost,
+    DiskFull,
+    JobError,
+    ModelBroken,
+    NoDevice,
+    NoFaceFound,
+    OutOfMemory,
+    Stage,
+    Unfit,
+)
+from pipeline.media import FrameReader, FrameSource, probe, video_encoder
+from pipeline.metrics import gpu_driver, gpu_name
+from pipeline.settings import Settings
 
-FRAME_BYTES, SPARE_BYTES = 400 << 20, 1500 << 20  # device memory: of one frame's activations; kept for preparing
-LARGEST_BATCH = 16  # larger ones are no faster, and a frame waits for its whole batch
+log = logging.getLogger("musetalk.engine")
+
+FPS = Fraction(25)
+MAX_FACE_PIXELS = 1 << 20
+# Device memory, counted from the published shapes: of one frame's activations in generating; of all weights; of what
+# preparing takes beside them, with the libraries' workspaces. docs/performance.md has the count.
+FRAME_BYTES, WEIGHT_BYTES, SPARE_BYTES = 90 << 20, 2048 << 20, 2048 << 20
+BATCHES = (1, 4, 8, 16)  # what a worker picks from: larger ones are no faster, and a frame waits for its whole batch
+DRIVERS = {"12": "525", "13": "580"}  # by CUDA's major version
+FACE = Path(__file__).with_name("warmup.jpg")  # a drawn face, for warming up
+FACE_BOX = Box(81, 116, 188, 236)  # where it is, should a detector not take the drawing for one
 
 
 class Engine:
@@ -32,8 +63,6 @@ class Engine:
         self.device = _device(settings.device)
         folder = settings.cache_dir if settings.cache_max_gb > 0 else None
         self.cache = AvatarCache(folder, int(settings.cache_max_gb * 1e9))
-        if folder is not None and self.device.type == "cuda":
-            keep_kernels(folder / "kernels")
         self.lost = False  # the GPU is gone: every later job fails at once
         self.batch_size = settings.batch_size or 8  # known once the weights lie on the device
         self._streams: dict[str, torch.cuda.Stream] = {}
@@ -47,36 +76,81 @@ class Engine:
         return self._lipsync is not None and not self.lost
 
     def load(self) -> LipSync:
-        """Load the weights, once."""
+        """Load the weights, once. Raises NoDevice where the GPU that is asked for cannot be used."""
         with self._loading:
             if self._lipsync is None:
+                check_device(self.settings.device, self.device, self.settings.on_runpod)
                 dtype = None if self.settings.dtype == "auto" else getattr(torch, self.settings.dtype)
                 with translated("inference"):
                     self._lipsync = LipSync.load(self.settings.model_dir, self.device, dtype)
+                    if self.device.type == "cuda":
+                        torch.cuda.synchronize(self.device)  # the weights are there, for every stream
                 self.batch_size = self.settings.batch_size or batch_for(self.device)
+                if self.device.type == "cpu":
+                    log.warning("jobs run on the CPU", extra={"device_setting": self.settings.device})
             return self._lipsync
 
+    @property
+    def numerics(self) -> str:
+        """What decides the networks' rounding beside the weights; whatever is cached of their results has it in its key."""
+        return numerics(self.device, self.load().nets.dtype)
+
     def warm_up(self) -> None:
-        """One pass of every network, so that the first job finds kernels chosen and memory laid out; tunes a GPU."""
+        """A job without sound and file, so that the first one finds every network's kernels loaded and memory laid out.
+
+        On a GPU this records the generator, too.
+        """
         lipsync = self.load()
-        with translated("inference"), torch.inference_mode():
-            size, cfg = lipsync.crop_size, lipsync.nets.vae.cfg
-            side, batch = size // cfg.stride, self.batch_size
-            prompts = lipsync.prompts(np.zeros(1600, np.float32), Fraction(25))
-            tokens = prompts.batch(range(1)).expand(batch, -1, -1)
-            latents = torch.zeros(batch, 2 * cfg.latent_channels, side, side)
-            lipsync.tune(batch, tokens.shape[1])
-            lipsync.generate(latents, tokens)
-        grey = [torch.full((256, 256, 3), 127, dtype=torch.uint8)]
-        with translated("inference"), self.beside("prepare"):
-            for _ in lipsync.prepare_stream(iter(grey), Avatar.new(), Options()):
-                pass
+        options = Options.for_version(lipsync.nets.version, batch_size=self.batch_size)
+        with self.job(), self.beside("generate"):
+            prompts = lipsync.prompts(np.zeros(int(16000 * self.batch_size / FPS), np.float32), FPS, options)
+            lipsync.tune(self.batch_size, prompts.batch(range(1)).shape[1])
+            frame = to_rgb(self._picture(), Colour())
+            with self.beside("prepare"):
+                avatar = self._warm_avatar(lipsync, frame.to(self.device), options)
+            slots = [Slot(i, 0) for i in range(self.batch_size)]
+            painted = lipsync.generate_batch(avatar, prompts, slots)[0]
+            assert painted is not None
+            with self.beside("blend"):
+                paste(self._picture(), from_rgb(painted.face[None], Colour())[0], painted.box, painted.region)
+            avatar.close()
+
+    @staticmethod
+    def _picture() -> Planes:
+        """The drawn face, decoded as a clip is."""
+        info = probe(FACE, MAX_FACE_PIXELS)
+        assert info.video is not None
+        source = FrameSource(info, info.video.width, info.video.height, FPS, (), MAX_FACE_PIXELS)
+        pixels = np.empty(source.frame_bytes, np.uint8)
+        with closing(FrameReader(source, 0, 1)) as reader:
+            reader.read_into(pixels)
+        return Planes.of(torch.from_numpy(pixels), source.width, source.height)
+
+    @staticmethod
+    def _warm_avatar(lipsync: LipSync, frame: torch.Tensor, options: Options) -> Avatar:
+        """The drawn face prepared; with a detector that does not see it, its landmarks and parts all the same."""
+        avatar = Avatar.new()
+        for _ in lipsync.prepare_stream(iter([frame]), avatar, options):
+            pass
+        if not avatar.faces:
+            faces.landmarks(lipsync.nets.pose, [frame])
+            avatar = Avatar.new()
+            lipsync.append(avatar, [(frame, Found(FACE_BOX, FACE_BOX))], options)
+            avatar.finish()
+        return avatar
 
     @contextmanager
     def beside(self, name: str) -> Iterator[None]:
-        """For a thread beside the generator's: on a GPU a stream of its own, lest its small kernels wait for large ones.
+        """For a thread beside the generator's: on a GPU a stream of its own, so that its small kernels overtake large ones.
 
-        The same one for every job, so that what the thread caches on the device is always freed in order.
+        What each stream may touch until when. Nothing orders two streams, so the host does:
+        - A thread works on one stream, the same for every job: what it allocates is freed and reused in that stream's order.
+        - The weights are written before `load` returns, which waits for the device, and never again.
+        - A tensor goes to another thread only when its stream has ended the work on it: the avatar's entries go through
+          host memory, a copy to which waits; faces after `Clock.running` has waited for the generator's stream.
+        - Who got a tensor keeps it until its own stream has ended reading it, since dropping it lets the first stream write
+          there at once: blending holds a batch's faces until their pixels are back in host memory.
+        - A recorded generator's inputs and results belong to the generator's stream: results leave it as copies.
         """
         with torch.inference_mode():
             if self.device.type != "cuda" or name == "generate":
@@ -91,7 +165,8 @@ class Engine:
         """What this worker runs on: device, data type, encoder, the weights' version and hashes."""
         nets = self.load().nets
         return {
-            "device": gpu_name() or "cpu", "dtype": str(nets.dtype).removeprefix("torch."), "encoder": video_encoder()[1],
+            "device": (self.device.type == "cuda" and gpu_name()) or self.device.type,
+            "dtype": str(nets.dtype).removeprefix("torch."), "encoder": video_encoder()[1],
             "weights_version": nets.version, "weights_sha256": digests(self.settings.model_dir, nets.version),
         }
 
@@ -112,11 +187,12 @@ class Engine:
 
 
 def batch_for(device: torch.device) -> int:
-    """How many frames to generate at once: what the device's free memory holds. A guess: running out halves it."""
+    """How many frames to generate at once: what the device's memory holds, as its model says. Running out halves it."""
     if device.type != "cuda":
         return 8
-    free, _ = torch.cuda.mem_get_info(device)
-    return max(1, min(LARGEST_BATCH, (free - SPARE_BYTES) // FRAME_BYTES))
+    _, total = torch.cuda.mem_get_info(device)
+    fits = (total - WEIGHT_BYTES - SPARE_BYTES) // FRAME_BYTES
+    return max((size for size in BATCHES if size <= fits), default=1)
 
 
 def _device(name: str) -> torch.device:
@@ -125,31 +201,80 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def check_device(setting: str, device: torch.device, on_runpod: bool) -> None:
+    """Raise NoDevice where a GPU was asked for or is paid for and cannot be used: driver found, driver needed."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        return
+    name, driver = gpu_name(), gpu_driver()
+    if setting == "cpu" or (setting == "auto" and not on_runpod and name is None):
+        return
+    found = f"{name}, driver {driver}" if name else "no NVIDIA driver"
+    major = (torch.version.cuda or "").partition(".")[0]
+    if not major:
+        needed = f"torch {torch.__version__} is built without CUDA"
+    else:
+        needed = f"torch {torch.__version__} needs driver {DRIVERS.get(major, 'of CUDA ' + major)} or newer"
+    raise NoDevice(f"DEVICE={setting}: the GPU cannot be used: found {found}; {needed}. DEVICE=cpu runs without a GPU",
+                   stage="inference", driver=driver, gpu=name)
+
+
+def _out_of_memory(_: BaseException, stage: Stage) -> JobError:
+    used = torch.cuda.memory_allocated() if torch.cuda.is_available() else None
+    return OutOfMemory("Inference failed: CUDA out of memory", stage=stage, is_oom=True, gpu_memory_allocated=used)
+
+
+def _accelerator(error: BaseException, stage: Stage) -> JobError:
+    if out_of_memory(error):
+        return _out_of_memory(error, stage)
+    return DeviceLost(f"Inference failed: the GPU is lost ({str(error).partition(chr(10))[0]})", stage=stage)
+
+
+def _runtime(error: BaseException, stage: Stage) -> JobError | None:
+    if type(error) is RuntimeError and "DefaultCPUAllocator" in str(error):  # torch has no type for it on the CPU
+        return OutOfMemory("Inference failed: out of memory", stage=stage, is_oom=True)
+    return None
+
+
+def _checkpoint(error: BaseException, stage: Stage) -> JobError:
+    assert isinstance(error, BadCheckpoint)
+    return ModelBroken(str(error), stage=stage, file_name=error.file, key=error.key)
+
+
+def _not_finite(error: BaseException, stage: Stage) -> JobError:
+    assert isinstance(error, NonFiniteOutput)
+    return BadOutput(f"Inference failed: {error}", stage=stage, frame_number=error.frame)
+
+
+def _disk(error: BaseException, stage: Stage) -> JobError | None:
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return DiskFull("no space left for temporary files", stage=stage) if full else None
+
+
+# Foreign exceptions -> leaves of the tree, by type: the most specific entry decides. None: not foreseen, it goes on as it is.
+FOREIGN: dict[type[BaseException], Callable[[BaseException, Stage], JobError | None]] = {
+    NoFace: lambda e, _: NoFaceFound(f"video_url: {e}", stage="preprocessing", field="video_url", reason="no_face"),
+    BadAudio: lambda e, _: BadMedia(f"audio_url: {e}", stage="preprocessing", field="audio_url"),
+    BadCheckpoint: _checkpoint,
+    NonFiniteOutput: _not_finite,
+    Interrupted: lambda e, stage: Cancelled(str(e), stage=stage),
+    torch.OutOfMemoryError: _out_of_memory,
+    torch.AcceleratorError: _accelerator,
+    MemoryError: lambda _, stage: OutOfMemory("Inference failed: out of memory", stage=stage, is_oom=True),
+    RuntimeError: _runtime,
+    OSError: _disk,
+}
+
+
 @contextmanager
 def translated(stage: Stage) -> Iterator[None]:
-    """musetalk's, torch's and the disk's exceptions -> the tree, by type."""
+    """musetalk's, torch's and the disk's exceptions -> the tree, by `FOREIGN`."""
     try:
         yield
-    except NoFace as e:
-        raise NoFaceFound(f"video_url: {e}", stage="preprocessing", field="video_url", reason="no_face") from e
-    except BadAudio as e:
-        raise BadMedia(f"audio_url: {e}", stage="preprocessing", field="audio_url") from e
-    except BadCheckpoint as e:
-        raise ModelBroken(str(e), stage=stage, file_name=e.file, key=e.key) from e
-    except NonFiniteOutput as e:
-        raise BadOutput(f"Inference failed: {e}", stage=stage, frame_number=e.frame) from e
-    except torch.OutOfMemoryError as e:
-        used = torch.cuda.memory_allocated() if torch.cuda.is_available() else None
-        raise OutOfMemory("Inference failed: CUDA out of memory", stage=stage, is_oom=True, gpu_memory_allocated=used) from e
-    except torch.AcceleratorError as e:
-        raise DeviceLost(f"Inference failed: the GPU is lost ({str(e).splitlines()[0]})", stage=stage) from e
-    except MemoryError as e:
-        raise OutOfMemory("Inference failed: out of memory", stage=stage, is_oom=True) from e
-    except RuntimeError as e:
-        if type(e) is RuntimeError and "DefaultCPUAllocator" in str(e):  # torch has no type for it on the CPU
-            raise OutOfMemory("Inference failed: out of memory", stage=stage, is_oom=True) from e
+    except JobError:
         raise
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull("no space left for temporary files", stage=stage) from e
-        raise
+    except Exception as e:
+        translate = next((FOREIGN[kind] for kind in type(e).__mro__ if kind in FOREIGN), None)
+        known = translate(e, stage) if translate else None
+        if known is None:
+            raise
+        raise known from e

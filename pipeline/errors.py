@@ -10,6 +10,7 @@ JobError
  |-- ProcessingError   500 processing_error  the worker or its surroundings
  |    |-- OutOfMemory        CUDA or host memory                   retryable
  |    |-- DeviceLost         the GPU's context is gone             retryable
+ |    |-- NoDevice           the GPU that is asked for cannot be used  not retryable
  |    |-- ModelBroken        weights missing, damaged or foreign   not retryable
  |    |-- FfmpegFailed       ffmpeg crashed or hung                retryable
  |    |-- BadOutput          the networks produced NaN             retryable
@@ -19,7 +20,8 @@ JobError
  |    |-- StorageUnavailable outage, timeout, throttling           retryable
  |    |-- DeadlineExceeded   the job took too long                 retryable
  |    |-- Cancelled          the caller or the platform stopped it retryable
- |    `-- Unfit              the worker can take no more jobs      retryable
+ |    |-- Busy               too many jobs wait at the HTTP door   retryable
+ |    `-- Unfit              the worker must be replaced           retryable
  `-- UnknownError      500 unknown_error     anything not foreseen  retryable
 """
 
@@ -84,6 +86,12 @@ class DeviceLost(ProcessingError):
     """The GPU's context is unusable; the process must be replaced."""
 
 
+class NoDevice(ProcessingError):
+    """The GPU that is asked or paid for cannot be used: no driver, or too old a one."""
+
+    retryable = False
+
+
 class ModelBroken(ProcessingError):
     """A weight file is missing, damaged or foreign."""
 
@@ -124,8 +132,12 @@ class Cancelled(ProcessingError):
     """The job was stopped from outside."""
 
 
+class Busy(ProcessingError):
+    """Too many jobs wait at the HTTP door."""
+
+
 class Unfit(ProcessingError):
-    """The worker can take no more jobs until it is replaced."""
+    """The worker can run no job until it is replaced."""
 
 
 class UnknownError(JobError):

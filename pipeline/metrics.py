@@ -69,8 +69,8 @@ class PeakMemory:
 
     @property
     def vram_mib(self) -> float | None:
-        """Peak MiB the tensor allocator held; None without a GPU."""
-        return round(torch.cuda.max_memory_allocated() / 2**20, 2) if torch.cuda.is_available() else None
+        """Peak MiB the tensor allocator held, a recorded generator's pool included; None without a GPU."""
+        return round(torch.cuda.max_memory_reserved() / 2**20, 2) if torch.cuda.is_available() else None
 
 
 def give_back_memory() -> None:
@@ -105,18 +105,32 @@ def versions() -> dict[str, str | None]:
     }
 
 
-@functools.lru_cache(maxsize=1)
 def gpu_name() -> str | None:
     """The first device's marketing name through NVML; None where there is none."""
+    return _nvml()[0]
+
+
+def gpu_driver() -> str | None:
+    """The NVIDIA driver's version through NVML; None where there is none."""
+    return _nvml()[1]
+
+
+@functools.lru_cache(maxsize=1)
+def _nvml() -> tuple[str | None, str | None]:
+    """The first device's name and the driver's version."""
     import pynvml
 
-    try:
+    name = driver = None
+    with contextlib.suppress(pynvml.NVMLError):
         pynvml.nvmlInit()
+        driver = pynvml.nvmlSystemGetDriverVersion()
         name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
         pynvml.nvmlShutdown()
-    except pynvml.NVMLError:
-        return None
-    return name.decode() if isinstance(name, bytes) else str(name)
+    return _text(name), _text(driver)
+
+
+def _text(value: str | bytes | None) -> str | None:
+    return value.decode() if isinstance(value, bytes) else value
 
 
 def normalise(name: str) -> str:
@@ -125,7 +139,7 @@ def normalise(name: str) -> str:
     return "-".join(name.split()) or "unknown"
 
 
-def gpu_class(override: str | None) -> str:
-    """The metric's value: the override, else the device, else `unknown`."""
-    name = override or gpu_name()
+def gpu_class(override: str | None, on_gpu: bool = True) -> str:
+    """The metric's value: the override, else the GPU that runs the jobs, else `unknown`."""
+    name = override or (gpu_name() if on_gpu else None)
     return (override or normalise(name)) if name else "unknown"

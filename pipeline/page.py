@@ -324,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
         root = Path(folder).resolve()
         os.environ["GRADIO_TEMP_DIR"] = str(root / "uploads")
         try:
-            settings = Settings.from_env().model_copy(update={
+            settings = Settings.for_shell().model_copy(update={
                 "storage": "local", "local_storage_dir": root / "films", "local_input_root": root})
         except BadSetting as e:
             parser.exit(1, f"error: {e}\n")

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from musetalk import LipSync
 from musetalk.audio import Prompts
 from musetalk.avatar import Avatar, Face
-from musetalk.blend import paste
 from musetalk.box import Region
 from musetalk.colour import Planes, from_rgb, to_rgb
 from musetalk.lipsync import Slot, speech_weights
@@ -67,9 +66,10 @@ class Preview:
             before = to_rgb(planes, colour)
             weight = speech_weights(self.inputs.speech.pcm, source.fps, len(prompts), options)[output]
             face = self._face(lipsync, key, at, before, options)
-            (painted,) = lipsync.generate_batch([face], prompts, [Slot(output, 0, weight)], options.quality)
+            (painted,) = lipsync.generate_batch([face], prompts, [Slot(output, 0, weight)], options.quality,
+                                                options.finish)
             if painted is not None:
-                paste(planes, from_rgb(painted.face[None], colour)[0], painted.box, painted.region)
+                painted.paste(planes, from_rgb(painted.face[None], colour)[0])
             return Shown(before.numpy(), to_rgb(planes, colour).numpy(), painted.region if painted else None)
 
     def _heard(self, fps: Fraction, left: int, right: int) -> Prompts:

@@ -41,7 +41,7 @@ class Service:
         self.settings = settings
         redact.hide(*settings.secrets())
         self.engine = Engine(settings)
-        self.gpu_class = gpu_class(settings.gpu_class_name)
+        self.gpu_class = gpu_class(settings.gpu_class_name, self.engine.device.type == "cuda")
         self.downloader = Downloader(settings)
         self.samples = Downloader(settings.model_copy(update={"local_input_root": REPOSITORY / "samples"}))
         self.storage = storage_of(settings)

@@ -13,7 +13,7 @@ from fractions import Fraction
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, create_model, field_validator
 
 from musetalk.options import Options
 from pipeline.errors import BadRequest
@@ -81,14 +81,17 @@ class Params(_Options):
         return options
 
 
+URL = StringConstraints(strip_whitespace=True, min_length=1, max_length=8192)
+
+
 class JobRequest(BaseModel):
     """One job."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     musetalk_job_id: Annotated[str, Field(pattern=JOB_ID, description="names the job and the output object")]
-    video_url: Annotated[str, Field(min_length=1, max_length=8192, description="the avatar: video or still image")]
-    audio_url: Annotated[str, Field(min_length=1, max_length=8192, description="the speech, or a video's sound track")]
+    video_url: Annotated[str, URL, Field(description="the avatar: video or still image")]
+    audio_url: Annotated[str, URL, Field(description="the speech, or a video's sound track")]
     aspect_ratio: Annotated[str, Field(description='"source" or "W:H"')] = "source"
     resolution: Annotated[str, Field(description='"source", "720p" (short side) or "WxH"')] = "source"
     params: Params = Params()

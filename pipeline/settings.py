@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 CHILD_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES",
                    "NVIDIA_DRIVER_CAPABILITIES")
+B2_REALMS = ("production", "staging", "dev")
 REPOSITORY = Path(__file__).resolve().parent.parent
 VOLUME = Path("/runpod-volume")  # where RunPod mounts a network volume
 
@@ -27,7 +30,7 @@ class BadSetting(ValueError):
 class Settings(BaseModel):
     """Field names are the variables in lower case."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     model_dir: Path = Field(REPOSITORY / "models" / "demo", description="folder of weights, official or converted layout, or a repository in a Hugging Face cache; on RunPod required unless they lie on its volume")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes the GPU where there is one")
@@ -59,9 +62,12 @@ class Settings(BaseModel):
     max_pixels: int = Field(8_847_360, ge=4096, description="largest picture, width x height")
     host: str = Field("127.0.0.1", description="address of the HTTP door")
     port: int = Field(8000, ge=0, le=65535, description="port of the HTTP door")
+    port_health: int | None = Field(None, ge=0, le=65535, description="another port that answers the health path, as RunPod's load balancer asks; by default `PORT`")
     http_queue_max: int = Field(8, ge=0, description="jobs waiting at the HTTP door; beyond it 503 with Retry-After")
     revision: str = Field("unknown", description="the worker's version, as the self-test reports it; set when the image is built")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="of the JSON log lines")
+
+    _on_runpod: bool = PrivateAttr(False)
 
     @field_validator("model_dir")
     @classmethod
@@ -77,6 +83,35 @@ class Settings(BaseModel):
             if "/" in host:
                 ipaddress.ip_network(host, strict=False)
         return hosts
+
+    @field_validator("b2_realm")
+    @classmethod
+    def _realm(cls, value: str) -> str:
+        return value if value in B2_REALMS else _web_address(value, f"{', '.join(B2_REALMS)} or an http(s) URL")
+
+    @field_validator("b2_public_url_base", "c2pa_tsa_url")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        return value if value is None else _web_address(value, "an http(s) URL")
+
+    @field_validator("c2pa_cert", "c2pa_key")
+    @classmethod
+    def _pem(cls, value: str | None) -> str | None:
+        if value is not None and "-----BEGIN" not in value and not Path(value).is_file():
+            raise ValueError("neither PEM text nor a file")
+        return value
+
+    @model_validator(mode="after")
+    def _key_and_certificate(self) -> Settings:
+        if (self.c2pa_cert is None) != (self.c2pa_key is None):
+            raise ValueError("C2PA_CERT and C2PA_KEY belong together: set both or none")
+        return self
+
+    @classmethod
+    def for_shell(cls, **changes: str) -> Settings:
+        """For a person at a shell: nothing is uploaded, so what is set for RunPod and B2 does not matter."""
+        ignored = ("RUNPOD_", "B2_", "STORAGE")
+        return cls.from_env({**{k: v for k, v in os.environ.items() if not k.startswith(ignored)}, **changes})
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Settings:
@@ -94,15 +129,26 @@ class Settings(BaseModel):
             settings = cls(**values)
         except ValidationError as e:
             first = e.errors()[0]
+            if not first["loc"]:
+                raise BadSetting(first["msg"].removeprefix("Value error, ")) from None
             name = str(first["loc"][0])
             shown = "(hidden)" if "key" in name else repr(values.get(name))
-            raise BadSetting(f"{name.upper()}={shown}: {first['msg']} ({cls.model_fields[name].description})") from None
+            raise BadSetting(f"{name.upper()}={shown}: {first['msg'].removeprefix('Value error, ')} ({cls.model_fields[name].description})") from None
+        if not settings.model_dir.is_dir():
+            raise BadSetting(f"MODEL_DIR={str(settings.model_dir)!r}: no such folder "
+                             f"({cls.model_fields['model_dir'].description})")
+        settings._on_runpod = on_runpod
         settings._check_storage(on_runpod)
         return settings
 
+    @property
+    def on_runpod(self) -> bool:
+        """Whether the environment is RunPod's, where a GPU is paid for."""
+        return self._on_runpod
+
     def secrets(self) -> tuple[str | None, ...]:
         """The values that must never be said."""
-        return self.b2_key_id, self.b2_app_key, self.c2pa_key
+        return self.b2_key_id, self.b2_app_key, self.c2pa_key if self.c2pa_key and "-----BEGIN" in self.c2pa_key else None
 
     def _check_storage(self, on_runpod: bool) -> None:
         if self.storage == "local":
@@ -111,6 +157,17 @@ class Settings(BaseModel):
         if missing:
             where = " (a result must not stay on a machine that vanishes)" if on_runpod else ""
             raise BadSetting(f"{', '.join(missing)} not set: storage is b2{where}; set them, or STORAGE=local")
+
+
+def _web_address(value: str, accepted: str) -> str:
+    try:
+        parts = urlsplit(value)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not re.search(r"\s", value)
+    except ValueError:
+        good = False
+    if not good:
+        raise ValueError(f"must be {accepted}")
+    return value
 
 
 def find_weights(volume: Path = VOLUME) -> Path:
@@ -123,11 +180,6 @@ def find_weights(volume: Path = VOLUME) -> Path:
     raise BadSetting(
         "MODEL_DIR is not set: on RunPod it must name the folder of weights, e.g. /models/v15. None were found in "
         f"{volume}/musetalk/v15, {volume}/models/v15 or {volume}/huggingface-cache/hub")
-
-
-def keep_kernels(folder: Path) -> None:
-    """Let torch keep the kernels that a GPU's driver builds at load, so that the next start finds them."""
-    os.environ.setdefault("PYTORCH_KERNEL_CACHE_PATH", str(folder))
 
 
 def child_environment() -> dict[str, str]:
@@ -146,6 +198,7 @@ def table() -> str:
             default = "temporary folder"
         elif name == "local_input_root":
             default = "samples"
+        default = {True: "on", False: "off"}[default] if isinstance(default, bool) else default
         shown = "none" if default is None or default == () else f"`{default}`"
         rows.append(f"| `{name.upper()}` | {shown} | {field.description} |")
     return "\n".join(rows)

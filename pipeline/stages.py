@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from musetalk import LipSync, NoFace, Options
 from musetalk.audio import Prompts
 from musetalk.avatar import Avatar
-from musetalk.blend import paste
 from musetalk.colour import Colour, Planes, from_rgb, to_rgb
 from musetalk.lipsync import Painted, Slot
 from musetalk.options import Loop
@@ -191,17 +190,18 @@ class Generate(Stage):
     def __init__(self, lipsync: LipSync, avatar: Avatar, prompts: Prompts, weights: Sequence[float], options: Options,
                  clock: Clock, progress: Callable[[float], None]) -> None:
         self.lipsync, self.avatar, self.prompts, self.weights = lipsync, avatar, prompts, weights
-        self.batch_size, self.quality, self.clock, self.progress = options.batch_size, options.quality, clock, progress
+        self.options, self.clock, self.progress = options, clock, progress
 
     def run(self, items: Iterator[Frame]) -> Generator[list[Frame], None, None]:
         """Batches of frames with what is pasted into them."""
         batch: list[Frame] = []
         for frame in items:
             batch.append(frame)
-            if len(batch) == self.batch_size or frame.output == len(self.prompts) - 1:
+            if len(batch) == self.options.batch_size or frame.output == len(self.prompts) - 1:
                 slots = [Slot(f.output, f.source, self.weights[f.output]) for f in batch]
                 with self.clock.running():
-                    made = self.lipsync.generate_batch(self.avatar, self.prompts, slots, self.quality)
+                    made = self.lipsync.generate_batch(self.avatar, self.prompts, slots, self.options.quality,
+                                                       self.options.finish)
                 for f, painted in zip(batch, made, strict=True):
                     f.painted = painted
                 self.progress((frame.output + 1) / len(self.prompts))
@@ -228,7 +228,7 @@ class Blend(Stage):
                 with one_thread():
                     faces = from_rgb(torch.stack([painted.face for _, painted in todo]), self.colour)
                     for (frame, painted), face in zip(todo, faces, strict=True):
-                        paste(frame.planes(self.source), face, painted.box, painted.region)
+                        painted.paste(frame.planes(self.source), face)
             yield from batch
 
 

@@ -115,5 +115,5 @@ def clip_of(
                     request.params.upscale, limit)
     source = FrameSource(clip, *geometry.output, request.params.rate, tuple(geometry.filters()), limit)
     key = cache_key(content, str(source.fps), geometry.output, geometry.content, options.avatar_part(),
-                    lipsync.nets.identity, str(lipsync.nets.dtype))
+                    lipsync.nets.identity, engine.numerics, options.batch_size)
     return source, Colour(video.matrix, video.full_range), key

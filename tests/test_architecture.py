@@ -23,7 +23,7 @@ MUSETALK = {
 }
 PIPELINE = {
     "errors": "", "settings": "", "redact": "", "metrics": "",
-    "control": "errors", "logs": "redact", "schema": "errors", "health": "settings", "runner": "control",
+    "control": "errors", "logs": "redact", "bar": "", "schema": "errors", "health": "settings", "runner": "control",
     "media": "errors redact settings",
     "download": "control errors redact settings", "validate": "control download errors media settings",
     "credentials": "control errors settings", "provenance": "control credentials settings",
@@ -32,11 +32,12 @@ PIPELINE = {
     "stream": "control engine errors media provenance runner schema stages validate",
     "preview": "engine errors media schema stream validate",
     "run": "control download engine errors metrics preview provenance redact schema settings storage stream validate",
-    "server": "control errors logs run schema settings", "__main__": "logs run schema settings",
-    "page": "control errors logs preview run schema settings", "handler": "control logs run settings",
+    "server": "control errors logs redact run schema settings", "__main__": "bar logs media run schema settings",
+    "weights": "",
+    "page": "control errors logs preview run schema settings", "handler": "bar control logs run settings",
 }
-USES_MUSETALK = {"engine", "stages", "stream", "preview"}  # schema: its options alone
-OUTSIDE = {"subprocess": "media", "requests": "download storage b2line", "runpod": "handler", "b2sdk": "storage b2line",
+USES_MUSETALK = {"engine", "stages", "stream", "preview", "weights"}  # schema: its options alone
+OUTSIDE = {"subprocess": "media", "requests": "download storage b2line weights", "runpod": "handler", "b2sdk": "storage b2line",
            "fastapi": "server", "uvicorn": "server", "c2pa": "credentials provenance", "gradio": "page"}
 
 

@@ -8,6 +8,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -19,10 +21,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from musetalk import LipSync, checkpoints, fetch
+from musetalk import LipSync, checkpoints
 from musetalk.checkpoints import read_state
 from musetalk.errors import BadCheckpoint
 from musetalk.nets.tiny import Tiny, TinyConfig
+from pipeline import weights
 from tests.conftest import DEMO
 
 
@@ -240,12 +243,12 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Files]]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     base = f"http://127.0.0.1:{server.server_port}"
 
-    def published(version: str, mirrors: Any = None) -> list[fetch.Published]:
+    def published(version: str, mirrors: Any = None) -> list[weights.Published]:
         names = [p for part in checkpoints.PARTS["v15"] for p in (*part.files, *part.configs) if (DEMO / p).is_file()]
-        return [fetch.Published(n, f"{base}/{n}", (DEMO / n).stat().st_size, checkpoints.sha256(DEMO / n)) for n in names]
+        return [weights.Published(n, f"{base}/{n}", (DEMO / n).stat().st_size, checkpoints.sha256(DEMO / n)) for n in names]
 
-    monkeypatch.setattr(fetch, "published", published)
-    monkeypatch.setattr(fetch.time, "sleep", lambda _: None)
+    monkeypatch.setattr(weights, "published", published)
+    monkeypatch.setattr(weights.time, "sleep", lambda _: None)
     yield Files
     server.shutdown()
     server.server_close()
@@ -254,29 +257,37 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Files]]:
 def test_fetch_resumes_converts_and_verifies(hub: type[Files], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hub.break_off = {"unet.pth", "79999_iter.pth"}
     arguments = ["fetch", "--dir", str(tmp_path / "w")]
-    assert fetch.main(arguments) == 0
+    assert weights.main(arguments) == 0
     assert set(hub.ranges) == {"unet.pth", "79999_iter.pth"}, "broken downloads continue where they stopped"
     assert json.loads(capsys.readouterr().out)["version"] == "v15"
     assert not list((tmp_path / "w").rglob("*.part"))
     assert not list((tmp_path / "w").rglob("*.pth")), "only the converted files stay"
     assert speaks_alike(LipSync.load(tmp_path / "w"), LipSync.load(DEMO))
-    assert fetch.main(["verify", "--dir", str(tmp_path / "w")]) == 0
+    assert weights.main(["verify", "--dir", str(tmp_path / "w")]) == 0
     hub.ranges.clear()
-    assert fetch.main(arguments) == 0, "a second fetch finds everything there"
+    assert weights.main(arguments) == 0, "a second fetch finds everything there"
 
 
 def test_tampered_downloads_are_refused(hub: type[Files], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hub.tamper = {"79999_iter.pth"}
-    assert fetch.main(["fetch", "--dir", str(tmp_path)]) == 1
+    assert weights.main(["fetch", "--dir", str(tmp_path)]) == 1
     assert "79999_iter.pth: sha256" in capsys.readouterr().err
     assert not (tmp_path / "face-parse-bisent/79999_iter.pth").exists()
+
+
+def test_the_old_command_names_the_new_one() -> None:
+    done = subprocess.run([sys.executable, "-m", "musetalk.checkpoints", "fetch", "--dir", "x"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["weights are fetched, verified and converted by: python -m pipeline.weights"]
 
 
 def test_published_list_matches_the_reference_table() -> None:
     rows = (Path(__file__).parent / "names_shapes" / "published_files.tsv").read_text().splitlines()[1:]
     table = {r.split("\t")[0]: r.split("\t")[1:3] for r in rows}
-    for file in fetch.published("v15"):
+    for file in weights.published("v15"):
+        if not file.size:
+            continue  # not pinned
         size, digest = table[file.path]
         assert file.size == int(size)
         assert not digest or digest == file.sha256
-    assert fetch.published("v15", {"https://huggingface.co": "http://mirror"})[0].url.startswith("http://mirror/")
+    assert weights.published("v15", {"https://huggingface.co": "http://mirror"})[0].url.startswith("http://mirror/")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,11 @@ from pipeline.errors import (
     SourceRefused,
     SourceUnavailable,
 )
+from pipeline.schema import parse
 from pipeline.settings import Settings
 from tests.fakes.sources import GOOD, Sources
+
+GRACE_SEC = 5.0  # from a cancel or the deadline to the job's end
 
 
 @pytest.fixture
@@ -42,7 +47,6 @@ def host() -> Iterator[Sources]:
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "IDLE_SEC", 1.0)
-    monkeypatch.setattr(download.random, "uniform", lambda _a, _b: 0.05)
 
 
 def fetch(url: str, folder: Path, control: Control | None = None, **settings: Any) -> Source:
@@ -109,6 +113,64 @@ def test_other_schemes_and_broken_urls(tmp_path: Path, url: str) -> None:
     with pytest.raises((BadRequest, SourceRefused)) as e:
         fetch(url, tmp_path)
     assert "video_url" in str(e.value)
+
+
+@pytest.mark.parametrize(("url", "words"), [
+    ("http://", "names no host"), ("https:///x", "names no host"), ("ftp://h/x", "not http or https"),
+    ("http://[", "not a valid URL"), ("http://h:port/", "not a valid URL"), ("http://h:99999/", "not a valid URL"),
+    ("http://" + "a" * 300 + ".example/", "not a valid URL"), ("http://a..example/", "not a valid URL"),
+    ("http://xn--a\u2488.example/", "not a valid URL"), ("http://h:0/", "port"), ("http://%zz/", "not a valid URL"),
+    ("http://[fe80::1%25lo/", "not a valid URL"), ("http://127.0.0.1]/", "not a valid URL"), ("//h/x", "not http or https"),
+])
+def test_urls_that_cannot_be_parsed(host: Sources, tmp_path: Path, url: str, words: str) -> None:
+    """In the request, and behind a redirect: never retryable, and the words say whose fault it is."""
+    with pytest.raises(BadRequest, match=words):
+        fetch(url, tmp_path)
+    if url.isascii() and url not in ("//h/x", "http://"):  # as a redirect, these are relative and good
+        with pytest.raises(SourceRefused, match=f"redirected to.*{words}"):
+            fetch(host.redirect_to(url), tmp_path)
+
+
+def test_spaces_around_a_url_are_stripped() -> None:
+    request = parse({"musetalk_job_id": "j", "video_url": " http://h/v.mp4\n", "audio_url": "\thttp://h/a.wav "})
+    assert (request.video_url, request.audio_url) == ("http://h/v.mp4", "http://h/a.wav")
+    with pytest.raises(BadRequest, match="video_url"):
+        parse({"musetalk_job_id": "j", "video_url": "  ", "audio_url": "http://h/a.wav"})
+
+
+@pytest.fixture
+def mute() -> Iterator[socket.socket]:
+    """Accepts connections and never says a word; its backlog holds one more."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        yield listener
+
+
+@pytest.mark.parametrize("state", ["no answer", "no handshake", "not accepted", "endless headers", "silent body"])
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+def test_a_job_stops_at_once_whatever_it_waits_for(
+    host: Sources, mute: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, how: str
+) -> None:
+    monkeypatch.setattr(download, "IDLE_SEC", 20.0)  # as in the field
+    url = f"http://127.0.0.1:{mute.getsockname()[1]}/"
+    waiting = []
+    if state == "not accepted":  # a full backlog: connecting hangs
+        for _ in range(3):
+            waiting.append(socket.socket())
+            waiting[-1].setblocking(False)
+            waiting[-1].connect_ex(mute.getsockname())
+    url = {"no handshake": url.replace("http:", "https:"), "endless headers": f"{host.url}/headers/30",
+           "silent body": f"{host.url}/silent/30"}.get(state, url)
+    control = Control(1.0 if how == "deadline" else 60.0)
+    if how == "cancel":
+        threading.Timer(1.0, control.cancel).start()
+    began = time.monotonic()
+    with pytest.raises(Cancelled if how == "cancel" else DeadlineExceeded):
+        fetch(url, tmp_path, control)
+    assert time.monotonic() - began < 1 + GRACE_SEC
+    for connection in waiting:
+        connection.close()
 
 
 def test_cancel_and_deadline_while_downloading(host: Sources, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Train everything and assemble models/demo: python -m training [--quick]. Hours on two CPU cores, minutes on a GPU.
+"""Train everything and assemble models/demo: python -m training [--smoke]. Hours on two CPU cores, minutes on a GPU.
 
 What was interrupted goes on where it stopped: everything under way is kept in training/work (or TRAIN_WORK).
 """
@@ -11,19 +11,37 @@ import sys
 
 # each step, and what makes it quick
 STEPS = {
-    "speech": "--pieces 2", "vae": "--steps 3 --images 16", "whisper": "--steps 3",
-    "detector": "--steps 3 --images 16", "pose": "--steps 3 --images 16 --large 8", "parser": "--steps 3 --images 12",
-    "unet": "--steps 3 --pairs 32", "unet --settle": "--steps 3 --pairs 32",
-    "vae --decoder": "--steps 3 --images 16", "assemble": "", "samples": "",
+    "speech": "--pieces 2",
+    "vae": "--steps 3 --images 16",
+    "whisper": "--steps 3",
+    "detector": "--steps 3 --images 16",
+    "pose": "--steps 3 --images 16 --large 8",
+    "parser": "--steps 3 --images 12",
+    "unet": "--steps 3 --pairs 32",
+    "unet --settle": "--steps 3 --pairs 32",
+    "vae --decoder": "--steps 3 --images 16",
 }
+# from drawn faces on to those of the wide world (training/render.py); the weights in models/demo end before these
+WIDE = {
+    "vae --wide": "--steps 3 --images 16 --faces 16",
+    "detector --wide": "--steps 3 --images 16 --faces 16",
+    "pose --wide": "--steps 3 --large 8 --faces 16",
+    "parser --wide": "--steps 3 --images 12 --faces 12",
+    "speaker": "--steps 3 --pairs 16 --drawn 16",
+    "speaker --decoder": "--steps 3 --pairs 16 --drawn 16",
+}
+LAST = {"tiny": "--steps 3 --images 16", "assemble": "", "samples": ""}
 
 
 def main() -> int:
     """Run every step in order."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="three steps a network, no samples: shows that all works")
-    quick = parser.parse_args().quick
-    for step, small in STEPS.items():
+    words = "three steps a network, no samples: shows that all works"
+    parser.add_argument("--smoke", "--quick", dest="quick", action="store_true", help=words)
+    parser.add_argument("--wide", action="store_true", help="go on to the wide world's faces before the weights are put together")
+    options = parser.parse_args()
+    quick = options.quick
+    for step, small in (STEPS | (WIDE if options.wide else {}) | LAST).items():
         if quick and step == "samples":
             continue
         print(f"== {step}", flush=True)

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from musetalk import checkpoints
-from training import common, detector, parser, pose, unet, vae, whisper
+from training import common, detector, parser, pose, tiny, unet, vae, whisper
 
 TARGET = Path(os.environ.get("TRAIN_TARGET", Path(__file__).resolve().parent.parent / "models" / "demo"))
 
 
-def trained(name: str) -> dict[str, Tensor]:
-    """A trained state in half precision; running statistics keep single precision."""
-    state: dict[str, Tensor] = torch.load(common.WORK / f"{name}.pt", weights_only=True)
+def trained(*names: str) -> dict[str, Tensor]:
+    """The last stage's state that was trained, in half precision; running statistics keep single precision."""
+    path = next(p for p in (common.WORK / f"{name}.pt" for name in names) if p.exists())
+    state: dict[str, Tensor] = torch.load(path, weights_only=True)
     return {k: v if "running" in k or not v.is_floating_point() else v.half() for k, v in state.items()}
 
 
@@ -45,17 +46,19 @@ def report() -> dict[str, Any]:
 
 def main() -> None:
     """Write weights, configs, manifest and the training's report."""
-    put("musetalkV15/unet.pth", trained("settled"))
+    put("musetalkV15/unet.pth", trained("speaker", "settled"))
     config("musetalkV15/musetalk.json", {"_class_name": "UNet2DConditionModel", **asdict(unet.CONFIG)})
-    put("sd-vae/diffusion_pytorch_model.bin", trained("decoder"))
+    put("sd-vae/diffusion_pytorch_model.bin", trained("finished", "decoder"))
     config("sd-vae/config.json", {"_class_name": "AutoencoderKL", **asdict(vae.CONFIG)})
+    put("taesd/diffusion_pytorch_model.bin", trained("tiny"))
+    config("taesd/config.json", {"_class_name": "AutoencoderTiny", **asdict(tiny.CONFIG)})
     put("whisper/pytorch_model.bin", {f"model.encoder.{k}": v for k, v in trained("whisper").items()})
     config("whisper/config.json", {"model_type": "whisper", **asdict(whisper.CONFIG)})
-    put("dwpose/dw-ll_ucoco_384.pth", {"meta": {"epoch": 1}, "state_dict": trained("pose")})
+    put("dwpose/dw-ll_ucoco_384.pth", {"meta": {"epoch": 1}, "state_dict": trained("wide_pose", "pose")})
     config("dwpose/config.json", asdict(pose.CONFIG))
-    put("face-parse-bisent/79999_iter.pth", trained("parser"))
+    put("face-parse-bisent/79999_iter.pth", trained("wide_parser", "parser"))
     config("face-parse-bisent/config.json", asdict(parser.CONFIG))
-    put("s3fd-619a316812.pth", trained("detector"))
+    put("s3fd-619a316812.pth", trained("wide_detector", "detector"))
     config("s3fd.json", asdict(detector.CONFIG))
     checkpoints.write_manifest(TARGET, "v15")
     config("report.json", {"command": "python -m training", "trained": report()})

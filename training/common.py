@@ -72,12 +72,15 @@ def mixed_precision(device: torch.device) -> Iterator[None]:
         yield
 
 
-def load(net: nn.Module, name: str) -> None:
-    """Load WORK/name.pt, the result of training.name."""
+def load(net: nn.Module, name: str, half: bool = False) -> None:
+    """Load WORK/name.pt, the result of training.name; `half` rounds it to half precision, as weights are shipped, so that
+    a later stage can start from shipped weights as well.
+    """
     path = WORK / f"{name}.pt"
     if not path.exists():
         raise SystemExit(f"training.{name} must run first")
-    net.load_state_dict(torch.load(path, weights_only=True))
+    state = torch.load(path, weights_only=True)
+    net.load_state_dict({k: v.half().float() if half and v.is_floating_point() else v for k, v in state.items()})
 
 
 class Training:

@@ -1,4 +1,4 @@
-"""Train the demo face detector: python -m training.detector [--steps N]."""
+"""Train the demo face detector: python -m training.detector [--steps N]; then, in the wide world, --wide."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from torch import Tensor
 
 from musetalk.faces import decode_s3fd, s3fd_input
 from musetalk.nets.s3fd import STRIDES, S3fd, S3fdConfig
-from training import common, data
+from training import common, data, render, wide
+from training.camera import Camera
 from training.pose import frame_pose
 from training.presenter import Identity, draw
 
 CONFIG = S3fdConfig(widths=(8, 16, 24, 32, 32), fc_width=48, extra=(24, 48, 24, 32))
 SIDE = 384  # pixels of a training picture
+WIDE_SIDE = 240  # of one of the wide world
 POSITIVE_IOU = 0.4
 
 
@@ -46,10 +48,35 @@ def pictures(seed: int, count: int) -> NDArray[np.float16]:
         scale = float(np.exp(r.uniform(np.log(22), np.log(150))))
         pose = type(pose)(pose.x, pose.y, scale, *[getattr(pose, f) for f in ("roll", "yaw", "pitch", "blink", "gaze")])
         drawn = draw(SIDE, SIDE, Identity.random(int(r.integers(data.TRAIN_IDENTITIES))), pose, data.random_mouth(r))
-        low, high = drawn.landmarks.min(0), drawn.landmarks.max(0)
-        top = max(low[1] - 0.35 * scale, 0.0)
         out[i, :-4] = drawn.image.ravel()
-        out[i, -4:] = max(low[0], 0), top, min(high[0], SIDE), min(high[1], SIDE)
+        out[i, -4:] = _corners(drawn.landmarks, scale, SIDE)
+    return out
+
+
+def _corners(landmarks: NDArray[np.float64], scale: float, side: int) -> tuple[float, float, float, float]:
+    """The face's box from its landmarks and its pixels a unit."""
+    low, high = landmarks.min(0), landmarks.max(0)
+    return max(low[0], 0), max(low[1] - 0.35 * scale, 0.0), min(high[0], side), min(high[1], side)
+
+
+def various(seed: int, count: int) -> NDArray[np.float16]:
+    """Like `pictures`, of the wide world; a third are backgrounds or bodies without a head."""
+    torch.set_num_threads(1)
+    r = np.random.default_rng([seed, 91])
+    out = np.zeros((count, WIDE_SIDE * WIDE_SIDE * 3 + 4), np.float16)
+    for i in range(count):
+        if i % 2 == 0:
+            who = wide.person(r)
+        if r.random() < 0.25:
+            back = render.ground(int(r.integers(1 << 30)), WIDE_SIDE, WIDE_SIDE)
+            out[i, :-4] = Camera.random(r).take(back, i).ravel()
+            continue
+        scale = float(np.exp(r.uniform(np.log(20), np.log(90))))
+        whole = r.random() < 0.88  # else shoulders and collar under a head that is out of the picture
+        image, landmarks = wide.frame(r, who, WIDE_SIDE, WIDE_SIDE, scale, None if whole else -1.25 * scale)
+        out[i, :-4] = image.ravel()
+        if whole:
+            out[i, -4:] = _corners(landmarks, scale, WIDE_SIDE)
     return out
 
 
@@ -90,11 +117,16 @@ def loss_of(levels: list[tuple[Tensor, Tensor]], faces: Tensor) -> Tensor:
 def main() -> None:
     """Draw the frames, train, write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1100)
-    parser.add_argument("--images", type=int, default=2400)
+    parser.add_argument("--steps", type=int, help="default: 1100, with --wide 700")
+    parser.add_argument("--images", type=int, help="drawn ones; default: 2400, with --wide 400")
+    parser.add_argument("--wide", action="store_true", help="go on in the wide world")
+    parser.add_argument("--faces", type=int, default=1000, help="of the wide world")
     options = parser.parse_args()
     device = common.setup(5)
-    rows = common.cached("faces", lambda: data.in_parallel(pictures, options.images, 200))
+    if options.wide:
+        go_on(options, device)
+        return
+    rows = common.cached("faces", lambda: data.in_parallel(pictures, options.images or 2400, 200))
     net = common.on(S3fd(CONFIG), device).train()
     for name, p in net.named_parameters():
         if name.endswith("mbox_loc.weight"):
@@ -103,11 +135,26 @@ def main() -> None:
             torch.nn.init.kaiming_normal_(p)
     with torch.no_grad():
         net.conv1_1.weight.mul_(1 / 64)  # type: ignore[operator, union-attr]
-    training = common.Training("detector", net, options.steps, 2e-3, seed=6, decay=1e-4)
+    learn(common.Training("detector", net, options.steps or 1100, 2e-3, seed=6, decay=1e-4), net, [(rows, SIDE)], device)
+
+
+def go_on(options: argparse.Namespace, device: torch.device) -> None:
+    """The training in the wide world: its frames and drawn ones by turns."""
+    faces = common.cached("wide_faces", lambda: data.in_parallel(various, options.faces, 50))
+    drawn = common.cached("drawn_faces", lambda: data.in_parallel(pictures, options.images or 400, 200))
+    net = common.on(S3fd(CONFIG), device).train()
+    common.load(net, "detector", half=True)
+    training = common.Training("wide_detector", net, options.steps or 700, 1e-3, seed=20, decay=1e-4)
+    learn(training, net, [(faces, WIDE_SIDE), (faces, WIDE_SIDE), (drawn, SIDE)], device)
+
+
+def learn(training: common.Training, net: S3fd, sources: list[tuple[NDArray[np.float16], int]], device: torch.device) -> None:
+    """Train on rows of pictures with their sides, one source after the other."""
     r = training.random
-    for _ in training.steps():
+    for step in training.steps():
+        rows, side = sources[step % len(sources)]
         chosen = torch.from_numpy(np.asarray(rows[np.sort(r.integers(len(rows), size=8))], np.float32)).to(device)
-        image = chosen[:, :-4].view(-1, SIDE, SIDE, 3)
+        image = chosen[:, :-4].view(-1, side, side, 3)
         image = (image * torch.empty(8, 1, 1, 3).uniform_(0.8, 1.15) + torch.randn_like(image) * 3).clamp(0, 255)
         with common.mixed_precision(device):
             levels = net(s3fd_input(image).contiguous(memory_format=torch.channels_last))

@@ -1,4 +1,4 @@
-"""Train the demo landmark network: python -m training.pose [--steps N]."""
+"""Train the demo landmark network: python -m training.pose [--steps N]; then, in the wide world, --wide."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from musetalk.faces import FACE_POINTS, PoseFrame, decode_simcc, pose_input, pose_picture
 from musetalk.nets.rtmpose import RtmPose, RtmPoseConfig
-from training import common, data
+from training import common, data, wide
 from training.presenter import Identity, Pose, draw
 
 CONFIG = RtmPoseConfig(
@@ -45,11 +45,30 @@ def pictures(seed: int, count: int, sizes: tuple[tuple[int, int], ...] = SIZES) 
         width, height = sizes[r.integers(len(sizes))]
         pose, who = frame_pose(r, width, height), Identity.random(int(r.integers(data.TRAIN_IDENTITIES)))
         drawn = draw(width, height, who, pose, data.random_mouth(r))
-        where = PoseFrame.whole(width, height)
-        picture = pose_picture(torch.from_numpy(drawn.image), where).numpy()
-        size = np.array(where.size)
-        points = (drawn.landmarks - np.array(where.centre) + size / 2) / size * np.array([288, 384])
-        out[i] = np.concatenate([picture.ravel(), points.ravel()])
+        out[i] = _row(drawn.image, drawn.landmarks)
+    return out
+
+
+def _row(image: NDArray[np.uint8], landmarks: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What the network sees of a frame, and where its landmarks then are."""
+    where = PoseFrame.whole(image.shape[1], image.shape[0])
+    picture = pose_picture(torch.from_numpy(image), where).numpy()
+    size = np.array(where.size)
+    points = (landmarks - np.array(where.centre) + size / 2) / size * np.array([288, 384])
+    return np.concatenate([picture.ravel(), points.ravel()])
+
+
+def various(seed: int, count: int) -> NDArray[np.float16]:
+    """Like `pictures`, of the wide world: frames about as large as what the network sees of them."""
+    torch.set_num_threads(1)
+    r = np.random.default_rng([seed, 90])
+    out = np.empty((count, 384 * 288 * 3 + 136), np.float16)
+    for i in range(count):
+        if i % 2 == 0:
+            who = wide.person(r)
+        width, height = ((280, 280), (288, 216), (216, 320), (300, 240))[int(r.integers(4))]
+        scale = min(height * 0.165, width * 0.2) * float(r.uniform(0.55, 1.6))
+        out[i] = _row(*wide.frame(r, who, width, height, scale))
     return out
 
 
@@ -70,16 +89,24 @@ def vary(image: Tensor) -> Tensor:
 def main() -> None:
     """Draw the frames, train, write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=2900)
+    parser.add_argument("--steps", type=int, help="default: 2900, with --wide 900")
+    parser.add_argument("--wide", action="store_true", help="go on in the wide world")
+    parser.add_argument("--faces", type=int, default=900, help="of the wide world")
     parser.add_argument("--images", type=int, default=3000)
-    parser.add_argument("--large", type=int, default=500, help="pictures drawn at full size")
+    parser.add_argument("--large", type=int, help="pictures drawn at full size; default: 500, with --wide 200")
     parser.add_argument("--rate", type=float, default=2e-3)
     options = parser.parse_args()
     device = common.setup(3)
-    rows = common.cached("poses", lambda: data.in_parallel(pictures, options.images, 250))
-    sharp = common.cached("poses_large", lambda: data.in_parallel(large, options.large, 50))
     net = common.on(RtmPose(CONFIG), device).train()
-    training = common.Training("pose", net, options.steps, options.rate, seed=4)
+    if options.wide:
+        sharp = common.cached("drawn_poses", lambda: data.in_parallel(large, options.large or 200, 50))
+        rows = common.cached("wide_poses", lambda: data.in_parallel(various, options.faces, 50))
+        common.load(net, "pose", half=True)
+        training = common.Training("wide_pose", net, options.steps or 900, 1.5e-3, seed=19)
+    else:
+        sharp = common.cached("poses_large", lambda: data.in_parallel(large, options.large or 500, 50))
+        rows = common.cached("poses", lambda: data.in_parallel(pictures, options.images, 250))
+        training = common.Training("pose", net, options.steps or 2900, options.rate, seed=4)
     r = training.random
     for _ in training.steps():
         mixed = [rows[np.sort(r.integers(len(rows), size=10))], sharp[np.sort(r.integers(len(sharp), size=6))]]

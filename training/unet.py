@@ -43,6 +43,13 @@ def moments(count: int) -> NDArray[np.int64]:
     return out
 
 
+def neighbours(count: int) -> NDArray[np.int64]:
+    """Like `moments`, for pictures in twos: each odd one is the frame after the even one before it."""
+    out = np.repeat(moments(-(-count // 2)), 2, axis=0)[:count]
+    out[1::2, 2] += 1
+    return out
+
+
 def pictures(seed: int, count: int) -> NDArray[np.uint8]:
     """Pairs number seed * count onwards: (count, 2, CROP, CROP, 3), source and target."""
     torch.set_num_threads(1)
@@ -56,13 +63,16 @@ def pictures(seed: int, count: int) -> NDArray[np.uint8]:
 
 
 @torch.no_grad()
-def encode(images: NDArray[np.uint8], device: torch.device) -> NDArray[np.float16]:
-    """Pairs -> (N, 12, h, w) half precision: masked and reference latents of the source, latent of the target."""
+def encode(images: NDArray[np.uint8], device: torch.device, by: str = "vae", tint: bool = True) -> NDArray[np.float16]:
+    """Pairs -> (N, 12, h, w) half precision: masked and reference latents of the source, latent of the target; `by` is the
+    training whose encoder does it.
+    """
     net = common.on(Vae(vae.CONFIG), device).eval()
-    common.load(net, "vae")
+    common.load(net, by)
     out, light = [], torch.Generator().manual_seed(14)
     for part in common.parts(len(images), 32):
-        pair = data.tinted(torch.from_numpy(np.array(images[part])), light)
+        pair = torch.from_numpy(np.array(images[part]))
+        pair = data.tinted(pair, light) if tint else pair
         with common.mixed_precision(device):
             source = generate.latents(net, pair[:, 0])
             target = net.encode(generate.vae_inputs(pair[:, 1].to(device))[1])
@@ -97,6 +107,21 @@ def prompts(
     return torch.cat(out).float() + positions
 
 
+def latent_weight(size: int) -> Tensor:
+    """Loss weight (1, 1, size, size) of latents: the lips count ten times."""
+    weight = F.adaptive_avg_pool2d(vae.mouth_weight(vae.CONFIG.crop_size), size)
+    weight[..., int(0.62 * size) : int(0.95 * size), int(0.25 * size) : int(0.75 * size)] *= 2
+    return weight
+
+
+def figures(error: Tensor, batch: Tensor) -> dict[str, float]:
+    """What a training logs: the mean error, the lips', and the lips' error of a network that copies the reference."""
+    size = error.shape[-1]
+    rows, columns = slice(int(0.65 * size), int(0.92 * size)), slice(int(0.3 * size), int(0.7 * size))
+    copied = (batch[:, 4:8] - batch[:, 8:]).abs()[..., rows, columns].mean()
+    return {"error": float(error.mean()), "lips": float(error[..., rows, columns].mean()), "lips_if_copied": float(copied)}
+
+
 def main() -> None:
     """Draw and encode the pairs, train, write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -114,9 +139,7 @@ def main() -> None:
     if options.settle:
         common.load(net, "unet")
     training = common.Training(name, net, options.steps or steps, rate, seed=10)
-    size = latents.shape[-1]
-    weight = F.adaptive_avg_pool2d(vae.mouth_weight(vae.CONFIG.crop_size), size).to(device)
-    weight[..., int(0.62 * size) : int(0.95 * size), int(0.25 * size) : int(0.75 * size)] *= 2
+    weight = latent_weight(latents.shape[-1]).to(device)
     positions = audio_positions(50, CONFIG.cross_attention_dim).to(device)
     for _ in training.steps():
         pick = np.sort(training.random.integers(len(latents), size=32))
@@ -127,10 +150,7 @@ def main() -> None:
         error = (out - batch[:, 8:]).abs()
         training.step((error * weight).mean())
         if training.due(50):
-            lips = slice(int(0.65 * size), int(0.92 * size)), slice(int(0.3 * size), int(0.7 * size))
-            spread = (batch[:, 4:8] - batch[:, 8:]).abs()[..., lips[0], lips[1]].mean()
-            training.log(error=float(error.detach().mean()), lips=float(error.detach()[..., lips[0], lips[1]].mean()),
-                         lips_if_copied=float(spread))
+            training.log(**figures(error.detach(), batch))
 
 
 if __name__ == "__main__":

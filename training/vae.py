@@ -1,24 +1,30 @@
-"""Train the demo autoencoder: python -m training.vae [--steps N]; then its decoder alone: --decoder.
+"""Train the demo autoencoder: python -m training.vae [--steps N]; then --decoder; then, in the wide world, --wide.
 
-The first training fixes what latents mean, under lights of every tone. The second leaves the encoder as it is, so that
-the UNet's latents keep their meaning, and sharpens the decoder on the pictures as they are drawn.
+The first training fixes what latents mean, under lights of every tone. The second leaves the encoder as it is and sharpens
+the decoder on the pictures as they are drawn. The third goes on with the decoder, on faces of the wide world and some drawn
+ones: what latents mean never changes after the first.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from musetalk.nets.vae import Vae, VaeConfig
-from training import common, data
+from training import common, data, wide
 
 CONFIG = VaeConfig(
     block_out_channels=(16, 32, 48), layers_per_block=1, norm_num_groups=8, sample_size=128, crop_size=128,
     scaling_factor=0.5,
 )
+STAGES = {"vae": (3800, 2e-3), "decoder": (1800, 1.2e-3), "wide": (900, 1.5e-3)}  # steps, rate
+Images = NDArray[np.uint8]
 
 
 def mouth_weight(size: int) -> Tensor:
@@ -29,43 +35,78 @@ def mouth_weight(size: int) -> Tensor:
     return weight
 
 
-def loss_of(net: Vae, image: Tensor, weight: Tensor, noise: bool) -> Tensor:
-    """Weighted L1 of pixels, of their gradients and of their means over 16 x 16 (the tone of the skin, whose errors show
-    as a seam), plus a faint pull of the latents towards unit variance.
+def picture_loss(out: Tensor, image: Tensor, weight: Tensor) -> Tensor:
+    """Weighted L1 of pixels, of their gradients (sharp lips and teeth) and of their means over 16 x 16 (the tone of the
+    skin, whose errors show as a seam).
     """
-    mean, logvar = net.moments(image)
-    latent = mean + 0.05 * torch.randn_like(mean) if noise else mean
-    out = net.decoder(net.post_quant_conv(latent)).float()
     error = out - image
     pixel = (error.abs() * weight).mean()
     dx, dy = error.diff(dim=-1).abs(), error.diff(dim=-2).abs()
     edge = (dx * weight[..., 1:]).mean() + (dy * weight[..., 1:, :]).mean()
-    tone = F.avg_pool2d(error, 16).abs().mean()
-    return pixel + edge + 2 * tone + 1e-4 * (mean.float().square().mean() + logvar.float().square().mean())
+    return pixel + edge + 2 * F.avg_pool2d(error, 16).abs().mean()
+
+
+def loss_of(net: Vae, image: Tensor, weight: Tensor, noise: bool) -> Tensor:
+    """The picture's loss, plus a faint pull of the latents towards unit variance."""
+    mean, logvar = net.moments(image)
+    latent = mean + 0.05 * torch.randn_like(mean) if noise else mean
+    out = net.decoder(net.post_quant_conv(latent)).float()
+    return picture_loss(out, image, weight) + 1e-4 * (mean.float().square().mean() + logvar.float().square().mean())
+
+
+def sampler(name: str, drawn: int, various: int) -> Callable[[np.random.Generator, int], Tensor]:
+    """Where a stage takes its batches from: a function of generator and size to pictures (N, size, size, 3)."""
+    if name != "wide":
+        crops = common.cached("crops", lambda: data.in_parallel(data.crops, drawn, 500))
+
+        def plain(r: np.random.Generator, size: int) -> Tensor:
+            picked = torch.from_numpy(crops[r.integers(len(crops), size=size)])
+            return picked if name == "decoder" else data.tinted(picked)
+
+        return plain
+    faces = common.cached("wide_crops", lambda: data.in_parallel(wide.pictures, various, 200))
+    crops = common.cached("drawn_crops", lambda: data.in_parallel(data.crops, drawn, 500))
+
+    def mixed(r: np.random.Generator, size: int) -> Tensor:
+        few = size // 4
+        return torch.from_numpy(np.concatenate([
+            _mirrored(r, faces[r.integers(len(faces), size=size - few)]), crops[r.integers(len(crops), size=few)]]))
+
+    return mixed
+
+
+def _mirrored(r: np.random.Generator, images: Images) -> Images:
+    """Half of them left for right."""
+    turned = r.random(len(images)) < 0.5
+    images[turned] = images[turned, :, ::-1]
+    return images
 
 
 def main() -> None:
     """Draw the crops, train, write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, help="default: 3800, with --decoder 1800")
+    parser.add_argument("--steps", type=int, help="default: 3800, with --decoder 1800, with --wide 900")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--images", type=int, default=12000)
+    parser.add_argument("--images", type=int, help="drawn ones; default: 12000, with --wide 1000")
+    parser.add_argument("--faces", type=int, default=2400, help="of the wide world")
     parser.add_argument("--decoder", action="store_true", help="go on with the decoder alone, after training.vae")
+    parser.add_argument("--wide", action="store_true", help="go on in the wide world, after --decoder")
     options = parser.parse_args()
+    name = "wide" if options.wide else "decoder" if options.decoder else "vae"
     device = common.setup(1)
-    images = common.cached("crops", lambda: data.in_parallel(data.crops, options.images, 500))
+    sample = sampler(name, options.images or (1000 if options.wide else 12000), options.faces)
     net = common.on(Vae(CONFIG), device)
-    name, steps, rate = ("decoder", 1800, 1.2e-3) if options.decoder else ("vae", 3800, 2e-3)
-    if options.decoder:
-        common.load(net, "vae")
+    steps, rate = STAGES[name]
+    if name != "vae":
+        common.load(net, "vae" if name == "decoder" else "decoder", half=options.wide)
+    if name != "vae":
         for part in (net.encoder, net.quant_conv):
             part.requires_grad_(False)
     training = common.Training(name, net, options.steps or steps, rate, seed=2)
     weight = mouth_weight(CONFIG.crop_size).to(device)
     for step in training.steps():
-        pick = torch.from_numpy(images[training.random.integers(len(images), size=options.batch)])
-        image = (pick if options.decoder else data.tinted(pick)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        if step % 8 == 7 and not options.decoder:
+        image = sample(training.random, options.batch).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        if step % 8 == 7 and name == "vae":
             image[:, :, CONFIG.crop_size // 2 :] = -1  # the masked crops are encoded too
         image = image.contiguous(memory_format=torch.channels_last)
         with common.mixed_precision(device):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
-from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -74,46 +73,11 @@ def fold_batch_norm(net: nn.Module) -> None:
 
 
 class NormSilu(nn.GroupNorm):
-    """GroupNorm, then SiLU.
-
-    `fused`, for channels-last pictures on a GPU: the statistics become one scale and one shift per channel, and a single
-    pass applies them with the activation, where norm and activation apart take two and may reorder the memory. Its error
-    against the plain way is rounding; musetalk/tuning.py decides whether it pays.
-    """
-
-    fused = False
+    """GroupNorm, then SiLU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
-        if not self.fused:
-            return F.silu(super().forward(x), inplace=True)
-        scale, shift = self.per_channel(x)
-        return affine_silu(x, scale, shift)
-
-    def per_channel(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The norm of (N, C, H, W) as a scale and a shift (N, C, 1, 1), from statistics in float32."""
-        n, channels, height, width = x.shape
-        groups = x.permute(0, 2, 3, 1).reshape(n, height * width, self.num_groups, -1)
-        mean = groups.mean(dim=(1, 3), dtype=torch.float32)
-        square = torch.linalg.vector_norm(groups, dim=(1, 3), dtype=torch.float32).square() / (x[0].numel() / self.num_groups)
-        inverse = (square - mean.square()).clamp(min=0).add(self.eps).rsqrt()
-        scale = self.weight.float().view(1, self.num_groups, -1) * inverse[..., None]
-        shift = self.bias.float().view(1, self.num_groups, -1) - mean[..., None] * scale
-        return scale.to(x.dtype).view(n, channels, 1, 1), shift.to(x.dtype).view(n, channels, 1, 1)
-
-
-@lru_cache(maxsize=1)
-def _affine_silu_kernel() -> Callable[..., Tensor]:
-    """One element-wise CUDA kernel, compiled by the driver's own compiler at its first call."""
-    kernel: Callable[..., Tensor] = torch.cuda.jiterator._create_jit_fn(
-        "template <typename T> T affine_silu(T x, T scale, T shift) {"
-        " const float y = float(x) * float(scale) + float(shift); return T(y / (1.0f + ::exp(-y))); }")
-    return kernel
-
-
-def affine_silu(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """SiLU of x * scale + shift."""
-    return _affine_silu_kernel()(x, scale, shift) if x.is_cuda else F.silu(torch.addcmul(shift, x, scale))
+        return F.silu(super().forward(x), inplace=True)
 
 
 class ResnetBlock(nn.Module):

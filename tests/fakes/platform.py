@@ -97,6 +97,7 @@ class Platform:
             "RUNPOD_WEBHOOK_POST_OUTPUT": f"{base}/job-done/$ID?gpu=x",
             "RUNPOD_WEBHOOK_POST_STREAM": f"{base}/job-stream/$ID?gpu=x", "RUNPOD_AI_API_KEY": API_KEY,
             "RUNPOD_POD_ID": "pod1", "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true", "RUNPOD_SKIP_GPU_CHECK": "true",
+            "DEVICE": "cpu",  # on RunPod `auto` means a GPU
         }
 
     @property

@@ -130,6 +130,14 @@ class Routes(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"x")
             time.sleep(0.05)
 
+    def _headers(self, seconds: str, _: int) -> None:
+        self.send_response(200)
+        for number in range(int(float(seconds) / 0.5)):
+            self.send_header(f"X-{number}", "x")
+            self.flush_headers()
+            time.sleep(0.5)
+        self.close_connection = True
+
     def _loop(self, _: str, hit: int) -> None:
         self.send(b"", 302, Location=f"/loop/{hit}")
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 import requests
 import uvicorn
@@ -17,8 +18,9 @@ from hypothesis import HealthCheck, assume, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 
+from pipeline import download
 from pipeline.run import Service, status_of
-from pipeline.server import create_app
+from pipeline.server import BODY_SEC, HEAD_SEC, server_config
 from tests.faults.world import Body, Network, Row, World, media
 
 BAD = media("validation")
@@ -83,8 +85,9 @@ def serving(service: Service) -> Iterator[str]:
     """The HTTP door in a thread of this process, so that its network can be recorded; yields the base URL."""
     with contextlib.closing(socket.socket()) as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(create_app(service), log_config=None, access_log=False,
-                                               loop="asyncio"))  # uvloop keeps one pipe for the life of a process
+        config = server_config(service)
+        config.loop = "asyncio"  # uvloop keeps one pipe for the life of a process
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="door")
         thread.start()
         base = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -156,9 +159,40 @@ def health_keeps_answering(w: World) -> None:
         assert requests.get(f"{base}/hc", timeout=5).json() == {"status": "ok"}
 
 
+def half_open(w: World) -> None:
+    """200 connections that never finish a request are closed when its time is over, and a job runs beside them."""
+    with serving(w.another()) as base, contextlib.ExitStack() as clients:
+        host, port = base.removeprefix("http://").split(":")
+        open_ = [clients.enter_context(socket.create_connection((host, int(port)))) for _ in range(200)]
+        heads = (b"", b"POST /gen", b"POST /generate HTTP/1.1\r\nHost: h\r\nContent-Length: 1000\r\n\r\n{")
+        for number, client in enumerate(open_):
+            client.sendall(heads[number % len(heads)])
+            client.settimeout(HEAD_SEC + BODY_SEC + 10)
+        payload = {"video_url": w.url("clip.mp4"), "audio_url": w.url("speech.wav"), "musetalk_job_id": "beside"}
+        assert requests.post(f"{base}/generate", json=payload, timeout=60).status_code == 200
+        for client in open_:
+            with contextlib.suppress(ConnectionResetError):
+                while client.recv(4096):
+                    pass
+
+
+def hung_up(w: World) -> None:
+    """A client that hangs up while its source keeps silent: the job ends within 5 s, the source's own limit aside."""
+    with serving(w.another()) as base, mock.patch.object(download, "IDLE_SEC", 20.0):
+        with contextlib.suppress(requests.Timeout):
+            requests.post(f"{base}/generate", timeout=1, json={
+                "video_url": w.url("/silent/8"), "audio_url": w.url("speech.wav"), "musetalk_job_id": "left"})
+        end = time.monotonic() + 5
+        while "musetalk_jobs_inside 0.0" not in requests.get(f"{base}/metrics", timeout=5).text:
+            assert time.monotonic() < end, "the job went on"
+            time.sleep(0.1)
+
+
 ROWS = [
     *map(_plain, BODIES), Row("requests", "500 generated bodies", generated, limit_sec=120),
     Row("requests", "300 requests made from the OpenAPI description", openapi, limit_sec=240),
     Row("requests", "32 HTTP requests at once", many_at_once, limit_sec=120),
+    Row("requests", "200 half-open connections", half_open, limit_sec=120),
+    Row("requests", "a client that hangs up", hung_up, limit_sec=60),
     Row("requests", "slow, huge and broken HTTP bodies", health_keeps_answering, limit_sec=60),
 ]

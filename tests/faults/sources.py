@@ -92,6 +92,10 @@ ROWS = [
     Row("sources", "the host behind a redirect repeats its signature", lambda w: w.job(
         video_url=w.sources.redirect_to(w.url("/repeat"))), media("download", words="403 not")),
     Row("sources", "number of tries", stops_asking),
+    *[Row("sources", f"redirect to the malformed {target}", lambda w, t=target: w.job(video_url=w.sources.redirect_to(t)),
+          media("download", words="redirected to a URL that cannot be fetched"))
+      for target in ("http://[", "http://h:port/", "http://h:99999/", "http://a..example/", "http://%zz/")],
+    Row("sources", "spaces around the URL", lambda w: w.job(video_url=f" {w.url('clip.mp4')}\n")),
     *[Row("sources", f"redirect to {target.split(':')[0]}:", lambda w, t=target: w.job(video_url=w.sources.redirect_to(t)),
           media("download", words="not http"))
       for target in ("file:///etc/passwd", "ftp://127.0.0.1/x", "gopher://127.0.0.1/x", "data:video/mp4,x")],

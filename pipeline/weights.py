@@ -1,6 +1,6 @@
-"""Get, convert and check the published weights: python -m musetalk.checkpoints fetch|verify|convert.
+"""Get, convert and check the published weights: python -m pipeline.weights fetch|verify|convert --dir DIR.
 
-The only module of the library that knows URLs. Files are downloaded in parallel, resumed where they broke off, checked
+The only module that knows where weights come from. Files are downloaded in parallel, resumed where they broke off, checked
 against their published size and sha256, and converted to half-precision safetensors with only what inference needs.
 """
 
@@ -73,6 +73,8 @@ def published(version: str, mirrors: Mapping[str, str] | None = None) -> list[Pu
         Published("face-parse-bisent/79999_iter.pth",
                   _hub("ManyOtherFunctions/face-parse-bisent", "79999_iter.pth", HUB), 53289463,
                   "468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567"),
+        Published("taesd/diffusion_pytorch_model.safetensors",  # not pinned: strict loading checks names and shapes
+                  _hub("madebyollin/taesd", "diffusion_pytorch_model.safetensors", HUB), 0, ""),
         Published("s3fd-619a316812.pth",
                   "https://www.adrianbulat.com/downloads/python-fan/s3fd-619a316812.pth", 89843225, "619a316812"),
     ]
@@ -172,7 +174,7 @@ def convert(folder: Path, version: str, keep: bool = False) -> None:
     for part, build in builders:
         source = find(folder, part.files)
         if source is None:
-            raise BadCheckpoint(f"{folder / part.files[-1]}: no such file", file=str(folder / part.files[-1]))
+            raise BadCheckpoint(f"{folder / part.files[-1]}: no such file; run fetch first", file=str(folder / part.files[-1]))
         if source.suffix == ".safetensors":
             continue
         with torch.device("meta"):
@@ -219,7 +221,7 @@ def missing(folder: Path, version: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; 0 when all is well, 1 with one clear line otherwise."""
-    parser = argparse.ArgumentParser(prog="python -m musetalk.checkpoints", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m pipeline.weights", description=__doc__)
     parser.add_argument("command", choices=("fetch", "verify", "convert"))
     parser.add_argument("--dir", type=Path, required=True, help="folder of weights")
     parser.add_argument("--version", choices=tuple(PARTS), default="v15", help="MuseTalk 1.5 or 1.0")
@@ -242,3 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     size = sum(f.stat().st_size for f in options.dir.rglob("*") if f.is_file())
     print(json.dumps({"dir": str(options.dir), "version": options.version, "bytes": size}))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

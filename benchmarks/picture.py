@@ -1,0 +1,197 @@
+"""Is it the same person, as sharp as the source, without flicker? Films of people whose true picture is known.
+
+    python -m benchmarks.picture [--picture docs/picture.png] [--quick] [--json]
+
+A person is rendered twice, at rest (the source) and speaking (the truth), with the same pose, light, camera and grain. The
+source is made to speak in both finishes, the true mouth is compared. Needs libespeak-ng, as the training does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from benchmarks import common
+from benchmarks import measures as m
+from musetalk import LipSync, Options
+from musetalk.box import Box
+from pipeline.settings import REPOSITORY
+from training import speech
+from training.clips import Motion, Shot
+from training.light import Light
+
+Picture = NDArray[np.uint8]
+Finish = Literal["official", "natural"]
+FINISHES: tuple[Finish, ...] = ("official", "natural")
+SENTENCE, VOICE, SKIP = "Remember to save the paper before the power fails.", "en-us", 0.25
+MOUTH, SKIN = (11, 12, 13), (1, 10, 14)
+SIDE = Light((0.93, -0.2, 0.3), (1.3, 1.2, 1.05), (0.12, 0.13, 0.16), (0.06, 0.06, 0.06), 0.9)
+HIGHER = ("psnr", "ssim", "psnr_mouth", "sharpness_skin", "sharpness_mouth", "texture_skin")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip: face width in pixels, frame rate, motion, who."""
+
+    name: str
+    face: int
+    fps: int
+    motion: Motion
+    seed: int
+    frames: int
+    light: Light | None = None
+    materials: dict[str, Any] = field(default_factory=dict)
+
+
+CLIPS = (
+    Clip("120-idle", 120, 25, "idle", 11, 24, None, {"freckles": 0.9, "beard": 0.0}),
+    Clip("256-nod-beard", 256, 25, "nod", 23, 24, None, {"beard": 0.9, "moustache": 1.0}),
+    Clip("256-turn-50fps", 256, 50, "turn", 35, 32, SIDE, {"stubble": 0.8, "beard": 0.0, "moustache": 0.0}),
+    Clip("500-lean-wrinkles", 500, 25, "lean", 47, 16, None, {"age": 0.9, "beard": 0.0, "moustache": 0.9, "collar": 2}),
+    Clip("500-still-50fps", 500, 50, "still", 59, 20, SIDE, {"freckles": 0.5, "stubble": 0.4, "beard": 0.0, "collar": 4}),
+    Clip("800-approach", 800, 25, "approach", 71, 10, None, {"pores": 1.0, "freckles": 0.6, "beard": 0.0, "collar": 1}),
+)
+
+
+@dataclass(frozen=True)
+class Material:
+    """A clip's pictures and its speech."""
+
+    source: list[Picture]
+    truth: list[Picture]
+    labels: list[Picture]
+    pcm: NDArray[np.float32]
+
+
+def material(clip: Clip, spoken: speech.Utterance) -> Material:
+    """Render a clip."""
+    width, height = (2 * (round(clip.face * k) // 2) for k in (1.5, 1.8))
+    shot = Shot.of(clip.seed, face=clip.face, size=(width, height), fps=clip.fps, motion=clip.motion, light=clip.light,
+                   glasses=0, **clip.materials)
+    frames = list(shot.frames(lambda t: spoken.mouth(t + SKIP), clip.frames))
+    start = round(SKIP * speech.RATE)
+    pcm = spoken.pcm[start : start + round(clip.frames / clip.fps * speech.RATE)]
+    return Material([f.source for f in frames], [f.truth for f in frames], [f.labels for f in frames], pcm)
+
+
+@dataclass(frozen=True)
+class Film:
+    """What a finish made of a clip."""
+
+    frames: list[Picture]
+    masks: list[Picture]
+    boxes: list[Box]
+
+
+def film(lipsync: LipSync, clip: Clip, made: Material, finish: Finish) -> Film:
+    """Prepare and speak."""
+    options = Options(finish=finish)
+    avatar = lipsync.prepare(made.source, options)
+    frames = list(lipsync.speak(avatar, made.pcm, Fraction(clip.fps), options))[: clip.frames]
+    masks, boxes = [], []
+    for face in avatar:
+        if face is None:
+            raise SystemExit(f"{clip.name}: a frame's face was not found")
+        mask, area = np.zeros(made.source[0].shape[:2], np.uint8), face.region.box
+        mask[area.y1 : area.y2, area.x1 : area.x2] = face.region.mask.numpy()
+        masks.append(mask)
+        boxes.append(face.box)
+    return Film(frames, masks, boxes)
+
+
+def stacked(pictures: list[Picture], around: Box) -> Tensor:
+    """A rectangle of all frames, float32."""
+    return torch.from_numpy(np.stack([p[around.y1 : around.y2, around.x1 : around.x2] for p in pictures])).float()
+
+
+def grown(where: Tensor, by: int) -> Tensor:
+    """A bool mask (N, H, W) dilated by a square."""
+    return F.max_pool2d(where[:, None].float(), 2 * by + 1, 1, by)[:, 0] > 0
+
+
+def judge(clip: Clip, made: Material, shown: list[Picture], masks: list[Picture]) -> dict[str, float]:
+    """All measures of a film inside the official way's mask."""
+    rows, columns = (np.flatnonzero(np.any([k.any(axis) for k in masks], axis=0)) for axis in (1, 0))
+    pad, (height, width) = clip.face // 20, masks[0].shape
+    around = Box(max(int(columns[0]) - pad, 0), max(int(rows[0]) - pad, 0),
+                 min(int(columns[-1]) + pad, width), min(int(rows[-1]) + pad, height))
+    film_, truth, source, mask, labels = (stacked(x, around) for x in (shown, made.truth, made.source, masks, made.labels))
+    inside = mask > 127
+    lips = grown((labels >= MOUTH[0]) & (labels <= MOUTH[-1]), round(0.03 * clip.face)) & inside
+    skin = inside & ~lips & torch.isin(labels, labels.new_tensor(SKIN))
+    size = float(clip.face)
+    return {
+        "psnr": m.psnr(film_, truth, inside), "ssim": m.ssim(film_, truth, inside),
+        "psnr_mouth": m.psnr(film_, truth, lips), "psnr_skin": m.psnr(film_, truth, skin),
+        "sharpness_skin": m.sharpness(film_, truth, skin), "sharpness_mouth": m.sharpness(film_, truth, lips),
+        "texture_skin": m.texture(film_, truth, skin, size), "colour_delta": m.colour(film_, truth, skin, size),
+        "seam_ratio": m.seam(film_, truth, mask),
+        "flicker_ratio": m.flicker(film_, truth, m.rigid(truth, source, skin, size), size),
+    }
+
+
+def rows_of(clip: Clip, made: Material, films: dict[Finish, Film], side: int = 250) -> Picture:
+    """The widest open mouth: source | official | natural | truth, the lower face at full size."""
+    at = int(np.argmax([(k == MOUTH[0]).sum() for k in made.labels]))
+    b = films["official"].boxes[at]
+    y2 = min(b.y2 + b.height // 12, made.source[0].shape[0])
+    x1, y1 = max(b.x1 - b.width // 16, 0), b.y1 + b.height // 3
+    cells = [made.source[at], films["official"].frames[at], films["natural"].frames[at], made.truth[at]]
+    return np.concatenate([np.asarray(Image.fromarray(c[y1:y2, x1 : b.x2 + b.width // 16]).resize((side, side), Image.Resampling.LANCZOS))
+                           for c in cells], axis=1)
+
+
+def report(lipsync: LipSync, clips: tuple[Clip, ...]) -> tuple[dict[str, dict[str, dict[str, float]]], Picture, dict[str, Any]]:
+    """Figures by clip and finish; the rows of pictures; films by clip."""
+    spoken = speech.utter([SENTENCE], VOICE)
+    figures, rows, all_films = {}, [], {}
+    for clip in clips:
+        made = material(clip, spoken)
+        films = {finish: film(lipsync, clip, made, finish) for finish in FINISHES}
+        shown = {**{f: x.frames for f, x in films.items()}, "source": made.source}
+        figures[clip.name] = {name: judge(clip, made, x, films["official"].masks) for name, x in shown.items()}
+        rows.append(rows_of(clip, made, films))
+        all_films[clip.name] = (made, films)
+    return figures, np.concatenate(rows), all_films
+
+
+def worst(figures: dict[str, dict[str, dict[str, float]]], finish: Finish) -> dict[str, float]:
+    """Each measure at its worst clip."""
+    names = next(iter(figures.values()))[finish]
+    return {n: (min if n in HIGHER or n == "psnr_skin" else max)(c[finish][n] for c in figures.values()) for n in names}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print only the JSON line")
+    parser.add_argument("--quick", action="store_true", help="the two smallest clips")
+    parser.add_argument("--picture", type=Path, help="write rows source | official | natural | truth here")
+    parser.add_argument("--model-dir", default=str(REPOSITORY / "models" / "demo"))
+    options = parser.parse_args()
+    began, lipsync = time.perf_counter(), LipSync.load(options.model_dir)
+    figures, rows, _ = report(lipsync, CLIPS[:2] if options.quick else CLIPS)
+    if not options.json:
+        for clip, finishes in figures.items():
+            for name in next(iter(finishes.values())):
+                print(f"{clip:>18} {name:>16}  " + "  ".join(f"{f} {v[name]:8.3f}" for f, v in finishes.items()))
+    if options.picture:
+        Image.fromarray(rows).quantize(256).save(options.picture, optimize=True)
+    results = {f"{name}_{finish}": round(v, 4) for finish in FINISHES for name, v in worst(figures, finish).items()}
+    common.emit("picture", **results, clips=len(figures), weights=lipsync.nets.identity[:12],
+                seconds=round(time.perf_counter() - began, 1), dtype=str(lipsync.nets.dtype))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The natural finish: the same person, as sharp as the source. Applied to a generated face while it is pasted.
+
+A face network draws all of the lower face anew, at its own small size, although only the mouth speaks. Here its drawing is
+compared with the source at that size. Where both agree but for a smooth tint, the source itself is shown, grain and all;
+where they differ (lips, teeth, an opening mouth, a jaw that drops), and always at the source's lips, the drawing is. The
+tint is what the source has over the drawing in its surroundings, spread smoothly over the mouth, so neither seam nor tint
+remains. Everything is worked out at the network's size; the frame's pixels are read once and written once:
+
+    out = pixel + mask * (own * pixel + drawn - pixel)      own, drawn: stretched from the network's size
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from musetalk.blend import first_row
+from musetalk.box import Box, Region
+
+TINT_GRID = 16  # side of the map of tints
+ALIKE = 9.0  # levels over which drawing and source count as different
+TRUST = 40.0  # levels of difference that may still be a tint
+LIPS = 32  # side of the map of the source's lips
+LIPS_GROW = 0.06  # how far around them the drawing is shown, sides of the box
+CRISP = 0.6  # unsharp mask on the drawing, against the decoder's blur
+
+
+def lips_map(labels: Tensor, square: Box, box: Box, size: int = LIPS) -> Tensor:
+    """The source's lips and mouth over the face box: labels (512, 512) of its square -> (size, size) uint8, 0..255."""
+    mouth = ((labels >= 11) & (labels <= 13)).float()[None, None]
+    across, down = (((torch.arange(size, device=labels.device) + 0.5) * (length / size) + first) * (2 / square.width) - 1
+                    for length, first in ((box.width, box.x1 - square.x1), (box.height, box.y1 - square.y1)))
+    grid = torch.stack(torch.meshgrid(across, down, indexing="xy"), dim=-1)[None]
+    reach = round(LIPS_GROW * size)
+    small = F.max_pool2d(F.grid_sample(mouth, grid, align_corners=False), 2 * reach + 1, 1, reach)
+    return (_box_blur(small, 3)[0, 0] * 255).round().to(torch.uint8)
+
+
+def natural(planes: Sequence[Tensor], face: Tensor, box: Box, region: Region, lips: Tensor) -> None:
+    """Paste a generated face (C, S, S) uint8 into C planes of a frame in place, as `blend.paste` does, in the natural finish.
+
+    `lips` is `lips_map`'s. Planes are full size, or half (chroma of 4:2:0).
+    """
+    if not region.mask.numel():
+        return
+    height, mask = planes[0].shape[0], region.mask.to(face.device).float()[None, None] / 255
+    steps = [height // p.shape[0] for p in planes]
+    top = first_row(box, region, face.shape[-1])  # rows above are not looked at: the fast lane does not draw them
+    source = torch.cat([_seen(p, box, step, face.shape[-1], face.device) for p, step in zip(planes, steps, strict=True)], dim=1)
+    own, drawn = _mix(source[:, :, top:], face.float()[None, :, top:], lips.to(face.device))
+    half = F.avg_pool2d(mask, 2) if 2 in steps else mask
+    for i, (plane, step) in enumerate(zip(planes, steps, strict=True)):
+        area = _divided(region.box, step)
+        part = plane[area.y1 : area.y2, area.x1 : area.x2]
+        a, b = _stretched(torch.cat([own, drawn[:, i : i + 1]], dim=1), _divided(box, step), area, top)[0]
+        pixel = part.to(face.device).float()
+        changed = torch.addcmul(b, a, pixel)
+        part.copy_(torch.lerp(pixel, changed, (mask if step == 1 else half)[0, 0]).add_(0.5).clamp_(0, 255))
+
+
+def _mix(source: Tensor, face: Tensor, lips: Tensor) -> tuple[Tensor, Tensor]:
+    """Source and drawing (1, C, H, S), the lower rows; lips (L, L) -> the source's share (1, 1, H, S), the drawing times the
+    rest.
+    """
+    rows, size = face.shape[-2:]
+    free = 1 - F.interpolate(lips.float()[None, None] / 255, size=(size, size), mode="bilinear")[:, :, size - rows :]
+    tint = _tint(source - face, free)
+    apart = _box_blur(source - face - tint, size // 24).square().sum(dim=1, keepdim=True)
+    own = torch.exp(apart * (-1 / ALIKE**2)) * free
+    own = _box_blur(-F.max_pool2d(-own, 3, 1, 1), size // 24)
+    crisp = face + CRISP * (face - _box_blur(face, 3))
+    return own, (crisp + tint) * (1 - own)
+
+
+def _tint(difference: Tensor, free: Tensor) -> Tensor:
+    """The smooth part of source minus drawing (1, C, S, S), told where the source's lips are not, spread over them."""
+    weight = free * torch.exp(difference.square().sum(dim=1, keepdim=True) * (-1 / TRUST**2)) + 1e-6
+    value = F.adaptive_avg_pool2d(difference * weight, TINT_GRID)
+    known = F.adaptive_avg_pool2d(weight, TINT_GRID)
+    levels = [(value, known)]
+    while levels[-1][0].shape[-1] > 1:
+        levels.append((F.avg_pool2d(levels[-1][0], 2), F.avg_pool2d(levels[-1][1], 2)))
+    filled = levels[-1][0] / levels[-1][1]
+    for value, known in reversed(levels[:-1]):  # from coarse to fine: what is known stays, gaps take the coarser value
+        coarse = F.interpolate(filled, scale_factor=2, mode="bilinear")
+        filled = (value + 0.15 * coarse) / (known + 0.15)
+    return F.interpolate(filled, size=difference.shape[-2:], mode="bilinear")
+
+
+def _box_blur(image: Tensor, width: int) -> Tensor:
+    """Mean over width x width (made odd), twice."""
+    reach = max(width // 2, 1)
+    for _ in range(2):
+        image = F.avg_pool2d(F.pad(image, (reach,) * 4, mode="replicate"), 2 * reach + 1, 1)
+    return image
+
+
+def _divided(box: Box, step: int) -> Box:
+    """A box in the pixels of a smaller plane, rounded outwards."""
+    return box if step == 1 else Box(box.x1 // step, box.y1 // step, -(-box.x2 // step), -(-box.y2 // step))
+
+
+def _seen(plane: Tensor, box: Box, step: int, size: int, device: torch.device) -> Tensor:
+    """The box's pixels of a plane at the network's size: (1, 1, size, size) float32; the border repeats beyond the frame."""
+    box = _divided(box, step)
+    inside = box.clipped(plane.shape[1], plane.shape[0])
+    part = plane[inside.y1 : inside.y2, inside.x1 : inside.x2].to(device).float()[None, None]
+    gaps = (inside.x1 - box.x1, box.x2 - inside.x2, inside.y1 - box.y1, box.y2 - inside.y2)
+    if any(gaps):
+        part = F.pad(part, gaps, mode="replicate")
+    return F.interpolate(part, size=(size, size), mode="bilinear", antialias=True)
+
+
+def _stretched(maps: Tensor, box: Box, area: Box, top: int) -> Tensor:
+    """The part of maps (1, C, S - top, S), rows from `top` on, stretched over a box, that lies in an area: (1, C, h, w)."""
+    size = maps.shape[-1]
+    for dim, first, count, length, above in ((2, area.y1 - box.y1, area.height, box.height, top),
+                                             (3, area.x1 - box.x1, area.width, box.width, 0)):
+        position = (torch.arange(first, first + count, device=maps.device) + 0.5) * (size / length) - 0.5 - above
+        position = position.clamp(0, size - above - 1)
+        low = position.long().clamp(max=size - above - 2)
+        shape = [1, 1, -1, 1] if dim == 2 else [1, 1, 1, -1]
+        maps = torch.lerp(maps.index_select(dim, low), maps.index_select(dim, low + 1), (position - low).view(shape))
+    return maps

@@ -1,0 +1,242 @@
+"""The whole library way on CUDA tensors that have no memory (FakeTensorMode): devices and layouts are real, values are not.
+
+Where the program reads a value on the host (does the detector see a face, where are its landmarks) the test says what it
+reads, after the network ran.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from musetalk import LipSync, Options, blend, checkpoints, faces, imaging, tuning
+from musetalk.avatar import Avatar
+from musetalk.box import Box, Region
+from musetalk.colour import Colour, Planes, from_rgb, to_rgb
+from musetalk.faces import Detection, PoseFrame
+from musetalk.track import Found, Tracker
+from tests.conftest import DEMO
+
+CUDA = torch.device("cuda", 0)
+FACE = Box(40, 40, 100, 110)
+COUNT = 2  # faces that the detector is said to see
+WAITS = {"aten._local_scalar_dense.default", "aten.item.default", "aten.nonzero.default", "aten.is_nonzero.default",
+         "aten.equal.default"}
+CONVOLUTIONS = {"aten.convolution.default", "aten.conv2d.default", "aten.cudnn_convolution.default"}
+
+
+class Watch(TorchDispatchMode):
+    """Lists what a CUDA device would wait for, and convolutions that are not computed in channels-last order.
+
+    The weight's order decides. Inputs may come in the other one: on CUDA torch's GroupNorm writes it, and the convolution
+    behind it turns that back.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+        self.waits: list[str] = []
+        self.slow: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = str(func), kwargs or {}
+        self.calls.append(name)
+        out = func(*args, **kwargs)
+        sides = {t.device.type for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor) and t.ndim}
+        if name in WAITS or len(sides) > 1:
+            self.waits.append(f"{name} {sides}")
+        if name in CONVOLUTIONS and args[0].ndim == 4:
+            if not args[1].is_contiguous(memory_format=torch.channels_last):
+                self.slow.append(f"{name} {tuple(args[1].shape)} {args[1].stride()}")
+            else:  # cuDNN computes in the weight's order; torch built without it says that it does not
+                out = torch.ops.aten.clone(out, memory_format=torch.channels_last)
+        return out
+
+
+class Indexing(TorchFunctionMode):
+    """`tensor[...]` by single operations: torch built without CUDA refuses it as a whole for a device it does not have."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__:
+            return self.part(args[0], args[1])
+        if func is Tensor.__setitem__:
+            target, index, value = args
+            if not isinstance(value, Tensor):
+                value = torch.full((), value, dtype=target.dtype, device=target.device)
+            if isinstance(index, Tensor):
+                return torch.ops.aten.index_put_(target, [index], value)
+            return torch.ops.aten.copy_(self.part(target, index), value)
+        if func is F.interpolate and kwargs and kwargs.get("mode") == "nearest" and "size" in kwargs:  # its stand-in indexes
+            return torch.empty(*args[0].shape[:2], *kwargs["size"], dtype=args[0].dtype, device=args[0].device)
+        if func is Tensor.__bool__ and args[0].device.type == "cpu":
+            return True  # the speech is finite
+        if func is Tensor.__invert__:
+            return torch.ops.aten.bitwise_not(*args)
+        if func is Tensor.copy_:
+            return torch.ops.aten.copy_(*args)
+        if func is Tensor.contiguous:
+            order = (kwargs or {}).get("memory_format", torch.contiguous_format)
+            done = args[0].is_contiguous(memory_format=order)
+            return args[0] if done else torch.ops.aten.clone(args[0], memory_format=order)
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def part(tensor: Tensor, index: Any) -> Tensor:
+        """Numbers, slices, None, an ellipsis and lists or tensors of numbers."""
+        index = index if isinstance(index, tuple) else (index,)
+        if Ellipsis in [i for i in index if not isinstance(i, Tensor)]:
+            at = [i is Ellipsis for i in index].index(True)
+            fill = tensor.ndim - sum(i is not None and i is not Ellipsis for i in index)
+            index = index[:at] + (slice(None),) * fill + index[at + 1:]
+        axis, picked = 0, {}
+        for each in index:
+            if each is None:
+                tensor = tensor.unsqueeze(axis)
+            elif isinstance(each, slice):
+                start, stop, step = each.indices(tensor.shape[axis])
+                tensor = torch.ops.aten.slice(tensor, axis, start, stop, step)
+            elif isinstance(each, int):
+                tensor, axis = tensor.select(axis, each), axis - 1
+            else:
+                picked[axis] = torch.as_tensor(each, device=tensor.device)
+            axis += 1
+        return torch.ops.aten.index(tensor, [picked.get(i) for i in range(axis)]) if picked else tensor
+
+
+@contextmanager
+def clean_tables() -> Iterator[None]:
+    """Tables kept by device must not mix with those of another test's device of the same name."""
+    def forget() -> None:
+        for each in gc.get_objects():
+            if type(each) is functools._lru_cache_wrapper and str(each.__module__).startswith("musetalk"):
+                each.cache_clear()
+
+    forget()
+    try:
+        yield
+    finally:
+        forget()
+
+
+def transplanted(nets: checkpoints.Networks, mode: FakeTensorMode) -> checkpoints.Networks:
+    """Networks loaded for the CPU with their weights on the device, each in its own type and order."""
+    for module in nets.modules():
+        for each in module.modules():
+            for table in (each._parameters, each._buffers):
+                for name, value in table.items():
+                    if value is not None:
+                        there = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=CUDA)
+                        table[name] = torch.nn.Parameter(there, requires_grad=False) if table is each._parameters else there
+    return dataclasses.replace(nets, device=CUDA)
+
+
+@pytest.fixture
+def networks() -> checkpoints.Networks:
+    return checkpoints.load(DEMO, dtype=torch.float16)
+
+
+@pytest.fixture
+def mode() -> Iterator[FakeTensorMode]:
+    """CUDA tensors without memory."""
+    with clean_tables(), FakeTensorMode(allow_non_fake_inputs=True) as mode, Indexing(), torch.inference_mode():
+        yield mode
+
+
+@pytest.fixture
+def watch(mode: FakeTensorMode) -> Iterator[Watch]:
+    """What is done on the device."""
+    with Watch() as watch:
+        yield watch
+
+
+@pytest.fixture
+def lipsync(networks: checkpoints.Networks, mode: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> LipSync:
+    """The demo networks on the device, in half precision, and what the host reads of their results."""
+    def decode(levels: list[tuple[Tensor, Tensor]], item: int = 0) -> list[Detection]:
+        assert {t.device for pair in levels for t in pair} == {CUDA}
+        return [Detection(FACE.x1, FACE.y1, FACE.x2, FACE.y2, 0.99)] * COUNT
+
+    def read(self: Tracker, frames: list[Tensor], guesses: list[Box]) -> tuple[list[Found], bool]:
+        points, scores = faces.landmarks(self.pose, frames, [PoseFrame.around(g) for g in guesses] if self.crowded else None)
+        assert points.device.type == scores.device.type == "cpu"
+        assert points.shape == (len(frames), 68, 2)
+        return [Found(FACE, FACE)] * len(frames), True
+
+    def masked(mask: Tensor, square: Box, width: int, height: int) -> Region:
+        assert mask.device.type == "cpu"
+        return Region(FACE, torch.zeros(FACE.height, FACE.width, dtype=torch.uint8))
+
+    monkeypatch.setattr(faces, "decode_s3fd", decode)
+    monkeypatch.setattr(Tracker, "_landmarks", read)
+    monkeypatch.setattr(blend, "region_of", masked)
+    taps = imaging._pillow_taps
+
+    def table(device: torch.device, *numbers: Any) -> Any:
+        if device.type == "cuda":
+            return taps(device, *numbers)
+        with unset_fake_temporarily():  # the host's own table, which the host may read
+            return [t.numpy() for t in taps(device, *numbers)]
+
+    monkeypatch.setattr(imaging, "_pillow_taps", table)
+    monkeypatch.setattr(Avatar, "_flush", lambda _: None)
+    return LipSync(transplanted(networks, mode))
+
+
+@pytest.mark.parametrize("given", [{}, {"parsing_mode": "raw"}, {"parsing_mode": "neck"}, {"seed": 3}, {"face": "leftmost"}],
+                         ids=str)
+def test_preparing_and_speaking(lipsync: LipSync, watch: Watch, given: dict[str, Any]) -> None:
+    """prepare, prompts, generate, blend: nothing meets a tensor of the wrong device, every convolution is channels-last."""
+    options = Options(**given)
+    pictures = [torch.zeros(160, 128, 3, dtype=torch.uint8) for _ in range(3)]
+    avatar = lipsync.prepare(pictures, options)
+    assert len(avatar) == avatar.faces == 3
+    assert all(entry is not None and entry.latents.device.type == "cpu" for entry in avatar)
+    prompts = lipsync.prompts(np.zeros(4000, np.float32), Fraction(25), options)
+    assert prompts.batch(range(2)).device == CUDA
+    made = lipsync.generator(torch.stack([e.latents for e in avatar if e]), prompts.batch(range(3)))
+    assert {t.device for t in made} == {CUDA}
+    planes = Planes.of(torch.zeros(160 * 128 * 3 // 2, dtype=torch.uint8), 128, 160)
+    mask = torch.ones(FACE.height, FACE.width, dtype=torch.uint8)
+    blend.paste(planes, from_rgb(made[0], Colour())[0], FACE, Region(FACE, mask))
+    assert not watch.slow
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_what_a_graph_records_waits_for_nothing(lipsync: LipSync, watch: Watch, dtype: torch.dtype, batch: int) -> None:
+    """No value is read on the host, nothing is carried over, and no layout is changed on the way."""
+    nets = lipsync.nets
+    latents, prompts = tuning.examples(nets.unet, nets.vae, batch, 50)
+    watch.calls.clear(), watch.waits.clear(), watch.slow.clear()
+    faces_, finite = lipsync.generator(latents, prompts)
+    assert faces_.device == finite.device == CUDA
+    assert len(watch.calls) > 100
+    assert watch.waits == []
+    assert watch.slow == []
+
+
+def test_frames_go_up_as_planes(mode: FakeTensorMode, watch: Watch) -> None:
+    planes = Planes.of(torch.zeros(160 * 128 * 3 // 2, dtype=torch.uint8, device=CUDA), 128, 160)
+    assert to_rgb(planes, Colour()).device == CUDA
+    assert not watch.waits
+
+
+def test_what_a_gpu_refuses_is_refused(mode: FakeTensorMode) -> None:
+    """The simulation itself: operands on two sides are an error."""
+    with pytest.raises(RuntimeError, match="device"):
+        torch.ones(3, 3) + torch.ones(3, 3, device=CUDA)
