@@ -6,7 +6,8 @@ where they differ (lips, teeth, an opening mouth, a jaw that drops), and always 
 tint is what the source has over the drawing in its surroundings, spread smoothly over the mouth, so neither seam nor tint
 remains. Everything is worked out at the network's size; the frame's pixels are read once and written once:
 
-    out = pixel + mask * (own * pixel + drawn - pixel)      own, drawn: stretched from the network's size
+    out = pixel + mask * (own * (pixel - grain) + grain + drawn - pixel)      own, drawn: stretched from the network's size;
+                                                                              grain: what that size loses of the source, if small
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from musetalk.box import Box, Region
 from musetalk.imaging import kept
 
 TINT_GRID = 16  # side of the map of tints
-ALIKE, ALIKE_FAR = 9.0, 60.0  # levels over which drawing and source count as different: by the mouth, and far from it
-MOUTH_AT, MOUTH_SIZE = (0.5, 0.8), (0.26, 0.2)  # where a face box has its mouth, and how far it moves skin; sides of the box
+ALIKE, ALIKE_FAR = 12.0, 200.0  # levels over which drawing and source count as different: by the mouth, and far from it
+MOUTH_AT, MOUTH_SIZE = (0.5, 0.8), (0.22, 0.18)  # where a face box has its mouth, and how far it moves skin; sides of the box
 TRUST = 40.0  # levels of difference that may still be a tint
 LIPS = 32  # side of the map of the source's lips
 LIPS_GROW = 0.06  # how far around them the drawing is shown, sides of the box
-CRISP = 0.4  # unsharp mask on the drawing, against the decoder's blur
+CRISP = 0.25  # unsharp mask on the drawing, against the decoder's blur
+GRAIN = 8.0  # levels of the source's detail that the drawing gets too: pores and grain, but no edge of a lip
 
 
 def lips_map(labels: Tensor, square: Box, box: Box, size: int = LIPS) -> Tensor:
@@ -57,9 +59,11 @@ def natural(planes: Sequence[Tensor], face: Tensor, box: Box, region: Region, li
     for i, (plane, step) in enumerate(zip(planes, steps, strict=True)):
         area = _divided(region.box, step)
         part = plane[area.y1 : area.y2, area.x1 : area.x2]
-        a, b = _stretched(torch.cat([own, drawn[:, i : i + 1]], dim=1), _divided(box, step), area, top)[0]
+        maps = torch.cat([own, drawn[:, i : i + 1], source[:, i : i + 1, top:]], dim=1)
+        a, b, coarse = _stretched(maps, _divided(box, step), area, top)[0]
         pixel = part.to(face.device).float()
-        changed = torch.addcmul(b, a, pixel)
+        grain = (pixel - coarse).clamp_(-GRAIN, GRAIN)
+        changed = torch.addcmul(b, a, pixel - grain).add_(grain)
         part.copy_(torch.lerp(pixel, changed, (mask if step == 1 else half)[0, 0]).add_(0.5).clamp_(0, 255))
 
 
