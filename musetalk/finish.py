@@ -6,8 +6,9 @@ where they differ (lips, teeth, an opening mouth, a jaw that drops), and always 
 tint is what the source has over the drawing in its surroundings, spread smoothly over the mouth, so neither seam nor tint
 remains. Everything is worked out at the network's size; the frame's pixels are read once and written once:
 
-    out = pixel + mask * (own * (pixel - grain) + grain + drawn - pixel)      own, drawn: stretched from the network's size;
-                                                                              grain: what that size loses of the source, if small
+    out = pixel + mask * (own * (pixel - grain) + grain + drawn - pixel)
+
+`own` and `drawn` are stretched from the network's size; `grain` is what that size loses of the source, as far as it is small.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from musetalk.blend import first_row
 from musetalk.box import Box, Region
 from musetalk.imaging import kept
 
-TINT_GRID = 16  # side of the map of tints
+GRID, TINT_GRID = 64, 16  # sides of the maps on which drawing and source are compared, and of the tints
 ALIKE, ALIKE_FAR = 12.0, 200.0  # levels over which drawing and source count as different: by the mouth, and far from it
 MOUTH_AT, MOUTH_SIZE = (0.5, 0.8), (0.22, 0.18)  # where a face box has its mouth, and how far it moves skin; sides of the box
 TRUST = 40.0  # levels of difference that may still be a tint
@@ -40,7 +41,7 @@ def lips_map(labels: Tensor, square: Box, box: Box, size: int = LIPS) -> Tensor:
     grid = torch.stack(torch.meshgrid(across, down, indexing="xy"), dim=-1)[None]
     reach = round(LIPS_GROW * size)
     small = F.max_pool2d(F.grid_sample(mouth, grid, align_corners=False), 2 * reach + 1, 1, reach)
-    return (_box_blur(small, 3)[0, 0] * 255).round().to(torch.uint8)
+    return (_blur(small)[0, 0] * 255).round().to(torch.uint8)
 
 
 def natural(planes: Sequence[Tensor], face: Tensor, box: Box, region: Region, lips: Tensor) -> None:
@@ -52,7 +53,8 @@ def natural(planes: Sequence[Tensor], face: Tensor, box: Box, region: Region, li
         return
     height, mask = planes[0].shape[0], region.mask.to(face.device).float()[None, None] / 255
     steps = [height // p.shape[0] for p in planes]
-    top = first_row(box, region, face.shape[-1])  # rows above are not looked at: the fast lane does not draw them
+    cell = max(face.shape[-1] // GRID, 1)
+    top = -(-first_row(box, region, face.shape[-1]) // cell) * cell  # rows above are not looked at: the fast lane draws none
     source = torch.cat([_seen(p, box, step, face.shape[-1], face.device) for p, step in zip(planes, steps, strict=True)], dim=1)
     own, drawn = _mix(source[:, :, top:], face.float()[None, :, top:], lips.to(face.device))
     half = F.avg_pool2d(mask, 2) if 2 in steps else mask
@@ -72,13 +74,18 @@ def _mix(source: Tensor, face: Tensor, lips: Tensor) -> tuple[Tensor, Tensor]:
     rest.
     """
     rows, size = face.shape[-2:]
-    free = 1 - F.interpolate(lips.float()[None, None] / 255, size=(size, size), mode="bilinear")[:, :, size - rows :]
-    tint = _tint(source - face, free)
-    apart = _box_blur(source - face - tint, size // 24).square().sum(dim=1, keepdim=True)
-    (tolerance,) = _tolerance(face.device, size)
-    own = torch.exp(-apart / tolerance[:, :, size - rows :]) * free
-    own = _box_blur(-F.max_pool2d(-own, 3, 1, 1), size // 24)
-    crisp = face + CRISP * (face - _box_blur(face, 3))
+    step = max(size // GRID, 1)
+    below = slice((size - rows) // step, None)
+    free = 1 - F.interpolate(lips.float()[None, None] / 255, size=(size // step,) * 2, mode="bilinear")[:, :, below]
+    difference = F.avg_pool2d(source - face, step)
+    tint = _tint(difference, free)
+    apart = _blur(difference - tint).square().sum(dim=1, keepdim=True)
+    (tolerance,) = _tolerance(face.device, size // step)
+    own = torch.exp(-apart / tolerance[:, :, below]) * free
+    own = _blur(-F.max_pool2d(-own, 3, 1, 1))
+    wide = F.interpolate(torch.cat([own, tint], dim=1), size=(rows, size), mode="bilinear")
+    own, tint = wide[:, :1], wide[:, 1:]
+    crisp = face + CRISP * (face - _blur(face))
     return own, (crisp + tint) * (1 - own)
 
 
@@ -107,11 +114,10 @@ def _tint(difference: Tensor, free: Tensor) -> Tensor:
     return F.interpolate(filled, size=difference.shape[-2:], mode="bilinear")
 
 
-def _box_blur(image: Tensor, width: int) -> Tensor:
-    """Mean over width x width (made odd), twice."""
-    reach = max(width // 2, 1)
+def _blur(image: Tensor) -> Tensor:
+    """Mean over 3 x 3, twice: a deviation of 1.2."""
     for _ in range(2):
-        image = F.avg_pool2d(F.pad(image, (reach,) * 4, mode="replicate"), 2 * reach + 1, 1)
+        image = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1)
     return image
 
 
