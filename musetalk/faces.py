@@ -109,9 +109,9 @@ def _detect(net: S3fd, frame: Tensor, scale: float) -> list[Detection]:
         size = [max(1, round(side * scale)) for side in frame.shape[:2]]
         image = interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
     found = decode_s3fd(net(image.to(weight.dtype).contiguous(memory_format=torch.channels_last)))
-    if scale == 1.0:
-        return found
-    return [Detection(d.x1 / scale, d.y1 / scale, d.x2 / scale, d.y2 / scale, d.score) for d in found]
+    if scale < 1.0:
+        found = [Detection(d.x1 / scale, d.y1 / scale, d.x2 / scale, d.y2 / scale, d.score) for d in found]
+    return found
 
 
 # -- RTMPose ---------------------------------------------------------------------------------------------------------

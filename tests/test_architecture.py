@@ -32,7 +32,7 @@ PIPELINE = {
     "stream": "control engine errors media provenance runner schema stages validate",
     "preview": "engine errors media schema stream validate",
     "run": "control download engine errors metrics preview provenance redact schema settings storage stream validate",
-    "server": "control errors logs redact run schema settings", "__main__": "bar logs media run schema settings",
+    "server": "control errors logs metrics redact run schema settings", "__main__": "bar logs media run schema settings",
     "weights": "",
     "page": "control errors logs preview run schema settings", "handler": "bar control logs run settings",
 }

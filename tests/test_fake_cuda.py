@@ -81,8 +81,9 @@ class Indexing(TorchFunctionMode):
             if isinstance(index, Tensor):
                 return torch.ops.aten.index_put_(target, [index], value)
             return torch.ops.aten.copy_(self.part(target, index), value)
-        if func is F.interpolate and kwargs and kwargs.get("mode") == "nearest" and "size" in kwargs:  # its stand-in indexes
-            return torch.empty(*args[0].shape[:2], *kwargs["size"], dtype=args[0].dtype, device=args[0].device)
+        if func is F.interpolate and kwargs["mode"] == "nearest":  # its stand-in indexes
+            size = kwargs.get("size") or [int(n * kwargs["scale_factor"]) for n in args[0].shape[2:]]
+            return torch.empty(*args[0].shape[:2], *size, dtype=args[0].dtype, device=args[0].device)
         if func is Tensor.__bool__ and args[0].device.type == "cpu":
             return True  # the speech is finite
         if func is Tensor.__invert__:

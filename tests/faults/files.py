@@ -295,9 +295,10 @@ CONTAINERS = {
     "mp4": X264, "mov": X264, "mkv": X264, "webm": ("-c:v", "libvpx", "-deadline", "realtime"), "avi": ("-c:v", "mpeg4"),
     "ts": X264, "png": ("-frames:v", "1"), "jpg": ("-frames:v", "1"), "webp": ("-frames:v", "1", "-c:v", "libwebp"),
     "wav": (), "mp3": (), "m4a": ("-c:a", "aac"), "flac": (), "ogg": ("-c:a", "libvorbis"), "aac": (),
-    "opus": ("-c:a", "libopus"),
+    "opus": ("-c:a", "libopus"), "gif": (), "bmp": ("-frames:v", "1"), "tiff": ("-frames:v", "1"), "flv": (), "wmv": (),
+    "mpg": (), "amr": ("-ar", "8000", "-ac", "1"), "aiff": (), "caf": (), "wma": (),
 }
-SOUND = ("wav", "mp3", "m4a", "flac", "ogg", "aac", "opus")
+SOUND = ("wav", "mp3", "m4a", "flac", "ogg", "aac", "opus", "amr", "aiff", "caf", "wma")
 
 
 def mutate(data: bytes, r: random.Random) -> bytes:
