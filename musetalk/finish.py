@@ -6,7 +6,9 @@ where they differ (lips, teeth, an opening mouth, a jaw that drops), and always 
 tint is what the source has over the drawing in its surroundings, spread smoothly over the mouth, so neither seam nor tint
 remains. Everything is worked out at the network's size; the frame's pixels are read once and written once:
 
-    out = pixel + mask * (own * pixel + drawn - pixel)      own, drawn: stretched from the network's size
+    out = pixel + mask * (own * (pixel - grain) + grain + drawn - pixel)
+
+`own` and `drawn` are stretched from the network's size; `grain` is what that size loses of the source, as far as it is small.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ from musetalk.blend import first_row
 from musetalk.box import Box, Region
 from musetalk.imaging import kept
 
-TINT_GRID = 16  # side of the map of tints
-ALIKE, ALIKE_FAR = 9.0, 60.0  # levels over which drawing and source count as different: by the mouth, and far from it
-MOUTH_AT, MOUTH_SIZE = (0.5, 0.8), (0.26, 0.2)  # where a face box has its mouth, and how far it moves skin; sides of the box
+GRID, TINT_GRID = 64, 16  # sides of the maps on which drawing and source are compared, and of the tints
+ALIKE, ALIKE_FAR = 12.0, 200.0  # levels over which drawing and source count as different: by the mouth, and far from it
+MOUTH_AT, MOUTH_SIZE = (0.5, 0.8), (0.22, 0.18)  # where a face box has its mouth, and how far it moves skin; sides of the box
 TRUST = 40.0  # levels of difference that may still be a tint
 LIPS = 32  # side of the map of the source's lips
 LIPS_GROW = 0.06  # how far around them the drawing is shown, sides of the box
-CRISP = 0.4  # unsharp mask on the drawing, against the decoder's blur
+CRISP = 0.25  # unsharp mask on the drawing, against the decoder's blur
+GRAIN = 8.0  # levels of the source's detail that the drawing gets too: pores and grain, but no edge of a lip
 
 
 def lips_map(labels: Tensor, square: Box, box: Box, size: int = LIPS) -> Tensor:
@@ -38,7 +41,7 @@ def lips_map(labels: Tensor, square: Box, box: Box, size: int = LIPS) -> Tensor:
     grid = torch.stack(torch.meshgrid(across, down, indexing="xy"), dim=-1)[None]
     reach = round(LIPS_GROW * size)
     small = F.max_pool2d(F.grid_sample(mouth, grid, align_corners=False), 2 * reach + 1, 1, reach)
-    return (_box_blur(small, 3)[0, 0] * 255).round().to(torch.uint8)
+    return (_blur(small)[0, 0] * 255).round().to(torch.uint8)
 
 
 def natural(planes: Sequence[Tensor], face: Tensor, box: Box, region: Region, lips: Tensor) -> None:
@@ -50,16 +53,19 @@ def natural(planes: Sequence[Tensor], face: Tensor, box: Box, region: Region, li
         return
     height, mask = planes[0].shape[0], region.mask.to(face.device).float()[None, None] / 255
     steps = [height // p.shape[0] for p in planes]
-    top = first_row(box, region, face.shape[-1])  # rows above are not looked at: the fast lane does not draw them
+    cell = max(face.shape[-1] // GRID, 1)
+    top = -(-first_row(box, region, face.shape[-1]) // cell) * cell  # rows above are not looked at: the fast lane draws none
     source = torch.cat([_seen(p, box, step, face.shape[-1], face.device) for p, step in zip(planes, steps, strict=True)], dim=1)
     own, drawn = _mix(source[:, :, top:], face.float()[None, :, top:], lips.to(face.device))
     half = F.avg_pool2d(mask, 2) if 2 in steps else mask
     for i, (plane, step) in enumerate(zip(planes, steps, strict=True)):
         area = _divided(region.box, step)
         part = plane[area.y1 : area.y2, area.x1 : area.x2]
-        a, b = _stretched(torch.cat([own, drawn[:, i : i + 1]], dim=1), _divided(box, step), area, top)[0]
+        maps = torch.cat([own, drawn[:, i : i + 1], source[:, i : i + 1, top:]], dim=1)
+        a, b, coarse = _stretched(maps, _divided(box, step), area, top)[0]
         pixel = part.to(face.device).float()
-        changed = torch.addcmul(b, a, pixel)
+        grain = (pixel - coarse).clamp_(-GRAIN, GRAIN)
+        changed = torch.addcmul(b, a, pixel - grain).add_(grain)
         part.copy_(torch.lerp(pixel, changed, (mask if step == 1 else half)[0, 0]).add_(0.5).clamp_(0, 255))
 
 
@@ -68,13 +74,18 @@ def _mix(source: Tensor, face: Tensor, lips: Tensor) -> tuple[Tensor, Tensor]:
     rest.
     """
     rows, size = face.shape[-2:]
-    free = 1 - F.interpolate(lips.float()[None, None] / 255, size=(size, size), mode="bilinear")[:, :, size - rows :]
-    tint = _tint(source - face, free)
-    apart = _box_blur(source - face - tint, size // 24).square().sum(dim=1, keepdim=True)
-    (tolerance,) = _tolerance(face.device, size)
-    own = torch.exp(-apart / tolerance[:, :, size - rows :]) * free
-    own = _box_blur(-F.max_pool2d(-own, 3, 1, 1), size // 24)
-    crisp = face + CRISP * (face - _box_blur(face, 3))
+    step = max(size // GRID, 1)
+    below = slice((size - rows) // step, None)
+    free = 1 - F.interpolate(lips.float()[None, None] / 255, size=(size // step,) * 2, mode="bilinear")[:, :, below]
+    difference = F.avg_pool2d(source - face, step)
+    tint = _tint(difference, free)
+    apart = _blur(difference - tint).square().sum(dim=1, keepdim=True)
+    (tolerance,) = _tolerance(face.device, size // step)
+    own = torch.exp(-apart / tolerance[:, :, below]) * free
+    own = _blur(-F.max_pool2d(-own, 3, 1, 1))
+    wide = F.interpolate(torch.cat([own, tint], dim=1), size=(rows, size), mode="bilinear")
+    own, tint = wide[:, :1], wide[:, 1:]
+    crisp = face + CRISP * (face - _blur(face))
     return own, (crisp + tint) * (1 - own)
 
 
@@ -103,11 +114,10 @@ def _tint(difference: Tensor, free: Tensor) -> Tensor:
     return F.interpolate(filled, size=difference.shape[-2:], mode="bilinear")
 
 
-def _box_blur(image: Tensor, width: int) -> Tensor:
-    """Mean over width x width (made odd), twice."""
-    reach = max(width // 2, 1)
+def _blur(image: Tensor) -> Tensor:
+    """Mean over 3 x 3, twice: a deviation of 1.2."""
     for _ in range(2):
-        image = F.avg_pool2d(F.pad(image, (reach,) * 4, mode="replicate"), 2 * reach + 1, 1)
+        image = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1)
     return image
 
 

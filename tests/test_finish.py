@@ -133,3 +133,14 @@ def test_lips_map_follows_the_labels() -> None:
     assert abs((int(rows[0]) + int(rows[-1]) + 1) / 2 * unit + 16 - 168) < unit
     assert abs((int(columns[0]) + int(columns[-1]) + 1) / 2 * unit + 32 - 128) < unit
     assert not lips_map(torch.zeros_like(labels), square, box).any()
+
+
+def test_the_drawing_gets_the_sources_grain_but_no_edge_of_it() -> None:
+    """In the mouth, which is drawn: the source's noise is there, its strong edge is not."""
+    frame = scene()
+    frame[170:, 40:200] -= 60  # an edge through the source's lips
+    face = torch.full((3, SIDE, SIDE), 130.0)
+    ours = shown(frame, face)[160:180, 95:135].float()
+    assert 2 < float(ours.std(dim=1).mean()) < 9
+    rows = ours.mean(dim=(1, 2))
+    assert float((rows[1:] - rows[:-1]).abs().max()) < 2 * 8
