@@ -191,7 +191,7 @@ class Engine:
 
 
 def _check_writable(folder: Path) -> None:
-    """Say at start when the avatar cache's folder, perhaps a volume of another owner, cannot be written; jobs run all the same."""
+    """Say at start when the avatar cache's folder, perhaps a volume of another owner, cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
