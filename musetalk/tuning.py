@@ -86,7 +86,7 @@ class Recorded:
 
     def __init__(
         self, generator: Generator, latents: Tensor, prompts: Tensor, record: Record = record_cuda,
-        pool: Callable[[], object] = torch.cuda.graph_pool_handle,
+        pool: Callable[[], object] = lambda: torch.cuda.graph_pool_handle(),
     ) -> None:
         """Examples of the inputs of the full batch, on the device, in its data type and channels-last order."""
         self.generator, self.latents, self.prompts = generator, latents.clone(), prompts.clone()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -62,6 +64,8 @@ class Engine:
         self.device = _device(settings.device)
         folder = settings.cache_dir if settings.cache_max_gb > 0 else None
         self.cache = AvatarCache(folder, int(settings.cache_max_gb * 1e9))
+        if folder is not None:
+            _check_writable(folder)
         self.lost = False  # the GPU is gone: every later job fails at once
         self.batch_size = settings.batch_size or 8  # known once the weights lie on the device
         self._streams: dict[str, torch.cuda.Stream] = {}
@@ -183,6 +187,17 @@ class Engine:
             except DeviceLost:
                 self.lost = True
                 raise
+
+
+def _check_writable(folder: Path) -> None:
+    """Say at start when the avatar cache's folder, perhaps a volume of another owner, cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        log.warning("CACHE_DIR cannot be written: avatars are kept in memory alone; let this user write it",
+                    extra={"folder": str(folder), "uid": os.getuid(), "reason": e.strerror})
 
 
 def batch_for(device: torch.device) -> int:

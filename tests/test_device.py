@@ -161,6 +161,16 @@ def test_a_worker_on_the_cpu_says_so(settings: Settings, caplog: pytest.LogCaptu
     assert [r.message for r in caplog.records if r.name == "musetalk.engine"] == ["jobs run on the CPU"]
 
 
+def test_a_cache_that_cannot_be_written_is_said_at_start(
+    settings: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    for folder, said in ((tmp_path / "fine", 0), (tmp_path / "file" / "cache", 1)):
+        caplog.clear()
+        Service(settings.model_copy(update={"cache_dir": folder}))
+        assert len([r for r in caplog.records if "CACHE_DIR" in r.message]) == said
+
+
 def test_warming_up_runs_every_network(settings: Settings) -> None:
     """Also with a detector that does not take the drawn face for one."""
     for finds in (True, False):

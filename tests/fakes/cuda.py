@@ -78,7 +78,7 @@ def factory(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 @contextmanager
-def no_graph(*_: Any) -> Iterator[None]:
+def no_graph(*_: Any, **__: Any) -> Iterator[None]:
     """torch.cuda.graph on a device that cannot capture."""
     raise RuntimeError("operation not permitted when stream is capturing")
     yield
