@@ -1,4 +1,7 @@
-"""Train everything and assemble models/demo: python -m training [--smoke]. Hours on two CPU cores, minutes on a GPU.
+"""Train everything and assemble models/demo: python -m training [--wide] [--smoke]. Hours on two CPU cores, minutes on a GPU.
+
+The shipped weights know drawn presenters. With --wide all networks but the audio encoder go on from there in the wide world
+(see training.people), and the weights of that are assembled.
 
 What was interrupted goes on where it stopped: everything under way is kept in training/work (or TRAIN_WORK).
 """
@@ -9,7 +12,7 @@ import argparse
 import subprocess
 import sys
 
-# each step, and what makes it quick; the --wide ones go on from drawn faces to those of the wide world
+# each step, and what makes it quick
 STEPS = {
     "speech": "--pieces 2",
     "vae": "--steps 3 --images 16",
@@ -20,14 +23,14 @@ STEPS = {
     "unet": "--steps 3 --pairs 32",
     "unet --settle": "--steps 3 --pairs 32",
     "vae --decoder": "--steps 3 --images 16",
+}
+WIDER = {
     "vae --wide": "--steps 3 --images 16 --faces 16",
     "detector --wide": "--steps 3 --images 16 --faces 16",
     "pose --wide": "--steps 3 --large 8 --faces 16",
     "parser --wide": "--steps 3 --images 12 --faces 12",
     "speaker": "--steps 3 --pairs 16 --drawn 16",
     "speaker --decoder": "--steps 3 --pairs 16 --drawn 16",
-    "assemble": "",
-    "samples": "",
 }
 
 
@@ -36,13 +39,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     words = "three steps a network, no samples: shows that all works"
     parser.add_argument("--smoke", "--quick", dest="quick", action="store_true", help=words)
-    quick = parser.parse_args().quick
-    for step, small in STEPS.items():
-        if quick and step == "samples":
-            continue
+    parser.add_argument("--wide", action="store_true", help="go on in the wide world")
+    options = parser.parse_args()
+    steps = {**STEPS, **(WIDER if options.wide else {}), "assemble --wide" if options.wide else "assemble": ""}
+    if not options.quick:
+        steps["samples"] = ""
+    for step, small in steps.items():
         print(f"== {step}", flush=True)
         name, *flags = step.split()
-        command = [sys.executable, "-m", f"training.{name}", *flags, *(small.split() if quick else [])]
+        command = [sys.executable, "-m", f"training.{name}", *flags, *(small.split() if options.quick else [])]
         if code := subprocess.run(command).returncode:
             return code
     return 0

@@ -1,7 +1,8 @@
-"""Put the trained networks into models/demo in the official layout: python -m training.assemble."""
+"""Put the trained networks into models/demo in the official layout: python -m training.assemble [--wide]."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from dataclasses import asdict
@@ -43,22 +44,31 @@ def report() -> dict[str, Any]:
     return {line.pop("net"): line for line in lines}
 
 
+# the training whose result is shipped: of drawn faces, or --wide
+DRAWN = {"unet": "settled", "vae": "decoder", "pose": "pose", "parser": "parser", "detector": "detector"}
+WIDE = {"unet": "speaker", "vae": "finished", "pose": "wide_pose", "parser": "wide_parser", "detector": "wide_detector"}
+
+
 def main() -> None:
     """Write weights, configs, manifest and the training's report."""
-    put("musetalkV15/unet.pth", trained("speaker"))
+    words = argparse.ArgumentParser(description=__doc__)
+    words.add_argument("--wide", action="store_true", help="the networks of the wide world")
+    wide = words.parse_args().wide
+    names = WIDE if wide else DRAWN
+    put("musetalkV15/unet.pth", trained(names["unet"]))
     config("musetalkV15/musetalk.json", {"_class_name": "UNet2DConditionModel", **asdict(unet.CONFIG)})
-    put("sd-vae/diffusion_pytorch_model.bin", trained("finished"))
+    put("sd-vae/diffusion_pytorch_model.bin", trained(names["vae"]))
     config("sd-vae/config.json", {"_class_name": "AutoencoderKL", **asdict(vae.CONFIG)})
     put("whisper/pytorch_model.bin", {f"model.encoder.{k}": v for k, v in trained("whisper").items()})
     config("whisper/config.json", {"model_type": "whisper", **asdict(whisper.CONFIG)})
-    put("dwpose/dw-ll_ucoco_384.pth", {"meta": {"epoch": 1}, "state_dict": trained("wide_pose")})
+    put("dwpose/dw-ll_ucoco_384.pth", {"meta": {"epoch": 1}, "state_dict": trained(names["pose"])})
     config("dwpose/config.json", asdict(pose.CONFIG))
-    put("face-parse-bisent/79999_iter.pth", trained("wide_parser"))
+    put("face-parse-bisent/79999_iter.pth", trained(names["parser"]))
     config("face-parse-bisent/config.json", asdict(parser.CONFIG))
-    put("s3fd-619a316812.pth", trained("wide_detector"))
+    put("s3fd-619a316812.pth", trained(names["detector"]))
     config("s3fd.json", asdict(detector.CONFIG))
     checkpoints.write_manifest(TARGET, "v15")
-    config("report.json", {"command": "python -m training", "trained": report()})
+    config("report.json", {"command": "python -m training" + " --wide" * wide, "trained": report()})
     size = sum(f.stat().st_size for f in TARGET.rglob("*") if f.is_file())
     print(f"{TARGET}: {size / 1e6:.1f} MB")
 
