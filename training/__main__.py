@@ -1,4 +1,7 @@
-"""Train everything and assemble models/demo: python -m training [--smoke]. Hours on two CPU cores, minutes on a GPU.
+"""Train everything and assemble models/demo: python -m training [--wide] [--smoke]. Hours on two CPU cores, minutes on a GPU.
+
+The shipped weights know drawn presenters. With --wide all networks but the audio encoder go on from there in the wide world
+(see training.people), and the weights of that are assembled.
 
 What was interrupted goes on where it stopped: everything under way is kept in training/work (or TRAIN_WORK).
 """
@@ -21,8 +24,7 @@ STEPS = {
     "unet --settle": "--steps 3 --pairs 32",
     "vae --decoder": "--steps 3 --images 16",
 }
-# from drawn faces on to those of the wide world (training/render.py); the weights in models/demo end before these
-WIDE = {
+WIDER = {
     "vae --wide": "--steps 3 --images 16 --faces 16",
     "detector --wide": "--steps 3 --images 16 --faces 16",
     "pose --wide": "--steps 3 --large 8 --faces 16",
@@ -30,7 +32,6 @@ WIDE = {
     "speaker": "--steps 3 --pairs 16 --drawn 16",
     "speaker --decoder": "--steps 3 --pairs 16 --drawn 16",
 }
-LAST = {"tiny": "--steps 3 --images 16", "assemble": "", "samples": ""}
 
 
 def main() -> int:
@@ -38,15 +39,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     words = "three steps a network, no samples: shows that all works"
     parser.add_argument("--smoke", "--quick", dest="quick", action="store_true", help=words)
-    parser.add_argument("--wide", action="store_true", help="go on to the wide world's faces before the last steps")
+    parser.add_argument("--wide", action="store_true", help="go on in the wide world")
     options = parser.parse_args()
-    quick = options.quick
-    for step, small in (STEPS | (WIDE if options.wide else {}) | LAST).items():
-        if quick and step == "samples":
-            continue
+    steps = {**STEPS, **(WIDER if options.wide else {}), "tiny": "--steps 3 --images 16",
+             "assemble --wide" if options.wide else "assemble": ""}
+    if not options.quick:
+        steps["samples"] = ""
+    for step, small in steps.items():
         print(f"== {step}", flush=True)
         name, *flags = step.split()
-        command = [sys.executable, "-m", f"training.{name}", *flags, *(small.split() if quick else [])]
+        command = [sys.executable, "-m", f"training.{name}", *flags, *(small.split() if options.quick else [])]
         if code := subprocess.run(command).returncode:
             return code
     return 0

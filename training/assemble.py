@@ -1,7 +1,8 @@
-"""Put the trained networks into models/demo in the official layout: python -m training.assemble."""
+"""Put the trained networks into models/demo in the official layout: python -m training.assemble [--wide]."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from dataclasses import asdict
@@ -17,10 +18,9 @@ from training import common, detector, parser, pose, tiny, unet, vae, whisper
 TARGET = Path(os.environ.get("TRAIN_TARGET", Path(__file__).resolve().parent.parent / "models" / "demo"))
 
 
-def trained(*names: str) -> dict[str, Tensor]:
-    """The last stage's state that was trained, in half precision; running statistics keep single precision."""
-    path = next(p for p in (common.WORK / f"{name}.pt" for name in names) if p.exists())
-    state: dict[str, Tensor] = torch.load(path, weights_only=True)
+def trained(name: str) -> dict[str, Tensor]:
+    """A trained state in half precision; running statistics keep single precision."""
+    state: dict[str, Tensor] = torch.load(common.WORK / f"{name}.pt", weights_only=True)
     return {k: v if "running" in k or not v.is_floating_point() else v.half() for k, v in state.items()}
 
 
@@ -44,24 +44,33 @@ def report() -> dict[str, Any]:
     return {line.pop("net"): line for line in lines}
 
 
+# the training whose result is shipped: of drawn faces, or --wide
+DRAWN = {"unet": "settled", "vae": "decoder", "pose": "pose", "parser": "parser", "detector": "detector"}
+WIDE = {"unet": "speaker", "vae": "finished", "pose": "wide_pose", "parser": "wide_parser", "detector": "wide_detector"}
+
+
 def main() -> None:
     """Write weights, configs, manifest and the training's report."""
-    put("musetalkV15/unet.pth", trained("speaker", "settled"))
+    words = argparse.ArgumentParser(description=__doc__)
+    words.add_argument("--wide", action="store_true", help="the networks of the wide world")
+    wide = words.parse_args().wide
+    names = WIDE if wide else DRAWN
+    put("musetalkV15/unet.pth", trained(names["unet"]))
     config("musetalkV15/musetalk.json", {"_class_name": "UNet2DConditionModel", **asdict(unet.CONFIG)})
-    put("sd-vae/diffusion_pytorch_model.bin", trained("finished", "decoder"))
+    put("sd-vae/diffusion_pytorch_model.bin", trained(names["vae"]))
     config("sd-vae/config.json", {"_class_name": "AutoencoderKL", **asdict(vae.CONFIG)})
     put("taesd/diffusion_pytorch_model.bin", trained("tiny"))
     config("taesd/config.json", {"_class_name": "AutoencoderTiny", **asdict(tiny.CONFIG)})
     put("whisper/pytorch_model.bin", {f"model.encoder.{k}": v for k, v in trained("whisper").items()})
     config("whisper/config.json", {"model_type": "whisper", **asdict(whisper.CONFIG)})
-    put("dwpose/dw-ll_ucoco_384.pth", {"meta": {"epoch": 1}, "state_dict": trained("wide_pose", "pose")})
+    put("dwpose/dw-ll_ucoco_384.pth", {"meta": {"epoch": 1}, "state_dict": trained(names["pose"])})
     config("dwpose/config.json", asdict(pose.CONFIG))
-    put("face-parse-bisent/79999_iter.pth", trained("wide_parser", "parser"))
+    put("face-parse-bisent/79999_iter.pth", trained(names["parser"]))
     config("face-parse-bisent/config.json", asdict(parser.CONFIG))
-    put("s3fd-619a316812.pth", trained("wide_detector", "detector"))
+    put("s3fd-619a316812.pth", trained(names["detector"]))
     config("s3fd.json", asdict(detector.CONFIG))
     checkpoints.write_manifest(TARGET, "v15")
-    config("report.json", {"command": "python -m training", "trained": report()})
+    config("report.json", {"command": "python -m training" + " --wide" * wide, "trained": report()})
     size = sum(f.stat().st_size for f in TARGET.rglob("*") if f.is_file())
     print(f"{TARGET}: {size / 1e6:.1f} MB")
 
