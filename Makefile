@@ -29,10 +29,10 @@ page: .venv-page/installed  ## a local page to try and tune the worker: http://1
 	.venv-page/bin/python -m pipeline.page
 
 test: install-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-full: install-dev  ## published-size networks, fault harness, image build
-	$(BIN)/python -m pytest -m "full or not full"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "full or not full"
 
 test-certificate: install  ## a certificate chain for trying out content credentials, in ./test-certificate
 	$(BIN)/python scripts/make_test_certificate.py test-certificate

@@ -1,3 +1,3 @@
 """The worker around the model: requests, downloads, media, storage, metrics and the two front doors."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -17,8 +17,8 @@ def world() -> Iterator[World]:
         yield made
 
 
-@pytest.mark.parametrize("row", [
-    pytest.param(row, id=f"{row.group}: {row.name}", marks=[pytest.mark.full] if row.long else []) for row in ROWS])
+@pytest.mark.full
+@pytest.mark.parametrize("row", [pytest.param(row, id=f"{row.group}: {row.name}") for row in ROWS])
 def test_row(world: World, row: Row) -> None:
     wrong = world.run(row)
     assert not wrong, wrong
