@@ -35,12 +35,12 @@ GRAIN = 8.0  # levels of the source's detail that the drawing gets too: pores an
 
 def lips_map(labels: Tensor, square: Box, box: Box, size: int = LIPS) -> Tensor:
     """The source's lips and mouth over the face box: labels (512, 512) of its square -> (size, size) uint8, 0..255."""
-    mouth = ((labels >= 11) & (labels <= 13)).float()[None, None]
-    across, down = (((torch.arange(size, device=labels.device) + 0.5) * (length / size) + first) * (2 / square.width) - 1
-                    for length, first in ((box.width, box.x1 - square.x1), (box.height, box.y1 - square.y1)))
-    grid = torch.stack(torch.meshgrid(across, down, indexing="xy"), dim=-1)[None]
+    mouth = ((labels >= 11) & (labels <= 13)).float()
+    for dim, length, first in ((0, box.height, box.y1 - square.y1), (1, box.width, box.x1 - square.x1)):
+        at = ((torch.arange(size, device=labels.device) + 0.5) * (length / size) + first) * (len(labels) / square.width)
+        mouth = mouth.index_select(dim, at.long().clamp(0, len(labels) - 1))
     reach = round(LIPS_GROW * size)
-    small = F.max_pool2d(F.grid_sample(mouth, grid, align_corners=False), 2 * reach + 1, 1, reach)
+    small = F.max_pool2d(mouth[None, None], 2 * reach + 1, 1, reach)
     return (_blur(small)[0, 0] * 255).round().to(torch.uint8)
 
 

@@ -128,7 +128,7 @@ class LipSync:
             masks = blend.label_mask(labels, options.parsing_mode,
                                      options.left_cheek_width, options.right_cheek_width)
             regions = [self._region(m, b, f) for m, b, f in zip(masks, boxes, pictures, strict=True)]
-            lips = [lips_map(k, blend.blend_square(b), b).cpu() for k, b in zip(labels, boxes, strict=True)]
+            lips = torch.stack([lips_map(k, blend.blend_square(b), b) for k, b in zip(labels, boxes, strict=True)]).cpu()
             ready = iter([Face(*parts) for parts in zip(boxes, regions, latents, lips, strict=True)])
         for _, found in group:
             avatar.append(None if found is None else next(ready))

@@ -21,13 +21,14 @@ from musetalk.avatar import Avatar
 from musetalk.box import Box
 from musetalk.checkpoints import digests
 from musetalk.colour import Colour, Planes, from_rgb, to_rgb
-from musetalk.errors import Interrupted
+from musetalk.errors import Interrupted, NoFastLane
 from musetalk.lipsync import Slot
 from musetalk.track import Found
 from musetalk.tuning import numerics, out_of_memory
 from pipeline.errors import (
     BadMedia,
     BadOutput,
+    BadRequest,
     Cancelled,
     DeviceLost,
     DiskFull,
@@ -270,6 +271,7 @@ FOREIGN: dict[type[BaseException], Callable[[BaseException, Stage], JobError | N
     BadAudio: lambda e, _: BadMedia(f"audio_url: {e}", stage="preprocessing", field="audio_url"),
     BadCheckpoint: _checkpoint,
     NonFiniteOutput: _not_finite,
+    NoFastLane: lambda e, _: BadRequest(f"params.quality: {e}", stage="validation", field="params.quality"),
     Interrupted: lambda e, stage: Cancelled(str(e), stage=stage),
     torch.OutOfMemoryError: _out_of_memory,
     torch.AcceleratorError: _accelerator,

@@ -16,13 +16,14 @@ import numpy as np
 from musetalk import LipSync, Options
 from musetalk.avatar import Avatar, cache_key
 from musetalk.colour import Colour
+from musetalk.errors import NoFastLane
 from musetalk.lipsync import speech_weights
 from musetalk.options import Quality
 from musetalk.track import WINDOW
 from pipeline import runner
 from pipeline.control import Control
 from pipeline.engine import Engine
-from pipeline.errors import BadMedia, BadRequest
+from pipeline.errors import BadMedia
 from pipeline.media import FrameSource, MediaInfo, Mp4Writer, plan
 from pipeline.provenance import tags
 from pipeline.runner import ROOM, Buffers, Stage, Together
@@ -79,11 +80,11 @@ def speak(engine: Engine, request: JobRequest, inputs: Inputs, content: str, tar
 
 
 def options_of(engine: Engine, lipsync: LipSync, request: JobRequest, batch_size: int) -> Options:
-    """The job's options on this worker. Raises BadRequest for what its weights cannot do."""
+    """The job's options on this worker. Raises NoFastLane or BadRequest for what its weights cannot do."""
     options = request.params.options(lipsync.nets.version, batch_size=batch_size, quality=engine.settings.quality)
     if options.quality == "fast" and lipsync.nets.tiny is None:
-        raise BadRequest("params.quality: this worker's weights have no tiny decoder (taesd/); ask for exact, or add it "
-                         "with python -m pipeline.weights fetch", stage="validation", field="params.quality")
+        raise NoFastLane("this worker's weights have no tiny decoder (taesd/); ask for exact, or add it with "
+                         "python -m pipeline.weights fetch")
     return options
 
 

@@ -213,7 +213,7 @@ class Files(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         name = self.path.rsplit("/", 1)[-1]
-        found = next((p for p in self.root.rglob(name) if "config" not in name or p.parent.name in self.path), None)
+        found = next((p for p in self.root.rglob(name) if p.parent == self.root or p.parent.name in self.path), None)
         if found is None:
             self.send_error(404)
             return

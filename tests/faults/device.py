@@ -210,8 +210,8 @@ def full_while_downloading(w: World) -> Body:
 
 
 def full_while_encoding(w: World) -> Body:
-    """The inputs fit, the result does not (injected where no disk can be mounted)."""
-    size = w.clip.stat().st_size + w.speech.stat().st_size
+    """The inputs and the decoded speech fit, the result does not (injected where no disk can be mounted)."""
+    size = w.clip.stat().st_size + 5 * w.speech.stat().st_size
     with small_disk(w, (size // 4096 + 4) * 4096) as real:
         if real:
             return w.job(params={"fps": 120, "upscale": True}, resolution="1080p")

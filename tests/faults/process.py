@@ -204,9 +204,10 @@ def killed_after_upload(w: World) -> Body:
         until(lambda: worker.b2.objects, "the upload")
         worker.process.kill()
         worker.process.wait()
-        stored = worker.b2.objects
+        first = worker.b2
         with queue_worker(w, folder) as second:
-            second.b2.objects.update(stored)
+            second.b2.objects.update(first.objects)
+            second.b2.stated.update(first.stated)
             second.platform.submit("twice", _job(w))
             body: Body = second.platform.wait("twice")["output"]
             versions = second.b2.objects["avatar/outputs/twice.mp4"]
@@ -235,10 +236,10 @@ class Littering:
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
 
-    def upload(self, path: Path, job_id: str, control: Control) -> str:
+    def upload(self, path: Path, job_id: str, control: Control, digest: str = "") -> str:
         for number in range(10_000):
             (path.parent / str(number)).touch()
-        return self.storage.upload(path, job_id, control)
+        return self.storage.upload(path, job_id, control, digest)
 
 
 def times_under_load(w: World) -> None:
