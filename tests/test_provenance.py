@@ -286,7 +286,7 @@ def test_a_wrong_signer_stops_the_worker(tmp_path: Path, pair: tuple[Path, Path]
         Marker(Settings.from_env(variables))
     assert "\n" not in str(e.value)
     assert {"expired": "is valid from", "other key": "does not belong", "no pem": "holds no certificate",
-            "no file": "No such file", "ca": "does not belong", "key only": "C2PA_CERT is not set",
+            "no file": "neither PEM text nor a file", "ca": "does not belong", "key only": "belong together",
             "label off": "AI_LABEL=off"}[fault] in str(e.value)
     door = subprocess.run([sys.executable, "handler.py"], capture_output=True, text=True, cwd=SAMPLES.parent,
                           env={**os.environ, **variables})
