@@ -9,6 +9,7 @@ source is made to speak in both finishes, the true mouth is compared. Needs libe
 from __future__ import annotations
 
 import argparse
+import subprocess
 import time
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -19,14 +20,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from benchmarks import common
 from benchmarks import measures as m
 from musetalk import LipSync, NoFace, Options
 from musetalk.box import Box
+from musetalk.imaging import pillow_resize
 from musetalk.options import Finish
+from pipeline.media import ffmpeg
 from pipeline.settings import REPOSITORY
 from training import speech
 from training.clips import Motion, Shot
@@ -153,8 +155,16 @@ def rows_of(clip: Clip, made: Material, films: dict[Finish, Film], side: int = 2
     x1, y1 = max(b.x1 - b.width // 16, 0), b.y1 + b.height // 3
     cells = [made.source[at], films["official"].frames[at], films["natural"].frames[at], made.truth[at]]
     x2 = b.x2 + b.width // 16
-    shown = [Image.fromarray(c[y1:y2, x1:x2]).resize((side, side), Image.Resampling.LANCZOS) for c in cells]
-    return np.concatenate([np.asarray(i) for i in shown], axis=1)
+    shown = [pillow_resize(torch.from_numpy(c[y1:y2, x1:x2].copy()), side, side, bicubic=True) for c in cells]
+    return np.concatenate([i.numpy() for i in shown], axis=1)
+
+
+def write_png(path: Path, picture: Picture) -> None:
+    """A picture of 256 colours, by ffmpeg."""
+    height, width, _ = picture.shape
+    command = [ffmpeg(), "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-i", "-",
+               "-vf", "split[a][b];[a]palettegen[p];[b][p]paletteuse", "-frames:v", "1", str(path)]
+    subprocess.run(command, input=picture.tobytes(), check=True)
 
 
 def report(lipsync: LipSync, clips: tuple[Clip, ...]) -> tuple[Figures, Picture, list[str]]:
@@ -195,7 +205,7 @@ def main() -> None:
             for name in next(iter(finishes.values())):
                 print(f"{clip:>18} {name:>16}  " + "  ".join(f"{f} {v[name]:8.3f}" for f, v in finishes.items()))
     if options.picture:
-        Image.fromarray(rows).quantize(256).save(options.picture, optimize=True)
+        write_png(options.picture, rows)
     results = {f"{name}_{finish}": round(v, 4) for finish in FINISHES for name, v in worst(figures, finish).items()}
     common.emit("picture", **results, clips=len(figures), faceless=faceless, weights=lipsync.nets.identity[:12],
                 seconds=round(time.perf_counter() - began, 1), dtype=str(lipsync.nets.dtype))
