@@ -30,18 +30,18 @@ def validate(
 ) -> Inputs:
     """Probe both files and decode the speech (only its `first_seconds`, if given) into the job's folder; raises BadMedia."""
     pixels, longest = settings.max_pixels, settings.max_audio_sec
-    clip = _named(video, "video_url", lambda: media.probe(video.path, pixels))
+    clip = _named(video, "video_url", lambda: media.probe(video.path, pixels, control.check))
     video_stream = _check_clip(clip, settings)
-    _check_length(clip, video_stream.index, "video_url", settings.max_video_sec, "MAX_VIDEO_SEC", pixels)
+    _check_length(clip, video_stream.index, "video_url", settings.max_video_sec, "MAX_VIDEO_SEC", pixels, control)
     control.check()
-    info = _named(audio, "audio_url", lambda: media.probe(audio.path, pixels))
+    info = _named(audio, "audio_url", lambda: media.probe(audio.path, pixels, control.check))
     if info.audio is None:
         raise BadMedia(f"audio_url: the file has no sound track (taken: {ACCEPTED['audio']})", field="audio_url",
                        reason="no_audio")
-    _check_length(info, info.audio.index, "audio_url", longest, "MAX_AUDIO_SEC", pixels)
+    _check_length(info, info.audio.index, "audio_url", longest, "MAX_AUDIO_SEC", pixels, control)
     control.check()
     speech = _named(audio, "audio_url", lambda: media.read_speech(
-        info, folder / "speech.wav", longest, min(DECODE_SEC, control.remaining), pixels, first_seconds))
+        info, folder / "speech.wav", longest, DECODE_SEC, pixels, first_seconds, control.check))
     if speech.seconds > longest + 0.5:
         raise _too_long("audio_url", speech.seconds, longest, "MAX_AUDIO_SEC")
     return Inputs(clip, speech)
@@ -75,10 +75,12 @@ def _check_clip(clip: MediaInfo, settings: Settings) -> VideoInfo:
     return video
 
 
-def _check_length(info: MediaInfo, index: int, field: str, limit: float, name: str, max_pixels: int) -> None:
+def _check_length(
+    info: MediaInfo, index: int, field: str, limit: float, name: str, max_pixels: int, control: Control
+) -> None:
     """Refuse what is too long; a header that says so is not believed, the packets are."""
     if info.duration and info.duration > limit:
-        seconds = media.packet_seconds(info, index, max_pixels)
+        seconds = media.packet_seconds(info, index, max_pixels, control.check)
         if seconds > limit:
             raise _too_long(field, seconds, limit, name)
 

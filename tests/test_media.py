@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -15,7 +17,8 @@ import numpy as np
 import pytest
 
 from pipeline import media as m
-from pipeline.errors import BadMedia, FfmpegFailed
+from pipeline.control import Control
+from pipeline.errors import BadMedia, Cancelled, DeadlineExceeded, FfmpegFailed
 from pipeline.media import FrameReader, FrameSource, Mp4Writer, Speech, child, plan, read_speech
 from tests import exif
 from tests.conftest import SAMPLES, make_media
@@ -341,3 +344,15 @@ def test_children_get_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert code == 0
     assert b"canary" not in out
     assert b"PATH=" in out
+
+
+@pytest.mark.parametrize("stop", ["cancel", "deadline"])
+def test_a_child_that_is_waited_for_ends_with_its_job(stop: str) -> None:
+    """Probing and the decoding of a long speech are no exception: a cancelled job is over at once."""
+    control = Control(60 if stop == "cancel" else 1.0)
+    if stop == "cancel":
+        threading.Timer(0.5, control.cancel).start()
+    began = time.monotonic()
+    with pytest.raises(Cancelled if stop == "cancel" else DeadlineExceeded):
+        child.run(["sleep", "30"], 30, check=control.check)
+    assert time.monotonic() - began < 5

@@ -15,7 +15,8 @@ import resource
 import signal
 import subprocess
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from pipeline.settings import child_environment
 PIPE_BYTES = 1 << 20
 MEMORY_LIMIT = 6 << 30  # bytes of address space of a child that reads a stranger's file
 PROBE_SEC = 20  # to describe a file
+CHECK_SEC = 0.2  # how often a child that is waited for is asked after
 END_SEC = 10.0  # from the end of a child's output to its own
 STARVED = re.compile(r"Cannot allocate memory|Resource temporarily unavailable|error while loading shared libraries")
 
@@ -65,17 +67,29 @@ def kill(child: subprocess.Popen[bytes]) -> None:
                 pipe.close()
 
 
-def run(command: Sequence[str], timeout: float, limited: bool = True) -> tuple[int, bytes, str]:
-    """Run to the end: exit code, stdout, stderr. Raises FfmpegFailed when it hangs, is killed or lacks memory."""
+def run(
+    command: Sequence[str], timeout: float, limited: bool = True, check: Callable[[], None] = lambda: None
+) -> tuple[int, bytes, str]:
+    """Run to the end: exit code, stdout, stderr. Raises FfmpegFailed when it hangs, is killed or lacks memory.
+
+    `check` is called several times a second and may raise: the job was cancelled or is out of time.
+    """
+    ends = time.monotonic() + timeout
     child = spawn(command, MEMORY_LIMIT if limited else None, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                   stderr=subprocess.PIPE)
     try:
-        out, err = child.communicate(timeout=timeout)
+        while True:
+            try:
+                out, err = child.communicate(timeout=min(CHECK_SEC, max(0.0, ends - time.monotonic())))
+                break
+            except subprocess.TimeoutExpired:
+                check()
+                if time.monotonic() >= ends:
+                    raise FfmpegFailed(f"{Path(command[0]).name} took more than {timeout:g} s",
+                                       timeout_seconds=timeout) from None
         said = err.decode(errors="replace")
         check_exit(Path(command[0]).name, child.returncode, said)
         return child.returncode, out, said
-    except subprocess.TimeoutExpired:
-        raise FfmpegFailed(f"{Path(command[0]).name} took more than {timeout:g} s", timeout_seconds=timeout) from None
     finally:
         kill(child)
 

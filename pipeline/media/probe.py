@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -85,22 +86,22 @@ class MediaInfo:
     undecodable: str = ""  # why there is no video though the file has a video stream
 
 
-def probe(path: Path, max_pixels: int) -> MediaInfo:
+def probe(path: Path, max_pixels: int, check: Callable[[], None] = lambda: None) -> MediaInfo:
     """What the file holds. Raises BadMedia; FfmpegFailed when ffmpeg hangs or is killed."""
     how = opener(path)
     command = [child.ffmpeg(), "-hide_banner", "-nostdin", "-nostats", *guarded(path, max_pixels, how), "-map", "0:V:0?", "-an",
                "-sn", "-dn", "-frames:v", "1", "-vf", "showinfo=checksum=0", "-f", "null", "-"]
-    _, _, log = child.run(command, child.PROBE_SEC)
+    _, _, log = child.run(command, child.PROBE_SEC, check=check)
     if "Input #0" not in log or _too_many_pixels(log):
         raise BadMedia(explain(path, log), ffprobe_stderr=tail(log, path))
     return _read(path, log, how)
 
 
-def packet_seconds(info: MediaInfo, index: int, max_pixels: int) -> float:
+def packet_seconds(info: MediaInfo, index: int, max_pixels: int, check: Callable[[], None] = lambda: None) -> float:
     """How long a stream really is, by its packets; headers can say anything. Nothing is decoded."""
     command = [child.ffmpeg(), "-nostdin", "-v", "error", *guarded(info.path, max_pixels, info.opener), "-map", f"0:{index}",
                "-c", "copy", "-f", "null", "-nostats", "-progress", "pipe:1", "-"]
-    _, out, _ = child.run(command, child.PROBE_SEC)
+    _, out, _ = child.run(command, child.PROBE_SEC, check=check)
     times = re.findall(rb"out_time_us=(\d+)", out)
     return int(times[-1]) / 1e6 if times else 0.0
 

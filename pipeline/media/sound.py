@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,8 @@ class Speech:
 
 
 def read_speech(
-    info: MediaInfo, path: Path, max_seconds: float, timeout: float, max_pixels: int, first_seconds: float | None = None
+    info: MediaInfo, path: Path, max_seconds: float, timeout: float, max_pixels: int, first_seconds: float | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Speech:
     """Decode the first audio stream into the WAV `path` and to mono float32 at 16 kHz, in one run of ffmpeg.
 
@@ -66,7 +68,7 @@ def read_speech(
         "-map", "[heard]", "-c:a", "pcm_s16le", "-ar", str(rate), "-ac", str(channels), "-f", "wav", f"file:{path}",
         "-map", "[mouth]", "-ar", str(SAMPLE_RATE), "-ac", "1", "-f", "f32le", "pipe:1",
     ]
-    code, out, err = child.run(command, timeout)
+    code, out, err = child.run(command, timeout, check=check)
     pcm = np.frombuffer(out[: len(out) // 4 * 4], np.float32)
     if "No space left" in err:
         raise OSError(28, "No space left on device")
