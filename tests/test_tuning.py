@@ -134,7 +134,7 @@ def test_out_of_memory_records_a_smaller_batch_and_says_so(
         assert len(lipsync.generate(*inputs(nets, BATCH, 1))) == BATCH
     assert lipsync.largest_batch == 3
     assert sorted(way.graphs) == [1, 3]
-    assert [r.next_batch for r in caplog.records] == [6, 3]  # type: ignore[attr-defined]
+    assert [r.next_batch for r in caplog.records if hasattr(r, "next_batch")] == [6, 3]
 
 
 def test_a_lost_device_is_no_lack_of_memory(nets: checkpoints.Networks, monkeypatch: pytest.MonkeyPatch) -> None:
