@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import logging
 import os
 import subprocess
 import threading
@@ -43,6 +44,16 @@ def faces_within(limit: int) -> tuple[Callable[..., Any], list[int]]:
         return original(unet, vae, latent, prompts)
 
     return faces, seen
+
+
+@pytest.fixture(autouse=True)
+def log_levels() -> Iterator[None]:
+    """What a command line called in this process says of log levels does not last."""
+    loggers = [logging.getLogger(), logging.getLogger("musetalk")]
+    before = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, before, strict=True):
+        logger.setLevel(level)
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
