@@ -44,7 +44,8 @@ def shell(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     """The command line as a process."""
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline", *arguments], cwd=REPOSITORY, env={**os.environ, **environment}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background shell lets its children ignore it
 
 
 def test_several_pairs_into_a_folder_as_json(short_clip: Path, short_speech: Path, tmp_path: Path) -> None:
