@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import errno
 import hashlib
 import ipaddress
 import socket
@@ -27,7 +26,7 @@ from urllib3.exceptions import HTTPError
 
 from pipeline import redact
 from pipeline.control import Control
-from pipeline.errors import BadMedia, BadRequest, DiskFull, MediaError, SourceRefused, SourceUnavailable
+from pipeline.errors import BadMedia, BadRequest, DiskFull, MediaError, SourceRefused, SourceUnavailable, disk_is_full
 from pipeline.settings import Settings
 
 TRIES = 3
@@ -301,6 +300,6 @@ def _translated(field: str, shown: str, redirected: bool) -> Iterator[None]:
     except (requests.exceptions.RequestException, HTTPError) as e:
         raise SourceUnavailable(f"{field}: the connection to the source failed ({type(e).__name__})", **where) from e  # type: ignore[arg-type]
     except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        if disk_is_full(e):
             raise DiskFull("no space left for temporary files", stage="download") from e
         raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import tempfile
@@ -39,6 +38,7 @@ from pipeline.errors import (
     OutOfMemory,
     Stage,
     Unfit,
+    disk_is_full,
 )
 from pipeline.media import FrameReader, FrameSource, probe, video_encoder
 from pipeline.metrics import gpu_driver, gpu_name
@@ -261,8 +261,7 @@ def _not_finite(error: BaseException, stage: Stage) -> JobError:
 
 
 def _disk(error: BaseException, stage: Stage) -> JobError | None:
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return DiskFull("no space left for temporary files", stage=stage) if full else None
+    return DiskFull("no space left for temporary files", stage=stage) if disk_is_full(error) else None
 
 
 # Foreign exceptions -> leaves of the tree, by type: the most specific entry decides. None: not foreseen, it goes on as it is.

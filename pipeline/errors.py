@@ -27,6 +27,7 @@ JobError
 
 from __future__ import annotations
 
+import errno
 from typing import Any, Literal
 
 Stage = Literal["download", "validation", "preprocessing", "inference", "postprocessing", "upload", "unknown"]
@@ -142,3 +143,8 @@ class Unfit(ProcessingError):
 
 class UnknownError(JobError):
     """Anything not foreseen."""
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether a disk or a quota has no room left."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import logging
 import os
@@ -138,7 +137,7 @@ def sample_job(test: SelfTest, job_id: str | None) -> dict[str, Any]:
 def failure(error: Exception, timer: StageTimer | None = None) -> dict[str, Any]:
     """The failure body of an exception; anything outside the tree is an UnknownError."""
     times = dict(timer.times) if timer else {}
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # any step writes temporary files
+    if errors.disk_is_full(error):  # any step writes temporary files
         error = errors.DiskFull("no space left for temporary files").with_traceback(error.__traceback__)
     known = error if isinstance(error, JobError) else errors.UnknownError(
         f"Unexpected {type(error).__name__}: {redact.text(str(error))}" if str(error) else f"Unexpected {type(error).__name__}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,17 +23,17 @@ ROOM = 8  # items that may wait between two stages: enough to ride out a neighbo
 T = TypeVar("T")
 
 
-class Stage:
+class Stage(ABC):
     """A step of a stream. `room` is how many items may wait before it."""
 
     name: str
     room: int = ROOM
 
+    @abstractmethod
     def run(self, items: Iterator[Any]) -> Generator[Any, None, None]:
         """Take items from the stage before, hand items on; return when there is no more to do."""
-        raise NotImplementedError
 
-    def stop(self) -> None:
+    def stop(self) -> None:  # noqa: B027 (most stages are never blocked)
         """Called from another thread, perhaps more than once: end a call in which `run` is blocked. Nothing, if none is."""
 
 

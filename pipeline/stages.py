@@ -26,7 +26,7 @@ from musetalk.options import Loop
 from musetalk.order import Run, runs
 from pipeline.errors import BadMedia, ProcessingError
 from pipeline.media import FrameReader, FrameSource, Mp4Writer
-from pipeline.runner import ROOM, Buffers, Stage
+from pipeline.runner import Buffers, Stage
 
 CHUNK_BYTES = 96 << 20  # frames held to play a clip backwards
 Pixels = NDArray[np.uint8]
@@ -49,7 +49,7 @@ class Frame:
 class Decode(Stage):
     """The clip's frames in the order the output needs them: once through, then back, again or held."""
 
-    name, room = "decode", ROOM
+    name = "decode"
 
     def __init__(self, source: FrameSource, outputs: int, loop: Loop, known: int | None, buffers: Buffers[Pixels]) -> None:
         """`known` is the clip's length where the cache knows it; headers are not believed."""
@@ -135,7 +135,7 @@ class Decode(Stage):
 class Prepare(Stage):
     """Adds each new source frame to the avatar before the frame goes on: face, crop latents, parsed mask."""
 
-    name, room = "prepare", ROOM
+    name = "prepare"
 
     def __init__(self, lipsync: LipSync, avatar: Avatar, options: Options, source: FrameSource, colour: Colour) -> None:
         self.lipsync, self.avatar, self.options, self.source, self.colour = lipsync, avatar, options, source, colour
@@ -185,7 +185,7 @@ class Clock:
 class Generate(Stage):
     """Generates the faces of a batch of frames at once."""
 
-    name, room = "generate", ROOM
+    name = "generate"
 
     def __init__(self, lipsync: LipSync, avatar: Avatar, prompts: Prompts, weights: Sequence[float], options: Options,
                  clock: Clock, progress: Callable[[float], None]) -> None:
@@ -235,7 +235,7 @@ class Blend(Stage):
 class Encode(Stage):
     """Writes the frames and the speech into the MP4 and gives their buffers back."""
 
-    name, room = "encode", ROOM
+    name = "encode"
 
     def __init__(self, open_writer: Callable[[], Mp4Writer], buffers: Buffers[Pixels], finish_sec: Callable[[], float]) -> None:
         self.open_writer, self.buffers, self.finish_sec = open_writer, buffers, finish_sec

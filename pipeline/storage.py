@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import random
 import shutil
@@ -33,7 +32,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_bef
 from pipeline import redact
 from pipeline.b2line import Cut, Line
 from pipeline.control import Control
-from pipeline.errors import Cancelled, DeadlineExceeded, DiskFull, JobError, StorageRejected, StorageUnavailable
+from pipeline.errors import Cancelled, DeadlineExceeded, DiskFull, JobError, StorageRejected, StorageUnavailable, disk_is_full
 from pipeline.settings import Settings
 
 UPLOAD_SEC = 120.0  # of one upload with all its tries
@@ -67,7 +66,7 @@ class LocalStorage:
         except OSError as e:
             with contextlib.suppress(OSError):
                 partial.unlink()
-            if e.errno in (errno.ENOSPC, errno.EDQUOT):
+            if disk_is_full(e):
                 raise DiskFull("LOCAL_STORAGE_DIR: no space left", stage="upload") from e
             raise StorageRejected(f"LOCAL_STORAGE_DIR cannot be written: {e.strerror}", stage="upload",
                                   file_name=f"{job_id}.mp4") from e

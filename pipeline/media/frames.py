@@ -55,8 +55,9 @@ class FrameSource:
         seek = ["-noaccurate_seek", "-ss", f"{float(origin):.6f}"] if origin else []
         rate = [f"settb=1/1000000,setpts=PTS+7,fps={a}/{b}:start_time={float(origin):.6f}"]
         chain = [*(["bwdif=deint=interlaced"] if video.interlaced else []), *([] if info.opener.still else rate),
-                 *self._size(video), *self.filters, *_colour(video), "format=yuv420p"]
-        # the graph is not made anew when the picture's size changes on the way: the rate filter would count from its origin
+                 f"scale={video.width}:{video.height}", "setsar=1", *self.filters, *_colour(video), "format=yuv420p"]
+        # the chain scales to the probed size in square pixels, whatever size a picture on the way has; for that the graph is
+        # not made anew: the rate filter would count from its origin
         fixed = [] if video.interlaced else ["-reinit_filter", "0"]
         return [
             child.ffmpeg(), "-nostdin", "-v", "error", "-threads", "2", "-copyts", "-start_at_zero", *seek, *fixed,
@@ -64,10 +65,6 @@ class FrameSource:
             "-map", f"0:{video.index}", "-an", "-sn", "-dn", "-vf", ",".join(chain), "-fps_mode", "passthrough",
             "-frames:v", str(drop + count), "-f", "yuv4mpegpipe", "pipe:1",
         ], drop
-
-    def _size(self, video: VideoInfo) -> list[str]:
-        """Square pixels of the probed size, whatever size a picture on the way has; nothing when it has that size."""
-        return [f"scale={video.width}:{video.height}", "setsar=1"]
 
 
 def _colour(video: VideoInfo) -> list[str]:
