@@ -31,7 +31,6 @@ from pipeline.errors import (
     BadRequest,
     Cancelled,
     DeviceLost,
-    DiskFull,
     JobError,
     ModelBroken,
     NoDevice,
@@ -39,7 +38,6 @@ from pipeline.errors import (
     OutOfMemory,
     Stage,
     Unfit,
-    disk_is_full,
 )
 from pipeline.media import FrameReader, FrameSource, probe, video_encoder
 from pipeline.metrics import gpu_driver, gpu_name
@@ -267,10 +265,6 @@ def _not_finite(error: BaseException, stage: Stage) -> JobError:
     return BadOutput(f"Inference failed: {error}", stage=stage, frame_number=error.frame)
 
 
-def _disk(error: BaseException, stage: Stage) -> JobError | None:
-    return DiskFull("no space left for temporary files", stage=stage) if disk_is_full(error) else None
-
-
 # Foreign exceptions -> leaves of the tree, by type: the most specific entry decides. None: not foreseen, it goes on as it is.
 FOREIGN: dict[type[BaseException], Callable[[BaseException, Stage], JobError | None]] = {
     NoFace: lambda e, _: NoFaceFound(f"video_url: {e}", stage="preprocessing", field="video_url", reason="no_face"),
@@ -283,13 +277,12 @@ FOREIGN: dict[type[BaseException], Callable[[BaseException, Stage], JobError | N
     torch.AcceleratorError: _accelerator,
     MemoryError: lambda _, stage: OutOfMemory("Inference failed: out of memory", stage=stage, is_oom=True),
     RuntimeError: _runtime,
-    OSError: _disk,
 }
 
 
 @contextmanager
 def translated(stage: Stage) -> Iterator[None]:
-    """musetalk's, torch's and the disk's exceptions -> the tree, by `FOREIGN`."""
+    """musetalk's and torch's exceptions -> the tree, by `FOREIGN`."""
     try:
         yield
     except JobError:
