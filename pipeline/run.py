@@ -106,7 +106,8 @@ class Service:
     def _mark(self, film: Path, request: JobRequest, video: Source, audio: Source, control: Control) -> Mark:
         """Mark the film, which ends its making: timed with inference."""
         nets = self.engine.load().nets
-        making = Making(request.musetalk_job_id, nets.version, nets.identity, video.path, audio.path)
+        making = Making(request.musetalk_job_id, nets.version, nets.identity,
+                        video.path, video.sha256, audio.path, audio.sha256)
         return self.marker.finish(film, making, control)
 
     def _report(self) -> dict[str, Any]:

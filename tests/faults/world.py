@@ -25,6 +25,7 @@ from pipeline import b2line, download, logs, storage
 from pipeline.control import Control
 from pipeline.run import Service, status_of
 from pipeline.settings import Settings
+from scripts.make_test_certificate import make
 from tests.conftest import DEMO, SAMPLES, make_media
 from tests.fakes.b2 import B2
 from tests.fakes.sources import Sources
@@ -144,8 +145,15 @@ class World:
     def with_b2(self, **changes: str) -> Service:
         """A service that stores into the fake B2."""
         settings = Settings.from_env({**self.b2.environment(), **changes})
-        names = ("storage", "b2_key_id", "b2_app_key", "b2_bucket_name", "b2_prefix", "b2_realm")
+        names = ("storage", "b2_key_id", "b2_app_key", "b2_bucket_name", "b2_prefix", "b2_realm", "c2pa_cert", "c2pa_key",
+                 "c2pa_tsa_url", "c2pa_tsa_required")
         return self.another(**{n: getattr(settings, n) for n in names})
+
+    def signer(self) -> dict[str, str]:
+        """The variables of a worker that signs its films."""
+        folder = self.folder / "certificate"
+        chain, key = (folder / "chain.pem", folder / "key.pem") if folder.exists() else make(folder)
+        return {"C2PA_CERT": chain.read_text(), "C2PA_KEY": key.read_text()}
 
     def url(self, name: str) -> str:
         """Signed URL of a file, or of a behaviour of the misbehaving host."""
