@@ -246,9 +246,10 @@ def test_pem_text_serves_as_well(film: Path, pair: tuple[Path, Path]) -> None:
     assert chosen.c2pa_key in chosen.secrets()
 
 
-def test_a_rerun_is_one_object(tmp_path: Path, film: Path, pair: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("parts", [False, True], ids=["whole", "in parts"])
+def test_a_rerun_is_one_object(tmp_path: Path, film: Path, pair: tuple[Path, Path], parts: bool) -> None:
     """Two runs sign the same film: other bytes, one object. Another certificate, or none, is another object."""
-    server, original = fakes.B2(), film.read_bytes()
+    server, original = fakes.B2(part_size=5_000_000), (large_film(film, 11) if parts else film).read_bytes()
     key = "avatar/outputs/job-1.mp4"
 
     def job(**changes: str) -> bytes:
@@ -261,6 +262,7 @@ def test_a_rerun_is_one_object(tmp_path: Path, film: Path, pair: tuple[Path, Pat
     try:
         assert job() != job()
         assert len(server.objects[key]) == 1
+        assert ("b2_finish_large_file" in server.calls) == parts
         chain, other = make(tmp_path / "other")
         job(C2PA_CERT=str(chain), C2PA_KEY=str(other))
         assert len(server.objects[key]) == 2

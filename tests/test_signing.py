@@ -190,8 +190,8 @@ def test_no_door_opens_with_an_expired_certificate(tmp_path: Path, door: list[st
 def test_a_certificate_that_expires_while_the_worker_runs_signs_nothing(
     service: Service, b2: fakes.B2, tiny: dict[str, str], tmp_path: Path
 ) -> None:
-    made = worker(service, make(tmp_path, days=(-1, 2 / 86_400)), b2)  # two seconds more
-    time.sleep(2)
+    made = worker(service, make(tmp_path, days=(-1, 2 / 86_400)), b2)  # for two seconds more, and the one in which it ends
+    time.sleep(3.1)
     body = made.run_job(tiny)
     assert (body["status"], body["stage"]) == ("failed", "postprocessing")
     assert "certificate was not valid" in body["error_message"]

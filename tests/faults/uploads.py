@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from tests.fakes import b2 as fakes
+from tests.fakes import tsa
 from tests.faults.world import SUCCESS, Body, Expect, Row, World, processing
 
 DOWN, REFUSED = processing("upload", True), processing("upload", False)
+UNSTAMPED = processing("postprocessing", True, "C2PA_TSA_URL")
 FAULTS: dict[str, tuple[list[fakes.Fault], Expect]] = {
     "503 twice": ([fakes.status(503, "service_unavailable")] * 2, SUCCESS),
     "503 for ever": ([fakes.status(503, "service_unavailable")] * 500, DOWN),
@@ -48,13 +51,38 @@ def _same_everywhere(w: World, job_id: str, body: Body) -> None:
     assert w.b2.objects[key][0][4:8] == b"ftyp"
 
 
-def again(w: World) -> None:
+def again(w: World, **signer: str) -> None:
     """The same job sent to a second worker after the first one's answer was lost: one object, one URL."""
     w.b2.objects.clear()
-    bodies = [w.job(w.with_b2(), job_id="up-2") for _ in range(2)]
+    bodies = [w.job(w.with_b2(**signer), job_id="up-2") for _ in range(2)]
     _same_everywhere(w, "up-2", bodies[0])
     assert bodies[0]["output_url"] == bodies[1]["output_url"]
     assert len(w.b2.objects["avatar/outputs/up-2.mp4"]) == 1, "stored twice"
+
+
+def signed(w: World, faults: list[fakes.Fault], **changes: str) -> Body:
+    """A job whose film is signed and stored through faults; of whatever it says, nothing is of the key."""
+    w.b2.objects.clear()
+    w.b2.faults.extend(faults)
+    signer = w.signer()
+    body = w.job(w.with_b2(**signer, **changes), job_id="up-4")
+    w.b2.faults.clear()
+    assert signer["C2PA_KEY"].splitlines()[1] not in "".join(w.said), "the signer's key was said"
+    if body["status"] == "success":
+        _same_everywhere(w, "up-4", body)
+        assert b"c2pa" in w.b2.objects["avatar/outputs/up-4.mp4"][0], "not signed"
+    else:
+        assert not w.b2.objects, "stored all the same"
+    return body
+
+
+def time_stamps(answer: Callable[[tsa.Authority], Callable[[bytes], bytes]]) -> Callable[[World], Body]:
+    """A signed job whose time-stamp server answers so."""
+    def act(w: World) -> Body:
+        with tsa.Authority() as server:
+            server.answers = answer(server)
+            return signed(w, [], C2PA_TSA_URL=server.url)
+    return act
 
 
 def at_once(w: World) -> None:
@@ -73,4 +101,10 @@ ROWS = [
     Row("storage", "no such bucket", lambda w: w.job(w.with_b2(B2_BUCKET_NAME="elsewhere")), REFUSED),
     Row("storage", "nobody listens", lambda w: w.job(w.with_b2(B2_REALM="http://127.0.0.1:9")), DOWN, limit_sec=40),
     Row("storage", "the same job sent again", again), Row("storage", "two workers with the same job at once", at_once),
+    Row("storage", "a signed film sent again", lambda w: again(w, **w.signer())),
+    Row("storage", "a signed film: stored, but the answer is lost", lambda w: signed(w, [fakes.lost_answer])),
+    Row("storage", "a signed film: reset and 503", lambda w: signed(w, [fakes.reset, fakes.status(503, "unavailable")])),
+    Row("storage", "a time-stamp server at work", time_stamps(lambda server: server.stamp)),
+    Row("storage", "a time-stamp server that fails", time_stamps(lambda server: server.down), UNSTAMPED),
+    Row("storage", "nobody listens for time stamps", lambda w: signed(w, [], C2PA_TSA_URL="http://127.0.0.1:9"), UNSTAMPED),
 ]
