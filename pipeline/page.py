@@ -40,7 +40,6 @@ GROUPS = {  # what people tune first; every other parameter is under "More"
     "Mouth": ("extra_margin", "parsing_mode", "left_cheek_width", "right_cheek_width", "quality", "finish", "silence"),
     "Film": (*SHAPE, "fit", "fps", "loop"),
 }
-STAGES = {"download": "reading", "validation": "checking", "inference": "generating", "upload": "storing"}
 FIELDS: dict[str, dict[str, Any]] = {  # JSON Schema of each
     **{n: JobRequest.model_json_schema()["properties"][n] for n in SHAPE}, **Params.model_json_schema()["properties"]}
 GROUPS["More"] = tuple(n for n in FIELDS if not any(n in names for names in GROUPS.values()))
@@ -75,17 +74,15 @@ class Session:
         self.control = Control(0)
         self._open = contextlib.ExitStack()
         self._shown: tuple[tuple[str, str], Preview] | None = None
-        self._one = threading.Lock()
 
     def preview(self, clip: str, speech: str) -> Preview:
         """Single frames of these files, which are read again when one of them has changed. Raises JobError."""
-        with self._one:
-            if self._shown is None or self._shown[0] != (clip, speech):
-                self._shown = None
-                self._open.close()
-                opened = self._open.enter_context(self.service.preview(job_of(clip, speech, {})))
-                self._shown = (clip, speech), opened
-            return self._shown[1]
+        if self._shown is None or self._shown[0] != (clip, speech):
+            self._shown = None
+            self._open.close()
+            opened = self._open.enter_context(self.service.preview(job_of(clip, speech, {})))
+            self._shown = (clip, speech), opened
+        return self._shown[1]
 
     def pictures(self, *shown: Picture) -> list[str]:
         """Files of the pictures (H, W, 3) that are shown now, in place of those before."""
@@ -101,8 +98,7 @@ class Session:
         self.control = Control(self.service.settings.job_deadline_sec, progress)
         body = self.service.run_job({**job, "musetalk_job_id": f"page-{uuid.uuid4().hex}"}, control=self.control)
         if body["status"] == "success":
-            made = Path(body["output_url"].removeprefix("file://"))
-            body["output_url"] = str(shutil.move(made, self.folder / made.name))
+            body["output_url"] = shutil.move(body["output_url"].removeprefix("file://"), self.folder)
         return body
 
     def close(self, others: Iterable[Session]) -> None:
@@ -124,10 +120,8 @@ def control_of(name: str, field: dict[str, Any]) -> gr.components.Component:
     if words := [word for kind in kinds for word in kind.get("enum", ())]:
         return gr.Dropdown(words, allow_custom_value=len(kinds) > 1, **given)
     (kind,) = kinds
-    if kind["type"] == "boolean":
-        return gr.Checkbox(**given)
-    if kind["type"] == "string":
-        return gr.Textbox(**given)
+    if kind["type"] in ("boolean", "string"):
+        return (gr.Checkbox if kind["type"] == "boolean" else gr.Textbox)(**given)
     whole = kind["type"] == "integer"
     if field["default"] is None:
         return gr.Number(precision=0 if whole else None, minimum=kind.get("minimum"), **given)
@@ -164,10 +158,10 @@ def failed(body: dict[str, Any]) -> str:
 
 
 def stage_bar(seconds: dict[str, float]) -> str:
-    """The stages' times as one bar."""
+    """The stages' times as one bar; a narrow stage says its name where the mouse rests."""
     total = sum(seconds.values())
     return f"done in {total:.1f} s<div class=bar>" + "".join(
-        f"<span style='flex:{share / total:.4f}' title='{name} {share:.2f} s'>{name} {share:.1f} s</span>"
+        f"<span style='flex:{share / total:.4f}' title='{name} {share:.2f} s'>{name if share > total / 8 else ''}</span>"
         for name, share in seconds.items() if share) + "</div>"
 
 
@@ -179,16 +173,6 @@ def as_curl(request: dict[str, Any]) -> tuple[str, str]:
 
 
 # -- the page --------------------------------------------------------------------------------------------------------
-
-
-def controls() -> dict[str, gr.components.Component]:
-    """All fields of the request but the files, in groups; what no group names is folded."""
-    made: dict[str, gr.components.Component] = {}
-    for title, names in GROUPS.items():
-        with gr.Accordion(title, open=title == "Mouth"):
-            for name in names:
-                made[name] = control_of(name, FIELDS[name])
-    return made
 
 
 def show(session: Session, clip: str | None, webcam: str | None, speech: str | None, second: float, outline: bool,
@@ -216,7 +200,7 @@ def render(session: Session, clip: str | None, webcam: str | None, speech: str |
     if not (source and speech):
         return EMPTY, "", None
     body = session.render(job_of(source, speech, dict(zip(ORDER, values, strict=True))),
-                          lambda stage, share: context.run(progress, share, desc=STAGES[stage]))
+                          lambda stage, share: context.run(progress, share, desc=stage))
     if body["status"] != "success":
         return failed(body), gr.skip(), gr.skip()
     metrics = body["metrics"]
@@ -245,14 +229,17 @@ def build(service: Service, root: Path) -> gr.Blocks:
                                       webcam_options=gr.WebcamOptions(mirror=False))  # kept as it is: no ffmpeg on the PATH
                 speech = gr.Audio(type="filepath", sources=["upload", "microphone"], label="speech", buttons=[])
                 samples = gr.Button("Use the samples", size="sm")
-                chosen = controls()
+                values: list[gr.components.Component] = []  # in the order of ORDER
+                for title, names in GROUPS.items():
+                    with gr.Accordion(title, open=title == "Mouth"):
+                        values += [control_of(n, FIELDS[n]) for n in names]
             with gr.Column(scale=2):
                 with gr.Row():
                     source = gr.Image(label="source", interactive=False, buttons=[])
                     film = gr.Image(label="film", interactive=False, buttons=[], elem_id="frame")
                 with gr.Row():
                     second = gr.Slider(0, 10, 0.5, step=0.04, label="second of the film", scale=4)
-                    outline = gr.Checkbox(label="outline what is blended", scale=1)
+                    outline = gr.Checkbox(label="outline region", scale=1)
                 notice = gr.HTML(EMPTY, elem_id="notice")
                 with gr.Row():
                     go, stop = gr.Button("Render the film", variant="primary"), gr.Button("Stop", variant="stop")
@@ -261,7 +248,6 @@ def build(service: Service, root: Path) -> gr.Blocks:
                     metrics = gr.Dataframe(headers=["metric", "value"], interactive=False, show_label=False)
                 with gr.Accordion("For production: the same request", open=False):
                     as_json, curl = gr.Code(language="json", label="JSON"), gr.Code(language="shell", label="curl")
-        values = [chosen[n] for n in ORDER]
         inputs = [session, clip, webcam, speech, second, outline, *values]
         changes = [c.input for c in (second, outline, *values)] + [c.change for c in (clip, webcam, speech)]
         gr.on(changes, show, inputs, [source, film, notice, as_json, curl, second], trigger_mode="always_last",
@@ -273,8 +259,7 @@ def build(service: Service, root: Path) -> gr.Blocks:
         stop.click(lambda session: session.control.cancel(), session, None, api_visibility="private")
 
         def begin(request: gr.Request) -> Session:
-            open_tabs[request.session_hash] = Session(service, root)
-            return open_tabs[request.session_hash]
+            return open_tabs.setdefault(request.session_hash, Session(service, root))
 
         def end(request: gr.Request) -> None:
             if (gone := open_tabs.pop(request.session_hash, None)) is not None:
@@ -286,12 +271,12 @@ def build(service: Service, root: Path) -> gr.Blocks:
     return page
 
 
-def main(argv: list[str] | None = None) -> int:
+def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.page", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
     parser.add_argument("--port", type=int, default=7860)
-    options = parser.parse_args(argv)
+    options = parser.parse_args()
     logs.setup("ERROR")
     with tempfile.TemporaryDirectory(prefix="musetalk-page-") as folder:
         root = Path(folder).resolve()
@@ -305,11 +290,10 @@ def main(argv: list[str] | None = None) -> int:
         threading.Thread(target=service.engine.warm_up, daemon=True).start()
         build(service, root).launch(
             server_name=options.host, server_port=options.port, share=False, quiet=True,
-            allowed_paths=[str(root), str(SAMPLES)], max_file_size=f"{settings.max_download_mb:g}mb", css=CSS,
+            allowed_paths=[str(SAMPLES)], max_file_size=f"{settings.max_download_mb:g}mb", css=CSS,
             footer_links=[], enable_monitoring=False, ssr_mode=False, mcp_server=False,
             theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]))
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()
