@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import random
 import shutil
-from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -30,13 +29,13 @@ from b2sdk.v3.exception import (
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_before_delay
 
 from pipeline import redact
-from pipeline.b2line import Cut, Line
+from pipeline.b2line import Line
 from pipeline.control import Control
 from pipeline.errors import Cancelled, DeadlineExceeded, DiskFull, JobError, StorageRejected, StorageUnavailable, disk_is_full
+from pipeline.leave import Cut, leaving
 from pipeline.settings import Settings
 
 UPLOAD_SEC = 120.0  # of one upload with all its tries
-STOP_SEC = 0.2  # how soon a stopped job lets go of its upload
 DIGEST = "content_digest"  # in an object's file info: what was signed, where signatures make each run's bytes differ
 PERMANENT = (Unauthorized, AccessDenied, CapExceeded, NonExistentBucket, BadRequest)
 
@@ -90,14 +89,10 @@ class B2Storage:
         return tries(self._try, path, key, control, digest)
 
     def _try(self, path: Path, key: str, control: Control, digest: str) -> str:
-        """One try, in a thread that is left behind when the job has to stop: the SDK's own waiting knows no job."""
+        """One try, left behind when the job has to stop: the SDK's own waiting knows no job."""
         line = self._line = self._line or Line()
-        pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
         try:
-            work = pool.submit(self._once, line, path, key, digest)
-            while not wait([work], timeout=STOP_SEC).done:
-                control.check()
-            return work.result()
+            return leaving(lambda: self._once(line, path, key, digest), control, "upload")
         except (Cancelled, DeadlineExceeded):
             self._line = None
             line.cut()
@@ -108,8 +103,6 @@ class B2Storage:
             if isinstance(e, Unauthorized):
                 line.bucket = None  # authorise again
             raise self._translate(e, key) from e
-        finally:
-            pool.shutdown(wait=False)
 
     def _once(self, line: Line, path: Path, key: str, digest: str) -> str:
         bucket = line.connect(self.settings)
