@@ -83,19 +83,21 @@ class B2Storage:
         """Upload with backoff until it is there, the storage refuses for good, or UPLOAD_SEC or the job is over."""
         key = f"{self.settings.b2_prefix.strip('/')}/{job_id}.mp4".lstrip("/")
         control.check()
-        tries = Retrying(
-            sleep=control.sleep, retry=retry_if_exception_type(StorageUnavailable), wait=_wait, reraise=True,
-            stop=stop_before_delay(min(UPLOAD_SEC, control.remaining)))
-        return tries(self._try, path, key, control, digest)
+        limit = Control(min(UPLOAD_SEC, control.remaining))
+        tries = Retrying(sleep=control.sleep, retry=retry_if_exception_type(StorageUnavailable), wait=_wait, reraise=True,
+                         stop=stop_before_delay(limit.limit))
+        return tries(self._try, path, key, control, limit, digest)
 
-    def _try(self, path: Path, key: str, control: Control, digest: str) -> str:
+    def _try(self, path: Path, key: str, control: Control, limit: Control, digest: str) -> str:
         """One try, left behind when the job has to stop: the SDK's own waiting knows no job."""
         line = self._line = self._line or Line()
         try:
-            return leaving(lambda: self._once(line, path, key, digest), control, "upload")
-        except (Cancelled, DeadlineExceeded):
+            return leaving(lambda: self._once(line, path, key, digest), control, "upload", limit.remaining)
+        except (Cancelled, DeadlineExceeded, TimeoutError) as e:
             self._line = None
             line.cut()
+            if isinstance(e, TimeoutError):
+                raise self._translate(e, key) from e
             raise
         except Cut as e:  # another job had to leave the line
             raise StorageUnavailable("Upload failed: the connection was cut", stage="upload") from e
