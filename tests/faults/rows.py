@@ -5,5 +5,5 @@ from tests.faults.world import Row
 
 ALL: list[Row] = [*sources.ROWS, *ssrf.ROWS, *files.ROWS, *requests.ROWS, *device.ROWS, *uploads.ROWS, *process.ROWS]
 ALL.sort(key=lambda row: row.aside)  # those that wait are through when the others are
-ROWS = [row for row in ALL if not row.brief]
-QUICK = [row for row in ALL if not row.long]
+ROWS = [row for row in ALL if not row.long]  # as tests, and with --quick
+FULL = [row for row in ALL if not row.brief]

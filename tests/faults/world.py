@@ -84,8 +84,8 @@ class Row:
     act: Callable[[World], Body | None]
     expect: Expect = SUCCESS
     limit_sec: float = 30.0  # a row that takes longer has failed
-    long: bool = False  # left out with --quick
-    brief: bool = False  # stands in for a long row with --quick
+    long: bool = False  # takes minutes: not among the tests
+    brief: bool = False  # stands in for a long one there
     aside: bool = False  # waits for a minute or more: runs in a process of its own beside the others
 
 
