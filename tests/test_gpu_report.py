@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
 
 from benchmarks import gpu
 from benchmarks.report import Report
+from musetalk.nets.unet import UNetConfig
+from musetalk.nets.vae import VaeConfig
+from tests.conftest import DEMO
 
 
 def test_tiny_report(tmp_path: Path) -> None:
@@ -17,11 +23,24 @@ def test_tiny_report(tmp_path: Path) -> None:
     told = json.loads(target.read_text())
     verdicts = {row["name"]: row["verdict"] for row in told["rows"]}
     assert "FAIL" not in verdicts.values()
-    for name in ("the same job twice: the same bytes", "cancel", "deadline", "a job after the drills"):
+    for name in ("the same job twice: the same bytes", "exact lane, avatar cached", "fast lane, avatar cached",
+                 "cancel", "deadline", "a job after the drills"):
         assert verdicts[name] == "PASS"
     if not torch.cuda.is_available():
         assert told["device"] == "cpu"
+        assert "generator, plain, batch 2, share of ceiling" not in told["figures"], "it counts the published sizes"
         assert verdicts["recorded and plain give the same faces"] == "SKIP"
+
+
+def test_the_share_of_the_ceiling_counts_what_a_frame_takes() -> None:
+    """UNet and VAE decode, 0.80 TFLOP: not the fast lane's decoder too."""
+    unet = SimpleNamespace(cfg=UNetConfig(), conv_in=SimpleNamespace(weight=torch.zeros(1)))
+    lipsync: Any = SimpleNamespace(nets=SimpleNamespace(unet=unet, vae=SimpleNamespace(cfg=VaeConfig())))
+    plan = gpu.Plan(DEMO, True, (2,), 1, 1, "360p")
+    report = Report(torch.device("cpu"))
+    gpu.rate(report, lipsync, plan, "plain", 2, lambda _: lambda latents, _: (latents, latents), 40.0)
+    frames, share = (report.figures[f"generator, plain, batch 2, {what}"] for what in ("frames/s", "share of ceiling"))
+    assert share == pytest.approx(frames * 0.8 / 40)
 
 
 def test_a_part_that_raises_is_a_fail_and_the_report_goes_on() -> None:
