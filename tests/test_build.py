@@ -1,10 +1,11 @@
-"""What building and publishing decide before anything is built: the locked torch, image tags, the CUDA versions asked for."""
+"""What building and publishing decide beside the image itself: the locked torch, tags, CUDA versions, release notes."""
 
 from __future__ import annotations
 
 import json
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,14 @@ def test_only_drivers_that_the_packaged_torch_can_use_are_asked_for() -> None:
         allowed = json.loads((REPOSITORY / f".runpod/{name}.json").read_text())["config"]["allowedCudaVersions"]
         assert allowed
         assert {version.partition(".")[0] for version in allowed} == set(packaged) == {"13"}
+
+
+def test_a_release_has_its_notes() -> None:
+    """The version that the project has, and no other."""
+    version = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+    script = str(REPOSITORY / "scripts/release-notes")
+    notes = subprocess.run([script, f"v{version}"], capture_output=True, text=True, check=True).stdout
+    assert notes.strip().startswith("- ")
+    assert "\n## " not in notes
+    unknown = subprocess.run([script, "v9.9.9"], capture_output=True, text=True)
+    assert (unknown.returncode, unknown.stderr) == (1, "CHANGELOG.md has no section 9.9.9\n")
