@@ -206,6 +206,8 @@ def recorded(report: Report, lipsync: LipSync, plan: Plan) -> None:
     unet, vae, batch = lipsync.nets.unet, lipsync.nets.vae, max(plan.batches)
     plain = tuning.plain(unet, vae)
     way, worst = tuning.Recorded(plain, *tuning.examples(unet, vae, batch, 50)), 0.0
+    sizes, wanted = sorted(way.graphs), sorted({*(s for s in tuning.SIZES if s < batch), batch})
+    report.add("batch sizes that are recorded", sizes, str(wanted), sizes == wanted)  # what is not takes the plain path
     for count in range(1, batch + 1):
         latents, prompts = tuning.examples(unet, vae, count, 50)
         made, want = way(latents.flip(0), prompts), plain(latents.flip(0), prompts)
@@ -288,6 +290,7 @@ def drills(report: Report, jobs: Jobs) -> None:
         return real(unet, vae, latent, prompts)
 
     with mock.patch.object(generate, "faces", short):
+        engine._lipsync.tune(engine.batch_size, 50)  # on a GPU: the sizes that fit are recorded, and others when it ran out
         jobs.run(engine)
     report.add("out of memory: the batch is halved until it fits", f"{max(seen)} -> {seen[-1]}", "success", seen[-1] <= room)
     control = Control(600)
