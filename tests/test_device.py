@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -185,24 +186,31 @@ def test_a_cache_that_cannot_be_written_is_said_at_start(
         assert len([r for r in caplog.records if "CACHE_DIR" in r.message]) == said
 
 
-def test_a_user_who_cannot_write_the_volume_is_told_at_start(settings: Settings, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("setting", "storage", "cache"), [("CACHE_DIR", "b2", 1), ("LOCAL_STORAGE_DIR", "local", 0)])
+def test_a_user_who_cannot_write_the_volume_is_told_at_start(
+    settings: Settings, tmp_path: Path, setting: str, storage: str, cache: int
+) -> None:
     """The image's user and a volume of another's, in a process that really has that user's rights."""
-    volume, said = tmp_path / "volume", tmp_path / "said"
-    volume.mkdir(mode=0o555)
-    child = os.fork()
-    if child == 0:  # ends without pytest's own clean-up
-        with said.open("w") as sys.stderr:
-            if os.getuid() == 0:
-                os.setgroups([])
-                os.setresgid(10001, 10001, 10001)
-                os.setresuid(10001, 10001, 10001)
-            logs.setup("INFO")
-            Service(settings.model_copy(update={"cache_dir": volume}))
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
+    said = tmp_path / "said"
+    with tempfile.TemporaryDirectory() as volume:  # not under tmp_path, which no other user may enter
+        Path(volume).chmod(0o555)
+        child = os.fork()
+        if child == 0:  # ends without pytest's own clean-up
+            try:
+                with said.open("w") as sys.stderr:
+                    if os.getuid() == 0:
+                        os.setgroups([])
+                        os.setresgid(10001, 10001, 10001)
+                        os.setresuid(10001, 10001, 10001)
+                    logs.setup("INFO")
+                    Service(settings.model_copy(
+                        update={"storage": storage, "cache_max_gb": cache, setting.lower(): Path(volume)}))
+            finally:
+                os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
     line = json.loads(said.read_text())
-    assert "CACHE_DIR cannot be written" in line["message"]
-    assert (line["folder"], line["reason"]) == (str(volume), "Permission denied")
+    assert line["message"].startswith(f"{setting} cannot be written: ")
+    assert (line["folder"], line["reason"]) == (volume, "Permission denied")
     assert line["uid"] == (os.getuid() or 10001)
 
 
