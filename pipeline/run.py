@@ -17,7 +17,7 @@ from typing import Any
 from pipeline import errors, redact, stream
 from pipeline.control import Control
 from pipeline.download import Downloader, Source
-from pipeline.engine import Engine
+from pipeline.engine import Engine, check_writable
 from pipeline.errors import JobError, Stage
 from pipeline.metrics import PeakMemory, StageKey, StageTimer, give_back_memory, gpu_class, versions
 from pipeline.preview import Preview
@@ -45,6 +45,8 @@ class Service:
         self.downloader = Downloader(settings)
         self.samples = Downloader(settings.model_copy(update={"local_input_root": REPOSITORY / "samples"}))
         self.storage = storage_of(settings)
+        if settings.storage == "local":
+            check_writable(settings.local_storage_dir, "LOCAL_STORAGE_DIR", "every job will fail at its end")
         self.marker = Marker(settings)
         remove_stale()
 
