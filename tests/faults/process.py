@@ -266,7 +266,7 @@ def _resident_mb() -> float:
 
 
 def in_a_row(count: int) -> Callable[[World], None]:
-    """`count` jobs with signed films, every tenth of which fails: memory, descriptors, threads and temporary files stay flat."""
+    """`count` signed jobs, every tenth of which fails: memory, descriptors, threads and temporary files stay flat."""
     def act(w: World) -> None:
         service = w.another(**{name.lower(): value for name, value in w.signer().items()})
 
