@@ -31,7 +31,7 @@ PIPELINE = {
     "b2line": "leave settings",
     "storage": "b2line control errors leave redact settings",
     "engine": "errors media metrics settings", "stages": "errors media runner",
-    "stream": "control engine errors media provenance runner schema stages validate",
+    "stream": "control engine errors leave media provenance runner schema stages validate",
     "preview": "engine errors media schema stream validate",
     "run": "control download engine errors metrics preview provenance redact schema settings storage stream validate",
     "server": "control errors logs metrics redact run schema settings", "__main__": "bar logs media run schema settings",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pipeline.media import probe
 from tests import exif, heif
 from tests.conftest import make_media
-from tests.test_media import MOVING, Make, frames, source
+from tests.test_media import MOVING, PIXELS, Make, frames, source
 
 
 def test_rotated_phone_clip(media: Make) -> None:
@@ -72,3 +74,17 @@ def test_heif_is_put_together_and_turned(media: Make, tmp_path: Path, kind: str,
         got = frames(src)
         assert len(got) == 1
         assert np.abs(got[0][: src.width * src.height].reshape(seen.shape).astype(int) - seen).mean() < 3, orientation
+
+
+@pytest.mark.parametrize(("whole", "damaged"), [
+    (b"pitm" + bytes(4) + b"\0\5", b"pitm" + bytes(4) + b"\0\1"),  # a tile is said to be the photo
+    (struct.pack(">BBHH", 1, 1, 256, 256), struct.pack(">BBHH", 1, 1, 60_000, 60_000)),
+], ids=["another item", "larger than its tiles"])
+def test_tiles_that_make_no_whole_are_no_picture(media: Make, tmp_path: Path, whole: bytes, damaged: bytes) -> None:
+    tile = media("alone.mp4", "-f", "lavfi", "-i", "testsrc2=s=128x128", "-frames:v", "1", "-pix_fmt", "yuv420p", *HEIF["heic"])
+    data = heif.picture("heic", [tile] * 4, 2, (128, 128), (256, 256))
+    assert whole in data
+    (tmp_path / "broken.heic").write_bytes(data.replace(whole, damaged))
+    info = probe(tmp_path / "broken.heic", PIXELS)
+    assert info.video is None
+    assert info.undecodable

@@ -176,8 +176,10 @@ def _read(path: Path, log: str, how: Opener) -> MediaInfo:
     elif chosen := _CHOSEN.search(described):
         text = next((text for index, kind, text in streams if (index, kind) == (int(chosen[1]), "Video")), "")
         cover = "(attached pic)" in text  # ffmpeg's own choice, when there is no other picture
-        video = None if cover else _video(int(chosen[1]), text, log)
-        if video is None and not cover:
+        video = None if cover or not text else _video(int(chosen[1]), text, log)
+        if not text:  # a tile of a grid that is not whole
+            undecodable = "the picture's tiles do not make a whole"
+        elif video is None and not cover:
             undecodable = tail(rest or described, path) or "no frame can be decoded"
     length = re.search(r"^  Duration: (\d+):(\d+):([\d.]+)", log, re.MULTILINE)
     duration = int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3]) if length and not how.still else None
