@@ -164,13 +164,14 @@ def status_of(body: dict[str, Any]) -> int:
 @contextlib.contextmanager
 def job_folder() -> Iterator[Path]:
     """A temporary folder for one job, locked while it is in use and removed afterwards."""
-    while True:
+    while True:  # a worker that starts right now may take it for a stale one before it is locked
         folder = Path(tempfile.mkdtemp(prefix=TEMPORARY))
-        lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():  # else a worker that starts right now took it for a stale one before it was locked
-            break
-        os.close(lock)
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.exists():
+                break
+            os.close(lock)
     try:
         yield folder
     finally:
