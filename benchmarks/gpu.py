@@ -37,7 +37,7 @@ from musetalk.audio import whisper_states
 from musetalk.nets.unet import UNetConfig
 from musetalk.nets.vae import VaeConfig
 from pipeline.control import Control
-from pipeline.engine import Engine
+from pipeline.engine import Engine, batch_for
 from pipeline.errors import Cancelled, DeadlineExceeded, JobError
 from pipeline.media import video_encoder
 from pipeline.metrics import PeakMemory, gpu_driver
@@ -226,12 +226,14 @@ class Jobs:
         self.clip, self.sound = pipeline.material(folder, pipeline.SIZES[plan.size], plan.seconds)
         self.inputs: Inputs = pipeline.checked(self.clip, self.sound)
         self.settings = Settings(model_dir=plan.weights, cache_dir=folder / "cache", device=device.type)
-        self.engine = self.another()
-        self.engine._lipsync = lipsync
+        self.engine = self.another(lipsync)
 
-    def another(self, **changes: Any) -> Engine:
-        """An engine of its own."""
-        return Engine(self.settings.model_copy(update=changes))
+    def another(self, lipsync: LipSync | None, **changes: Any) -> Engine:
+        """An engine of its own, with a model that is loaded already; with the batch that a worker here takes."""
+        engine = Engine(self.settings.model_copy(update=changes))
+        if lipsync is not None:
+            engine._lipsync, engine.batch_size = lipsync, batch_for(engine.device)
+        return engine
 
     def run(self, engine: Engine, target: str = "o.mp4", control: Control | None = None, **params: Any) -> Result:
         """One job."""
@@ -242,9 +244,7 @@ class Jobs:
 
 def same_bytes(report: Report, jobs: Jobs) -> None:
     """The same job twice, nothing cached: the same file."""
-    engine = jobs.another(cache_max_gb=0)
-    engine._lipsync = jobs.engine.load()
-    engine.batch_size = jobs.engine.batch_size
+    engine = jobs.another(jobs.engine.load(), cache_max_gb=0)
     sums = []
     for name in ("1.mp4", "2.mp4"):
         jobs.run(engine, name)
@@ -265,7 +265,8 @@ def warm_job(report: Report, jobs: Jobs) -> None:
         with PeakMemory() as memory:
             warm = jobs.run(jobs.engine, **given)
         report.add(f"{lane} lane, avatar cached", warm.avatar_cached, "True", warm.avatar_cached)
-        report.add(f"{lane} lane, {jobs.plan.seconds} s job, frames/s", warm.frames / warm.wall_sec)
+        job = f"{lane} lane, {jobs.plan.seconds} s job, batch {jobs.engine.batch_size}"
+        report.add(f"{job}, frames/s", warm.frames / warm.wall_sec)
         report.add(f"{lane} lane, fresh avatar, frames/s", fresh.frames / fresh.wall_sec)
         share, on_gpu = warm.wall_sec / warm.generation_sec, report.device.type == "cuda"
         report.add(f"{lane} lane, stage / generation", share, f"{SHARE} on a GPU", share <= SHARE if on_gpu else None)
@@ -278,8 +279,8 @@ def warm_job(report: Report, jobs: Jobs) -> None:
 
 def drills(report: Report, jobs: Jobs) -> None:
     """Out of memory, cancel, deadline: each ends as it must, and the next job runs."""
-    engine, lipsync = jobs.another(), jobs.engine.load()
-    engine._lipsync = LipSync(lipsync.nets)
+    lipsync = LipSync(jobs.engine.load().nets)
+    engine = jobs.another(lipsync)
     room, seen = 2, []
     real = generate.faces
 
@@ -290,7 +291,7 @@ def drills(report: Report, jobs: Jobs) -> None:
         return real(unet, vae, latent, prompts)
 
     with mock.patch.object(generate, "faces", short):
-        engine._lipsync.tune(engine.batch_size, 50)  # on a GPU: the sizes that fit are recorded, and others when it ran out
+        lipsync.tune(engine.batch_size, 50)  # on a GPU: the sizes that fit are recorded, and others when it ran out
         jobs.run(engine)
     report.add("out of memory: the batch is halved until it fits", f"{max(seen)} -> {seen[-1]}", "success", seen[-1] <= room)
     control = Control(600)

@@ -38,7 +38,7 @@ def test_tiny_report(tmp_path: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize("records", [True, False])
-def test_what_a_gpu_alone_has(monkeypatch: pytest.MonkeyPatch, records: bool) -> None:
+def test_what_a_gpu_alone_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, records: bool) -> None:
     """On a simulated card: the generator's rows for plain and recorded, and a FAIL where nothing could be recorded."""
     monkeypatch.setattr(gpu.nets, "ceiling", lambda *_: 1.0)
     monkeypatch.setattr(gpu.shutil, "which", lambda _: None)
@@ -51,6 +51,7 @@ def test_what_a_gpu_alone_has(monkeypatch: pytest.MonkeyPatch, records: bool) ->
         for part in (gpu.recorded, gpu.rates, gpu.compiled):
             with report.part(part.__name__):
                 part(report, lipsync, plan)
+        assert gpu.Jobs(plan, report.device, tmp_path, lipsync).engine.batch_size == 16, "a worker's on a card of 24 GiB"
     assert report.failed == ([] if records else ["batch sizes that are recorded"])
     for way in ("plain", "recorded"):
         assert report.figures[f"generator, {way}, batch 2, VRAM MiB"] == 1024
