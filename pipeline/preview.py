@@ -66,8 +66,7 @@ class Preview:
             before = to_rgb(planes, colour)
             weight = speech_weights(self.inputs.speech.pcm, source.fps, len(prompts), options)[output]
             face = self._face(lipsync, key, at, before, options)
-            (painted,) = lipsync.generate_batch([face], prompts, [Slot(output, 0, weight)], options.quality,
-                                                options.finish)
+            (painted,) = lipsync.generate_batch([face], prompts, [Slot(output, 0, weight)], options)
             if painted is not None:
                 painted.paste(planes, from_rgb(painted.face[None], colour)[0])
             return Shown(before.numpy(), to_rgb(planes, colour).numpy(), painted.region if painted else None)

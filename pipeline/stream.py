@@ -49,7 +49,7 @@ class Result:
 def speak(engine: Engine, request: JobRequest, inputs: Inputs, content: str, target: Path, control: Control) -> Result:
     """Write the lip-synced MP4 to `target`. `content` is the clip's sha256."""
     began = time.perf_counter()
-    with engine.job() as lipsync:
+    with engine.job(control.check) as lipsync:
         options = options_of(engine, lipsync, request, engine.batch_size)
         source, colour, key = clip_of(engine, lipsync, request, options, inputs.clip, content)
         clock, pcm = Clock(engine.device), inputs.speech.pcm

@@ -17,7 +17,7 @@ from musetalk import LipSync, MuseTalkError, NonFiniteOutput, faces
 from musetalk.checkpoints import default_dtype
 from musetalk.lipsync import Painted
 from pipeline import engine, media
-from pipeline.errors import DeviceLost, DiskFull, JobError, NoDevice, OutOfMemory
+from pipeline.errors import DeviceLost, JobError, NoDevice, OutOfMemory
 from pipeline.run import Service
 from pipeline.settings import Settings
 from tests.fakes import cuda
@@ -211,7 +211,7 @@ def test_the_map_of_exceptions_is_total() -> None:
 
 
 @pytest.mark.parametrize(("error", "leaf"), [
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), OutOfMemory), (OSError(errno.ENOSPC, "full"), DiskFull),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), OutOfMemory),
     (torch.OutOfMemoryError("x"), OutOfMemory), (torch.AcceleratorError("CUDA error: x"), DeviceLost)])
 def test_what_foreign_exceptions_become(error: Exception, leaf: type[JobError]) -> None:
     with pytest.raises(leaf), engine.translated("inference"):
