@@ -19,6 +19,7 @@ import torch
 from benchmarks import common
 from musetalk import generate, tuning
 from musetalk.checkpoints import default_dtype
+from musetalk.nets.layers import fold_upsampling, pack
 from musetalk.nets.tiny import Tiny
 from musetalk.nets.unet import UNet
 from musetalk.nets.vae import Vae
@@ -41,9 +42,12 @@ def ours(device: torch.device, dtype: torch.dtype) -> tuple[UNet, Vae, Tiny]:
     with torch.device(device):
         unet, vae, tiny = UNet().eval(), Vae().eval(), Tiny().eval()
     unet.fold_time()
-    nets: list[Any] = [net.requires_grad_(False) for net in (unet, vae, tiny)]
-    fast = [net.to(dtype=dtype, memory_format=torch.channels_last) for net in nets]
-    return fast[0], fast[1], fast[2]
+    nets: list[Any] = [net.requires_grad_(False).to(dtype=dtype, memory_format=torch.channels_last) for net in (unet, vae, tiny)]
+    if device.type == "cpu":
+        for net in nets:
+            fold_upsampling(net)
+        pack(nets[0])
+    return nets[0], nets[1], nets[2]
 
 
 def theirs(device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, Any]:

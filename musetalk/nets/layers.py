@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -144,11 +144,95 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv: nn.Module = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, 2H, 2W)."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        if isinstance(self.conv, Doubling):
+            return cast(Tensor, self.conv(x))
+        return cast(Tensor, self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest")))
+
+
+class Doubling(nn.Module):
+    """Nearest-neighbour doubling and a 3x3 convolution in one: 4/9 of the products, and no doubled map.
+
+    Of three neighbours in the doubled map two are copies of one pixel. So an output sees 2x2 pixels of the small map, by one
+    of four sets of weights according to where in its quad it lies. Same result up to the rounding of summed weights.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        quad = [columns for rows in _pairs(conv.weight.float(), 2) for columns in _pairs(rows, 3)]
+        self.conv = nn.Conv2d(conv.in_channels, 4 * conv.out_channels, 2, padding=1, bias=conv.bias is not None)
+        self.conv.weight = nn.Parameter(torch.cat(quad).to(conv.weight), requires_grad=False)
+        if conv.bias is not None:
+            self.conv.bias = nn.Parameter(conv.bias.repeat(4), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', 2H, 2W)."""
+        n, _, height, width = x.shape
+        quads = self.conv(x).chunk(4, dim=1)  # (N, C', H + 1, W + 1) each
+        out = torch.empty((n, quads[0].shape[1], 2 * height, 2 * width), dtype=x.dtype, device=x.device,
+                          memory_format=torch.channels_last)
+        for i, part in enumerate(quads):
+            y, left = divmod(i, 2)
+            out[:, :, y::2, left::2] = part[:, :, y : y + height, left : left + width]
+        return out
+
+
+def _pairs(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Three taps on a doubled line -> two on the line itself, for the first and for the second of each two outputs."""
+    a, b, c = weight.unbind(dim)
+    return torch.stack([a, b + c], dim), torch.stack([a + b, c], dim)
+
+
+def fold_upsampling(net: nn.Module) -> None:
+    """Work upsampling out on the small maps, in place, as `Doubling` does. Only for inference."""
+    for module in list(net.modules()):
+        if isinstance(module, Upsample) and isinstance(module.conv, nn.Conv2d):
+            module.conv = Doubling(module.conv)
+        if isinstance(module, nn.Sequential):
+            for i in range(len(module) - 1):
+                before, conv = module[i], module[i + 1]
+                if isinstance(before, nn.Upsample) and isinstance(conv, nn.Conv2d):
+                    module[i], module[i + 1] = nn.Identity(), Doubling(conv)
+
+
+PACKED = 1 << 16  # weights from which a convolution is worth packing
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this CPU's convolutions are oneDNN's, in this data type."""
+    known = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return known and (dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+
+class Packed(nn.Module):
+    """A convolution whose weights lie once and for all as oneDNN's kernel reads them, instead of being copied in each pass.
+
+    The same kernel, bit for bit. Packed by the first pass, since the order depends on the map's size.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight: Tensor = conv.weight.detach()
+        self.bias = conv.bias
+        self.shape = (conv.padding, conv.stride, conv.dilation, conv.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the convolution."""
+        if not self.weight.is_mkldnn:
+            plain = self.weight.contiguous().to_mkldnn()
+            self.weight = torch.ops.aten.mkldnn_reorder_conv2d_weight(plain, *self.shape, x.shape)
+        return cast(Tensor, torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, *self.shape, "none", [], ""))
+
+
+def pack(net: nn.Module) -> None:
+    """Pack the weights of all large convolutions, in place. Pays where maps are small: most of a UNet. Only for inference."""
+    for module in list(net.modules()):
+        for name, conv in list(module.named_children()):
+            if isinstance(conv, nn.Conv2d) and conv.weight.numel() >= PACKED and can_pack(conv.weight.dtype):
+                setattr(module, name, Packed(conv))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
