@@ -58,7 +58,7 @@ class LipSync:
     ) -> LipSync:
         """Load the weights in `folder` (official or converted layout); raises BadCheckpoint.
 
-        On a GPU this fixes, for the process, what chooses kernels: see `tuning.fix_numerics`; on a CPU, how freed memory is kept.
+        For the process, this fixes on a GPU what chooses kernels, on a CPU what becomes of freed memory: see `tuning`.
         """
         if torch.device(device).type == "cuda":
             tuning.fix_numerics()

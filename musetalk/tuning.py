@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from musetalk import generate
-from musetalk.nets.layers import Doubling, Packed, at_once, fold_upsampling, pack
+from musetalk.nets.layers import Doubling, Packed, at_once, fold_upsampling, fuse_relu, pack
 from musetalk.nets.unet import UNet
 from musetalk.nets.vae import Vae
 
@@ -54,16 +54,19 @@ def fit_cpu(nets: Networks) -> None:
         if net is not None:
             fold_upsampling(net)
     pack(nets.unet)
+    if nets.tiny is not None:
+        fuse_relu(nets.tiny)
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc, for the process, to keep freed maps for the next layer, from one pool, until someone calls `malloc_trim`.
+def keep_freed_memory(largest: int = 1 << 30, in_all: int = (1 << 31) - 1) -> None:
+    """Tell glibc, for the process, to keep freed maps of up to `largest` bytes for the next layer, until `malloc_trim`.
 
     By default each large map gets fresh pages from the system; filling those with zeros took a fifth of the UNet's time.
+    glibc's own limits grow to 32 MB and twice that, and it opens a pool for each thread, whose maps never exceed 64 MB.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        for option, value in ((M_MMAP_THRESHOLD, 1 << 30), (M_TRIM_THRESHOLD, (1 << 31) - 1), (M_ARENA_MAX, 1)):
+        for option, value in ((M_MMAP_THRESHOLD, largest), (M_TRIM_THRESHOLD, in_all), (M_ARENA_MAX, 1)):
             mallopt(option, value)
 
 
