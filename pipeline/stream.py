@@ -6,6 +6,7 @@ A frame enters each stage once, in this order, in a buffer of its own; `pipeline
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -14,16 +15,19 @@ from pathlib import Path
 import numpy as np
 
 from musetalk import LipSync, Options
+from musetalk.audio import Prompts
 from musetalk.avatar import Avatar, cache_key
 from musetalk.colour import Colour
 from musetalk.errors import NoFastLane
+from musetalk.interruption import interrupt
 from musetalk.lipsync import speech_weights
 from musetalk.options import Quality
 from musetalk.track import WINDOW
 from pipeline import runner
 from pipeline.control import Control
 from pipeline.engine import Engine
-from pipeline.errors import BadMedia
+from pipeline.errors import BadMedia, Cancelled, DeadlineExceeded
+from pipeline.leave import leaving
 from pipeline.media import FrameSource, MediaInfo, Mp4Writer, plan
 from pipeline.provenance import tags
 from pipeline.runner import ROOM, Buffers, Stage, Together
@@ -54,7 +58,7 @@ def speak(engine: Engine, request: JobRequest, inputs: Inputs, content: str, tar
         source, colour, key = clip_of(engine, lipsync, request, options, inputs.clip, content)
         clock, pcm = Clock(engine.device), inputs.speech.pcm
         with clock.running():
-            prompts = lipsync.prompts(pcm, source.fps, options)
+            prompts = _until_stopped(lambda: lipsync.prompts(pcm, source.fps, options), control)
         outputs, batch = len(prompts), options.batch_size
         cached = engine.cache.get(key, outputs)
         buffers = Buffers(lambda: np.empty(source.frame_bytes, np.uint8), buffers_needed(batch))
@@ -77,6 +81,15 @@ def speak(engine: Engine, request: JobRequest, inputs: Inputs, content: str, tar
                 engine.cache.put(key, avatar)
     return Result(clock.seconds, time.perf_counter() - began, outputs, cached is not None, options.quality,
                   _damaged(decode, inputs))
+
+
+def _until_stopped(work: Callable[[], Prompts], control: Control) -> Prompts:
+    """The speech's tokens: ten minutes of it take a CPU half a minute, in which the job can be stopped."""
+    try:
+        return leaving(work, control, "listen")
+    except (Cancelled, DeadlineExceeded):
+        interrupt()
+        raise
 
 
 def options_of(engine: Engine, lipsync: LipSync, request: JobRequest, batch_size: int) -> Options:
