@@ -58,11 +58,14 @@ class LipSync:
     ) -> LipSync:
         """Load the weights in `folder` (official or converted layout); raises BadCheckpoint.
 
-        On a GPU this fixes, for the process, what chooses kernels: see `tuning.fix_numerics`.
+        For the process, this fixes on a GPU what chooses kernels, on a CPU what becomes of freed memory: see `tuning`.
         """
         if torch.device(device).type == "cuda":
             tuning.fix_numerics()
-        return cls(checkpoints.load(folder, device, dtype))
+        nets = checkpoints.load(folder, device, dtype)
+        if nets.device.type == "cpu":
+            tuning.fit_cpu(nets)
+        return cls(nets)
 
     @property
     def crop_size(self) -> int:
