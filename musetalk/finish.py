@@ -6,7 +6,7 @@ where they differ (lips, teeth, an opening mouth, a jaw that drops), and always 
 tint is what the source has over the drawing in its surroundings, spread smoothly over the mouth, so neither seam nor tint
 remains. Everything is worked out at the network's size; the frame's pixels are read once and written once:
 
-    out = pixel + mask * (own * (pixel - grain) + grain + drawn - pixel)
+    out = pixel + mask * (1 - own) * (drawn + grain - pixel)
 
 `own` and `drawn` are stretched from the network's size; `grain` is what that size loses of the source, as far as it is small.
 """
@@ -25,11 +25,13 @@ from musetalk.imaging import kept
 
 GRID, TINT_GRID = 64, 16  # sides of the maps on which drawing and source are compared, and of the tints
 ALIKE, ALIKE_FAR = 12.0, 200.0  # levels over which drawing and source count as different: by the mouth, and far from it
+BUSY = 1.0  # deviations of the source's pattern that such a difference may have besides: a beard's strands are no mouth
 MOUTH_AT, MOUTH_SIZE = (0.5, 0.8), (0.22, 0.18)  # where a face box has its mouth, and how far it moves skin; sides of the box
+LIPS_WITHIN = (0.36, 0.2)  # how far from there lips may lie: a parser may call a whole beard a mouth
 TRUST = 40.0  # levels of difference that may still be a tint
-LIPS = 32  # side of the map of the source's lips
-LIPS_GROW = 0.06  # how far around them the drawing is shown, sides of the box
-CRISP = 0.25  # unsharp mask on the drawing, against the decoder's blur
+LIPS = 64  # side of the map of the source's lips
+LIPS_GROW = 0.03  # how far around them the drawing is shown, sides of the box
+CRISP = 1.0  # unsharp mask on the drawing for every time it is enlarged, within its own range: steeper edges without halos
 GRAIN = 8.0  # levels of the source's detail that the drawing gets too: pores and grain, but no edge of a lip
 
 
@@ -39,6 +41,9 @@ def lips_map(labels: Tensor, square: Box, box: Box, size: int = LIPS) -> Tensor:
     for dim, length, first in ((0, box.height, box.y1 - square.y1), (1, box.width, box.x1 - square.x1)):
         at = ((torch.arange(size, device=labels.device) + 0.5) * (length / size) + first) * (len(labels) / square.width)
         mouth = mouth.index_select(dim, at.long().clamp(0, len(labels) - 1))
+    at = (torch.arange(size, device=labels.device) + 0.5) / size
+    (x, y), (rx, ry) = MOUTH_AT, LIPS_WITHIN
+    mouth *= ((at - y)[:, None] / ry).square() + ((at - x)[None] / rx).square() < 1
     reach = round(LIPS_GROW * size)
     small = F.max_pool2d(mouth[None, None], 2 * reach + 1, 1, reach)
     return (_blur(small)[0, 0] * 255).round().to(torch.uint8)
@@ -56,37 +61,52 @@ def natural(planes: Sequence[Tensor], face: Tensor, box: Box, region: Region, li
     cell = max(face.shape[-1] // GRID, 1)
     top = -(-first_row(box, region, face.shape[-1]) // cell) * cell  # rows above are not looked at: the fast lane draws none
     source = torch.cat([_seen(p, box, step, face.shape[-1], face.device) for p, step in zip(planes, steps, strict=True)], dim=1)
-    own, drawn = _mix(source[:, :, top:], face.float()[None, :, top:], lips.to(face.device))
+    shown = _at(mask, box, region.box, face.shape[-1] // cell)[:, :, top // cell :]
+    crisp = CRISP * min(max(box.height / face.shape[-1] - 1, 0), 3)
+    own, drawn, low, high = _mix(source[:, :, top:], face.float()[None, :, top:], lips.to(face.device), shown, crisp)
     half = F.avg_pool2d(mask, 2) if 2 in steps else mask
     for i, (plane, step) in enumerate(zip(planes, steps, strict=True)):
         area = _divided(region.box, step)
         part = plane[area.y1 : area.y2, area.x1 : area.x2]
-        maps = torch.cat([own, drawn[:, i : i + 1], source[:, i : i + 1, top:]], dim=1)
-        a, b, coarse = _stretched(maps, _divided(box, step), area, top)[0]
+        maps = torch.cat([own, source[:, i : i + 1, top:], drawn[:, i : i + 1], low[:, i : i + 1], high[:, i : i + 1]], dim=1)
+        share, coarse, sharp, least, most = _stretched(maps, _divided(box, step), area, top)[0]
+        sharp = torch.minimum(torch.maximum(sharp, least), most)
         pixel = part.to(face.device).float()
         grain = (pixel - coarse).clamp_(-GRAIN, GRAIN)
-        changed = torch.addcmul(b, a, pixel - grain).add_(grain)
+        changed = torch.lerp(sharp.add_(grain), pixel, share)
         part.copy_(torch.lerp(pixel, changed, (mask if step == 1 else half)[0, 0]).add_(0.5).clamp_(0, 255))
 
 
-def _mix(source: Tensor, face: Tensor, lips: Tensor) -> tuple[Tensor, Tensor]:
-    """Source and drawing (1, C, H, S), the lower rows; lips (L, L) -> the source's share (1, 1, H, S), the drawing times the
-    rest.
+def _mix(source: Tensor, face: Tensor, lips: Tensor, shown: Tensor, crisp: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Source and drawing (1, C, H, S), the lower rows; lips (L, L); mask (1, 1, h, s), coarse -> the source's share
+    (1, 1, H, S); the drawing without tint, sharpened, and the range it had (1, C, H, S).
     """
     rows, size = face.shape[-2:]
     step = max(size // GRID, 1)
     below = slice((size - rows) // step, None)
     free = 1 - F.interpolate(lips.float()[None, None] / 255, size=(size // step,) * 2, mode="bilinear")[:, :, below]
-    difference = F.avg_pool2d(source - face, step)
-    tint = _tint(difference, free)
+    small = F.avg_pool2d(source, step)
+    difference = small - F.avg_pool2d(face, step)
+    tint = _tint(difference, free * shown)
     apart = _blur(difference - tint).square().sum(dim=1, keepdim=True)
+    busy = _blur((small - _blur(small)).square().sum(dim=1, keepdim=True)) * BUSY**2
     (tolerance,) = _tolerance(face.device, size // step)
-    own = torch.exp(-apart / tolerance[:, :, below]) * free
+    own = torch.exp(-apart / (tolerance[:, :, below] + busy)) * free
     own = _blur(-F.max_pool2d(-own, 3, 1, 1))
     wide = F.interpolate(torch.cat([own, tint], dim=1), size=(rows, size), mode="bilinear")
     own, tint = wide[:, :1], wide[:, 1:]
-    crisp = face + CRISP * (face - _blur(face))
-    return own, (crisp + tint) * (1 - own)
+    drawn = face + tint
+    low, high = -F.max_pool2d(-drawn, 3, 1, 1), F.max_pool2d(drawn, 3, 1, 1)
+    return own, drawn + crisp * (drawn - _blur(drawn)), low, high
+
+
+def _at(mask: Tensor, box: Box, area: Box, size: int) -> Tensor:
+    """The mask (1, 1, h, w) of an area, read at the cells of a grid over the box: (1, 1, size, size)."""
+    for dim, first, length in ((2, box.y1 - area.y1, box.height), (3, box.x1 - area.x1, box.width)):
+        at = ((torch.arange(size, device=mask.device) + 0.5) * (length / size) + first).long()
+        inside = ((at >= 0) & (at < mask.shape[dim])).to(mask).view([-1, 1] if dim == 2 else [1, -1])
+        mask = mask.index_select(dim, at.clamp(0, mask.shape[dim] - 1)) * inside
+    return mask
 
 
 @kept(8)
