@@ -162,13 +162,14 @@ def judge(clip: Clip, made: Material, shown: list[Picture], masks: list[Picture]
     lips = grown((labels >= MOUTH[0]) & (labels <= MOUTH[-1]), round(0.03 * clip.face)) & inside
     skin = inside & ~lips & torch.isin(labels, labels.new_tensor(SKIN))
     size = float(clip.face)
+    unmoved = m.still(truth, source, skin, size)
     return {
         "psnr": m.psnr(film_, truth, inside), "ssim": m.ssim(film_, truth, inside),
         "psnr_mouth": m.psnr(film_, truth, lips), "psnr_skin": m.psnr(film_, truth, skin),
         "sharpness_skin": m.sharpness(film_, truth, skin), "sharpness_mouth": m.sharpness(film_, truth, lips),
-        "texture_skin": m.texture(film_, truth, skin, size), "colour_delta": m.colour(film_, truth, skin, size),
+        "texture_skin": m.texture(film_, truth, unmoved, size), "colour_delta": m.colour(film_, truth, skin, size),
         "seam_ratio": m.seam(film_, truth, mask),
-        "flicker_ratio": m.flicker(film_, truth, m.rigid(truth, source, skin, size), size),
+        "flicker_ratio": m.flicker(film_, truth, m.rigid(unmoved), size),
     }
 
 

@@ -29,9 +29,11 @@ BUSY = 1.0  # deviations of the source's pattern that such a difference may have
 MOUTH_AT, MOUTH_SIZE = (0.5, 0.8), (0.22, 0.18)  # where a face box has its mouth, and how far it moves skin; sides of the box
 LIPS_WITHIN = (0.36, 0.2)  # how far from there lips may lie: a parser may call a whole beard a mouth
 TRUST = 40.0  # levels of difference that may still be a tint
+LIKE_SKIN = 60.0  # levels from the skin's colour at which the drawing is something else, as teeth are
 LIPS = 64  # side of the map of the source's lips
 LIPS_GROW = 0.03  # how far around them the drawing is shown, sides of the box
-CRISP = 1.0  # unsharp mask on the drawing for every time it is enlarged, within its own range: steeper edges without halos
+CRISP = 0.4  # unsharp mask on the drawing for every time it is enlarged, within its own range: steeper edges without halos
+DETAIL = 30.0  # and more where drawing and source are alike: creases of lips that have not moved, a moustache
 GRAIN = 8.0  # levels of the source's detail that the drawing gets too: pores and grain, but no edge of a lip
 
 
@@ -63,23 +65,23 @@ def natural(planes: Sequence[Tensor], face: Tensor, box: Box, region: Region, li
     source = torch.cat([_seen(p, box, step, face.shape[-1], face.device) for p, step in zip(planes, steps, strict=True)], dim=1)
     shown = _at(mask, box, region.box, face.shape[-1] // cell)[:, :, top // cell :]
     crisp = CRISP * min(max(box.height / face.shape[-1] - 1, 0), 3)
-    own, drawn, low, high = _mix(source[:, :, top:], face.float()[None, :, top:], lips.to(face.device), shown, crisp)
-    half = F.avg_pool2d(mask, 2) if 2 in steps else mask
-    for i, (plane, step) in enumerate(zip(planes, steps, strict=True)):
-        area = _divided(region.box, step)
-        part = plane[area.y1 : area.y2, area.x1 : area.x2]
-        maps = torch.cat([own, source[:, i : i + 1, top:], drawn[:, i : i + 1], low[:, i : i + 1], high[:, i : i + 1]], dim=1)
-        share, coarse, sharp, least, most = _stretched(maps, _divided(box, step), area, top)[0]
-        sharp = torch.minimum(torch.maximum(sharp, least), most)
-        pixel = part.to(face.device).float()
-        grain = (pixel - coarse).clamp_(-GRAIN, GRAIN)
-        changed = torch.lerp(sharp.add_(grain), pixel, share)
-        part.copy_(torch.lerp(pixel, changed, (mask if step == 1 else half)[0, 0]).add_(0.5).clamp_(0, 255))
+    shares, drawn = _mix(source[:, :, top:], face.float()[None, :, top:], lips.to(face.device), shown, crisp)
+    for step in sorted(set(steps)):
+        which = [i for i, s in enumerate(steps) if s == step]
+        area, weight = _divided(region.box, step), mask[0, 0] if step == 1 else F.avg_pool2d(mask, 2)[0, 0]
+        maps = _stretched(torch.cat([shares, source[:, which, top:], drawn[:, which]], dim=1), _divided(box, step), area, top)[0]
+        share, limit, count = maps[0], maps[1], len(which)
+        for i, coarse, levels in zip(which, maps[2 : 2 + count], maps[2 + count :], strict=True):
+            part = planes[i][area.y1 : area.y2, area.x1 : area.x2]
+            pixel = part.to(face.device).float()
+            grain = torch.minimum(torch.maximum(pixel - coarse, -limit), limit)
+            changed = torch.lerp(levels.add_(grain), pixel, share)
+            part.copy_(torch.lerp(pixel, changed, weight).add_(0.5).clamp_(0, 255))
 
 
-def _mix(source: Tensor, face: Tensor, lips: Tensor, shown: Tensor, crisp: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Source and drawing (1, C, H, S), the lower rows; lips (L, L); mask (1, 1, h, s), coarse -> the source's share
-    (1, 1, H, S); the drawing without tint, sharpened, and the range it had (1, C, H, S).
+def _mix(source: Tensor, face: Tensor, lips: Tensor, shown: Tensor, crisp: float) -> tuple[Tensor, Tensor]:
+    """Source and drawing (1, C, H, S), the lower rows; lips (L, L); mask (1, 1, h, s), coarse -> the source's share and the
+    levels of its detail that the drawing gets (1, 2, H, S); the drawing without tint, sharpened (1, C, H, S).
     """
     rows, size = face.shape[-2:]
     step = max(size // GRID, 1)
@@ -87,17 +89,30 @@ def _mix(source: Tensor, face: Tensor, lips: Tensor, shown: Tensor, crisp: float
     free = 1 - F.interpolate(lips.float()[None, None] / 255, size=(size // step,) * 2, mode="bilinear")[:, :, below]
     small = F.avg_pool2d(source, step)
     difference = small - F.avg_pool2d(face, step)
-    tint = _tint(difference, free * shown)
+    tint, skin = _tint(difference, free * shown), _mean(small - difference, free * shown)
     apart = _blur(difference - tint).square().sum(dim=1, keepdim=True)
     busy = _blur((small - _blur(small)).square().sum(dim=1, keepdim=True)) * BUSY**2
     (tolerance,) = _tolerance(face.device, size // step)
-    own = torch.exp(-apart / (tolerance[:, :, below] + busy)) * free
-    own = _blur(-F.max_pool2d(-own, 3, 1, 1))
-    wide = F.interpolate(torch.cat([own, tint], dim=1), size=(rows, size), mode="bilinear")
-    own, tint = wide[:, :1], wide[:, 1:]
-    drawn = face + tint
-    low, high = -F.max_pool2d(-drawn, 3, 1, 1), F.max_pool2d(drawn, 3, 1, 1)
-    return own, drawn + crisp * (drawn - _blur(drawn)), low, high
+    alike = torch.exp(-apart / (tolerance[:, :, below] + busy))
+    own, alike = torch.split(_blur(-F.max_pool2d(-torch.cat([alike * free, alike], dim=1), 3, 1, 1)), 1, dim=1)
+    wide = F.interpolate(torch.cat([own, GRAIN + DETAIL * alike, tint], dim=1), size=(rows, size), mode="bilinear")
+    shares, tint = wide[:, :2], wide[:, 2:]
+    like = torch.exp((face - skin).square().sum(dim=1, keepdim=True) * (-1 / LIKE_SKIN**2))  # teeth have no skin's tint
+    low, mean, high = _around(face)
+    crisper = torch.minimum(torch.maximum(face + crisp * (face - mean), low), high)
+    return shares, crisper + tint * like
+
+
+def _around(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Least, mean and largest value of each 3 x 3 of (1, C, H, W), the border repeated. Shifts: pooling takes ten times as long."""
+    image = F.pad(image, (1, 1, 1, 1), mode="replicate")
+    low = mean = high = image
+    for dim in (2, 3):
+        count = image.shape[dim] - 2
+        lows, means, highs = ([x.narrow(dim, k, count) for k in range(3)] for x in (low, mean, high))
+        low, high = (f(f(x[0], x[1]), x[2]) for f, x in ((torch.minimum, lows), (torch.maximum, highs)))
+        mean = (means[0] + means[1] + means[2]) / 3
+    return low, mean, high
 
 
 def _at(mask: Tensor, box: Box, area: Box, size: int) -> Tensor:
@@ -120,7 +135,7 @@ def _tolerance(size: int) -> tuple[Tensor]:
 
 def _tint(difference: Tensor, free: Tensor) -> Tensor:
     """The smooth part of source minus drawing (1, C, S, S), told where the source's lips are not, spread over them."""
-    usual = (difference * free).sum(dim=(2, 3), keepdim=True) / free.sum().clamp(min=1e-6)
+    usual = _mean(difference, free)
     weight = free * torch.exp((difference - usual).square().sum(dim=1, keepdim=True) * (-1 / TRUST**2)) + 1e-6
     value = F.adaptive_avg_pool2d(difference * weight, TINT_GRID)
     known = F.adaptive_avg_pool2d(weight, TINT_GRID)
@@ -132,6 +147,11 @@ def _tint(difference: Tensor, free: Tensor) -> Tensor:
         coarse = F.interpolate(filled, scale_factor=2, mode="bilinear")
         filled = (value + 0.15 * coarse) / (known + 0.15)
     return F.interpolate(filled, size=difference.shape[-2:], mode="bilinear")
+
+
+def _mean(image: Tensor, weight: Tensor) -> Tensor:
+    """Of (1, C, H, W) under a weight (1, 1, H, W): (1, C, 1, 1)."""
+    return (image * weight).sum(dim=(2, 3), keepdim=True) / weight.sum().clamp(min=1e-6)
 
 
 def _blur(image: Tensor) -> Tensor:

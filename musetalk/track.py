@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from musetalk import faces
@@ -192,15 +192,13 @@ def steady(corners: list[list[int]], at: int) -> list[float]:
     A median over three frames, then a line through the frames around, both symmetric: what moves evenly keeps its place,
     without lag. Where the nearest frames say that the face really left the line, the box goes along.
     """
-    track = torch.tensor(corners, dtype=torch.float64)
-    edged = torch.cat([track[:1], track, track[-1:]])
-    middle = edged.unfold(0, 3, 1).median(dim=-1).values
-    time = torch.arange(len(track)) - at
-    weight = torch.exp(-0.5 * (time / DEVIATION).square()).double() * (time.abs() <= REACH)
+    track = np.array(corners, float)
+    middle = np.median([np.concatenate([track[:1], track[:-1]]), track, np.concatenate([track[1:], track[-1:]])], axis=0)
+    time = np.arange(len(track)) - at
+    weight = np.exp(-0.5 * (time / DEVIATION) ** 2) * (abs(time) <= REACH)
     s0, s1, s2 = (float((weight * time**k).sum()) for k in range(3))
-    line = weight * (s2 - s1 * time) / max(s0 * s2 - s1 * s1, 1e-9) if len(track) > 1 else weight
-    smooth = (middle * line[:, None]).sum(dim=0)
-    near = middle[max(at - 1, 0) : at + 2].mean(dim=0)
-    stays = torch.exp(-((near - smooth) / (GIVES_WAY * (middle[at, 2] - middle[at, 0]))).square())
+    line = weight * (s2 - s1 * time) / (s0 * s2 - s1 * s1) if len(track) > 1 else weight
+    smooth, near = line @ middle, middle[max(at - 1, 0) : at + 2].mean(axis=0)
+    stays = np.exp(-(((near - smooth) / (GIVES_WAY * (middle[at, 2] - middle[at, 0]))) ** 2))
     out: list[float] = (near + stays * (smooth - near)).tolist()
     return out
