@@ -1,14 +1,18 @@
 """Is it the same person, as sharp as the source, without flicker? Films of people whose true picture is known.
 
-    python -m benchmarks.picture [--picture docs/picture.png] [--quick] [--json]
+    python -m benchmarks.picture [--picture docs/picture.png] [--quick] [--found] [--identity FOLDER/node_modules] [--json]
 
 A person is rendered twice, at rest (the source) and speaking (the truth), with the same pose, light, camera and grain. The
-source is made to speak in both finishes, the true mouth is compared. Needs libespeak-ng, as the training does.
+source is made to speak in both finishes, the true mouth is compared. Where the face is, is told by its known landmarks with a
+landmark network's errors, so that the picture is judged and not the search; --found lets the networks search. Identity is the
+distance that a face recognition network sees (0.6: another person), see benchmarks.judge for its packages. Needs
+libespeak-ng, as the training does.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import time
 from dataclasses import dataclass, field
@@ -27,7 +31,7 @@ from benchmarks import measures as m
 from musetalk import LipSync, NoFace, Options
 from musetalk.avatar import Avatar
 from musetalk.box import Box
-from musetalk.faces import face_box
+from musetalk.faces import crop, face_box
 from musetalk.imaging import pillow_resize
 from musetalk.options import Finish
 from musetalk.track import Found, steadied
@@ -41,6 +45,7 @@ Picture = NDArray[np.uint8]
 Figures = dict[str, dict[str, dict[str, float]]]  # by clip, by film, by measure
 FINISHES: tuple[Finish, ...] = ("official", "natural")
 SENTENCE, VOICE, SKIP = "Remember to save the paper before the power fails.", "en-us", 0.25
+RECOGNISED = 150  # side of the pictures for face recognition
 JITTER = 0.005  # of the landmarks, face widths: 1.3 pixels in a face of 256
 MOUTH, SKIN = (11, 12, 13), (1, 10, 14)
 SIDE = Light((0.93, -0.2, 0.3), (1.3, 1.2, 1.05), (0.12, 0.13, 0.16), (0.06, 0.06, 0.06), 0.9)
@@ -117,7 +122,7 @@ def prepared(lipsync: LipSync, clip: Clip, made: Material, options: Options, fou
         return lipsync.prepare(made.source, options)
     avatar = Avatar.new()
     avatar.frames = [torch.from_numpy(f) for f in made.source]
-    items = list(zip(avatar.frames, tracked(clip, made), strict=True))
+    items: list[tuple[Tensor, Found | None]] = list(zip(avatar.frames, tracked(clip, made), strict=True))
     followed = list(steadied(items)) if options.finish == "natural" else items
     for at in range(0, len(items), options.batch_size):
         lipsync.append(avatar, followed[at : at + options.batch_size], options)
@@ -173,6 +178,21 @@ def judge(clip: Clip, made: Material, shown: list[Picture], masks: list[Picture]
     }
 
 
+def identity(modules: Path, clip: Clip, made: Material, films: dict[str, list[Picture]]) -> dict[str, float]:
+    """How far each film's face is from the truth's for a face recognition network, mean over the frames."""
+    pictures = []
+    for shown in (made.truth, *films.values()):
+        for points, picture in zip(made.landmarks, shown, strict=True):
+            (x, y), half = points.mean(axis=0), 0.62 * clip.face
+            box = Box(*(round(v) for v in (x - half, y - half, x + half, y + half)))
+            pictures.append(crop(torch.from_numpy(picture), box, RECOGNISED).numpy().tobytes())
+    command = ["node", str(Path(__file__).with_name("identity.mjs")), str(modules), str(RECOGNISED)]
+    done = subprocess.run(command, input=b"".join(pictures), stdout=subprocess.PIPE, check=True)
+    seen = np.array([json.loads(line) for line in done.stdout.decode().splitlines() if line.startswith("[")])
+    truth, *others = np.split(seen, len(films) + 1)
+    return {name: float(np.linalg.norm(x - truth, axis=1).mean()) for name, x in zip(films, others, strict=True)}
+
+
 def rows_of(clip: Clip, made: Material, films: dict[Finish, Film], side: int = 250) -> Picture:
     """The widest open mouth: source | official | natural | truth, the lower face at full size."""
     boxes = films["official"].boxes
@@ -196,19 +216,22 @@ def write_png(path: Path, picture: Picture) -> None:
     subprocess.run(command, input=picture.tobytes(), check=True)
 
 
-def report(lipsync: LipSync, clips: tuple[Clip, ...]) -> tuple[Figures, Picture, list[str]]:
+def report(lipsync: LipSync, clips: tuple[Clip, ...], found: bool, modules: Path | None) -> tuple[Figures, Picture, list[str]]:
     """Figures by clip and finish; the rows of pictures; the clips in which no face was found."""
     spoken = speech.utter([SENTENCE], VOICE)
     figures, rows, faceless = {}, [], []
     for clip in clips:
         made = material(clip, spoken)
         try:
-            films = {finish: film(lipsync, clip, made, finish) for finish in FINISHES}
+            films = {finish: film(lipsync, clip, made, finish, found) for finish in FINISHES}
         except NoFace:
             faceless.append(clip.name)
             continue
-        shown = {"official": films["official"].frames, "natural": films["natural"].frames, "source": made.source}
+        shown: dict[str, list[Picture]] = {**{f: films[f].frames for f in FINISHES}, "source": made.source}
         figures[clip.name] = {name: judge(clip, made, x, films["official"].masks) for name, x in shown.items()}
+        if modules is not None:
+            for name, value in identity(modules, clip, made, shown).items():
+                figures[clip.name][name]["identity"] = value
         rows.append(rows_of(clip, made, films))
     return figures, np.concatenate(rows), faceless
 
@@ -219,16 +242,31 @@ def worst(figures: Figures, finish: Finish) -> dict[str, float]:
     return {n: (min if n in HIGHER else max)(c[finish][n] for c in figures.values()) for n in names}
 
 
+def loss(name: str, value: float) -> float:
+    """The smaller the better: sharper than the truth is no better than as sharp, steadier no better than as steady."""
+    if name.startswith("sharpness"):
+        return max(1 - value, 0)
+    return max(value - 1, 0) if name.endswith("ratio") else -value if name in HIGHER else value
+
+
+def worse(figures: Figures) -> list[str]:
+    """Where the natural finish is worse than the official way by more than the last digit shown."""
+    return [f"{clip} {name}" for clip, by in figures.items() for name, official in by["official"].items()
+            if round(loss(name, by["natural"][name]), 3) > round(loss(name, official), 3)]
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print only the JSON line")
     parser.add_argument("--quick", action="store_true", help="the two smallest clips")
+    parser.add_argument("--found", action="store_true", help="the networks look for the face")
+    parser.add_argument("--identity", type=Path, help="node_modules with a face recognition network")
     parser.add_argument("--picture", type=Path, help="write rows source | official | natural | truth here")
     parser.add_argument("--model-dir", default=str(REPOSITORY / "models" / "demo"))
     options = parser.parse_args()
     began, lipsync = time.perf_counter(), LipSync.load(options.model_dir)
-    figures, rows, faceless = report(lipsync, CLIPS[:2] if options.quick else CLIPS)
+    figures, rows, faceless = report(lipsync, CLIPS[:2] if options.quick else CLIPS, options.found, options.identity)
     if not options.json:
         for clip, finishes in figures.items():
             for name in next(iter(finishes.values())):
@@ -236,7 +274,8 @@ def main() -> None:
     if options.picture:
         write_png(options.picture, rows)
     results = {f"{name}_{finish}": round(v, 4) for finish in FINISHES for name, v in worst(figures, finish).items()}
-    common.emit("picture", **results, clips=len(figures), faceless=faceless, weights=lipsync.nets.identity[:12],
+    common.emit("picture", **results, worse=worse(figures), clips=len(figures), faceless=faceless,
+                face="found" if options.found else "known", weights=lipsync.nets.identity[:12],
                 seconds=round(time.perf_counter() - began, 1), dtype=str(lipsync.nets.dtype))
 
 

@@ -27,7 +27,7 @@ GRID, TINT_GRID = 64, 16  # sides of the maps on which drawing and source are co
 ALIKE, ALIKE_FAR = 12.0, 200.0  # levels over which drawing and source count as different: by the mouth, and far from it
 BUSY = 1.0  # deviations of the source's pattern that such a difference may have besides: a beard's strands are no mouth
 MOUTH_AT, MOUTH_SIZE = (0.5, 0.8), (0.22, 0.18)  # where a face box has its mouth, and how far it moves skin; sides of the box
-LIPS_WITHIN = (0.36, 0.2)  # how far from there lips may lie: a parser may call a whole beard a mouth
+LIPS_WITHIN = (0.31, 0.18)  # how far from there lips may lie: a parser may call a whole beard a mouth
 TRUST = 40.0  # levels of difference that may still be a tint
 LIKE_SKIN = 60.0  # levels from the skin's colour at which the drawing is something else, as teeth are
 LIPS = 64  # side of the map of the source's lips
@@ -67,12 +67,12 @@ def natural(planes: Sequence[Tensor], face: Tensor, box: Box, region: Region, li
     crisp = CRISP * min(max(box.height / face.shape[-1] - 1, 0), 3)
     shares, drawn = _mix(source[:, :, top:], face.float()[None, :, top:], lips.to(face.device), shown, crisp)
     for step in sorted(set(steps)):
-        which = [i for i, s in enumerate(steps) if s == step]
+        which = slice(steps.index(step), steps.index(step) + steps.count(step))
         area, weight = _divided(region.box, step), mask[0, 0] if step == 1 else F.avg_pool2d(mask, 2)[0, 0]
         maps = _stretched(torch.cat([shares, source[:, which, top:], drawn[:, which]], dim=1), _divided(box, step), area, top)[0]
-        share, limit, count = maps[0], maps[1], len(which)
-        for i, coarse, levels in zip(which, maps[2 : 2 + count], maps[2 + count :], strict=True):
-            part = planes[i][area.y1 : area.y2, area.x1 : area.x2]
+        share, limit, *rest = maps
+        for plane, coarse, levels in zip(planes[which], rest[: len(rest) // 2], rest[len(rest) // 2 :], strict=True):
+            part = plane[area.y1 : area.y2, area.x1 : area.x2]
             pixel = part.to(face.device).float()
             grain = torch.minimum(torch.maximum(pixel - coarse, -limit), limit)
             changed = torch.lerp(levels.add_(grain), pixel, share)
@@ -104,7 +104,10 @@ def _mix(source: Tensor, face: Tensor, lips: Tensor, shown: Tensor, crisp: float
 
 
 def _around(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Least, mean and largest value of each 3 x 3 of (1, C, H, W), the border repeated. Shifts: pooling takes ten times as long."""
+    """Least, mean and largest value of each 3 x 3 of (1, C, H, W), the border repeated.
+
+    By shifts: pooling takes ten times as long.
+    """
     image = F.pad(image, (1, 1, 1, 1), mode="replicate")
     low = mean = high = image
     for dim in (2, 3):

@@ -100,7 +100,8 @@ def buffers_needed(batch_size: int) -> int:
     """More than all hold that comes after `Decode`, so that it never waits for a frame that waits for its next one.
 
     That is: full queues before `Prepare`, `Generate` and `Encode`; the tracker's window, what steadies a box, and the group
-    that `Prepare` encodes at once; a batch each in `Generate`, waiting before `Blend` and in it; one frame each in `Decode` and `Encode`.
+    that `Prepare` encodes at once; a batch each in `Generate`, waiting before `Blend` and in it; one frame each in `Decode` and
+    `Encode`.
     """
     return 3 * ROOM + HELD + 4 * batch_size + 2
 
