@@ -66,7 +66,7 @@ class Engine:
         folder = settings.cache_dir if settings.cache_max_gb > 0 else None
         self.cache = AvatarCache(folder, int(settings.cache_max_gb * 1e9))
         if folder is not None:
-            _check_writable(folder)
+            check_writable(folder, "CACHE_DIR", "avatars are kept in memory alone")
         self.lost = False  # the GPU is gone: every later job fails at once
         self.batch_size = settings.batch_size or 8  # known once the weights lie on the device
         self._streams: dict[str, torch.cuda.Stream] = {}
@@ -195,14 +195,14 @@ class Engine:
             self._running.release()
 
 
-def _check_writable(folder: Path) -> None:
-    """Say at start when the avatar cache's folder, perhaps a volume of another owner, cannot be written."""
+def check_writable(folder: Path, setting: str, follows: str) -> None:
+    """Say at start when a setting's folder, perhaps a volume of another owner, cannot be written, and what follows."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as e:
-        log.warning("CACHE_DIR cannot be written: avatars are kept in memory alone; let this user write it",
+        log.warning("%s cannot be written: %s; let this user write it", setting, follows,
                     extra={"folder": str(folder), "uid": os.getuid(), "reason": e.strerror})
 
 

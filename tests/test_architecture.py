@@ -24,10 +24,12 @@ MUSETALK = {
 PIPELINE = {
     "errors": "", "settings": "", "redact": "", "metrics": "",
     "control": "errors", "logs": "redact", "bar": "", "schema": "errors", "health": "settings", "runner": "control",
-    "media": "errors redact settings",
-    "download": "control errors redact settings", "validate": "control download errors media settings",
-    "credentials": "control errors settings", "provenance": "control credentials settings",
-    "b2line": "settings", "storage": "b2line control errors redact settings",
+    "media": "errors redact settings", "leave": "control",
+    "download": "control errors leave redact settings", "validate": "control download errors media settings",
+    "credentials": "control errors leave settings",
+    "provenance": "control credentials settings",
+    "b2line": "leave settings",
+    "storage": "b2line control errors leave redact settings",
     "engine": "errors media metrics settings", "stages": "errors media runner",
     "stream": "control engine errors media provenance runner schema stages validate",
     "preview": "engine errors media schema stream validate",
@@ -37,8 +39,9 @@ PIPELINE = {
     "page": "control errors logs preview run schema settings", "handler": "bar control logs run settings",
 }
 USES_MUSETALK = {"engine", "stages", "stream", "preview", "weights"}  # schema: its options alone
-OUTSIDE = {"subprocess": "media", "requests": "download storage b2line weights", "runpod": "handler", "b2sdk": "storage b2line",
-           "fastapi": "server", "uvicorn": "server", "c2pa": "credentials provenance", "gradio": "page"}
+OUTSIDE = {"subprocess": "media", "requests": "download storage b2line leave weights", "runpod": "handler",
+           "b2sdk": "storage b2line", "fastapi": "server", "uvicorn": "server",
+           "c2pa": "credentials provenance", "gradio": "page"}
 
 
 def room_of(path: Path) -> str:
