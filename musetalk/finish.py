@@ -69,8 +69,8 @@ def natural(planes: Sequence[Tensor], face: Tensor, box: Box, region: Region, li
     for step in sorted(set(steps)):
         which = slice(steps.index(step), steps.index(step) + steps.count(step))
         area, weight = _divided(region.box, step), mask[0, 0] if step == 1 else F.avg_pool2d(mask, 2)[0, 0]
-        maps = _stretched(torch.cat([shares, source[:, which, top:], drawn[:, which]], dim=1), _divided(box, step), area, top)[0]
-        share, limit, *rest = maps
+        maps = torch.cat([shares, source[:, which, top:], drawn[:, which]], dim=1)
+        share, limit, *rest = _stretched(maps, _divided(box, step), area, top)[0]
         for plane, coarse, levels in zip(planes[which], rest[: len(rest) // 2], rest[len(rest) // 2 :], strict=True):
             part = plane[area.y1 : area.y2, area.x1 : area.x2]
             pixel = part.to(face.device).float()

@@ -183,7 +183,9 @@ def _steadied(run: list[tuple[Tensor, Found]], first: int, end: int) -> Iterator
     corners = [[f.box.x1, f.box.y1, f.box.x2, f.box.y2] for _, f in run]
     for i in range(first, end):
         frame, found = run[i]
-        yield frame, Found(Box(*(round(v) for v in steady(corners, i))), found.detection)
+        x1, y1, x2, y2 = steady(corners, i)
+        half = round((y2 - y1) / 2)  # even heights, as the nose bridge at half height gives
+        yield frame, Found(Box(round(x1), max(round(y2) - 2 * half, 0), round(x2), round(y2)), found.detection)
 
 
 def steady(corners: list[list[int]], at: int) -> list[float]:
