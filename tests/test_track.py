@@ -125,10 +125,10 @@ MOVES = {"still": 0 * TIME, "pans": 2 * TIME, "nods": 15 * np.sin(TIME * 0.1)}
 
 
 @pytest.mark.parametrize("name", MOVES)
-def test_a_steady_box_has_a_fifth_of_the_jitter_and_no_lag(name: str) -> None:
+def test_a_steady_box_has_a_quarter_of_the_jitter_and_no_lag(name: str) -> None:
     true, seen = noisy(MOVES[name])
     out = corners(steady_boxes(list(seen)))
-    assert jitter(out) < 0.2 * jitter(corners(list(seen))) + jitter(true)
+    assert jitter(out) < 0.25 * jitter(corners(list(seen))) + jitter(true)
     drift = (out - true)[REACH:-REACH, 0]
     assert abs(drift.mean() + 0.5) < 0.5, "whole pixels are cut off, not rounded"
     assert np.abs(drift).max() < 3
@@ -155,7 +155,7 @@ def test_a_gap_and_a_cut_are_not_bridged() -> None:
 
 def test_official_boxes_are_the_trackers_own(service: Service) -> None:
     lipsync: LipSync = service.engine.load()
-    clip = [picture(160 + 6 * i, 170 + 10 * np.sin(i / 4)) for i in range(14)]
+    clip = [picture(160 + 6 * i, 170 + 10 * np.sin(i / 4)) for i in range(13)]
     with torch.inference_mode():
         own = [f.box.lowered(10, 360) for _, f in Tracker(lipsync.nets.detector, lipsync.nets.pose).run(clip) if f]
     assert [face.box for face in lipsync.prepare(clip, Options(finish="official")) if face] == own
