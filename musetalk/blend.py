@@ -57,7 +57,7 @@ def parse(net: BiSeNet, squares: list[Tensor]) -> Tensor:
     weight = net.conv_out.conv_out.weight
     images = torch.stack([pillow_resize(s.to(weight.device), SIZE, SIZE) for s in squares])
     layer = weight.element_size() * net.cfg.widths[0] * (SIZE // 2) ** 2
-    logits = [net(parse_input(part).to(weight.dtype)) for part in images.split(at_once(images.device, layer))]
+    logits = [net(parse_input(part).to(weight.dtype)) for part in torch.split(images, at_once(images.device, layer))]
     return upsampled_labels(torch.cat(logits).float())
 
 
