@@ -30,7 +30,7 @@ from musetalk.finish import lips_map, natural
 from musetalk.interruption import check
 from musetalk.options import Finish, Options
 from musetalk.order import source_index
-from musetalk.track import Found, Tracker
+from musetalk.track import Found, Tracker, steadied
 
 log = logging.getLogger("musetalk.lipsync")
 
@@ -100,7 +100,8 @@ class LipSync:
         shift = options.bbox_shift if self.nets.version == "v1" else 0
         tracker = Tracker(self.nets.detector, self.nets.pose, options.face, shift)
         group: list[tuple[Tensor, Found | None]] = []
-        for item in tracker.run(frames):
+        followed = tracker.run(frames)
+        for item in steadied(followed) if options.finish == "natural" else followed:
             group.append(item)
             if len(group) == options.batch_size:
                 self.append(avatar, group, options)

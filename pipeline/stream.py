@@ -22,7 +22,7 @@ from musetalk.errors import NoFastLane
 from musetalk.interruption import interrupt
 from musetalk.lipsync import speech_weights
 from musetalk.options import Quality
-from musetalk.track import WINDOW
+from musetalk.track import HELD
 from pipeline import runner
 from pipeline.control import Control
 from pipeline.engine import Engine
@@ -112,10 +112,11 @@ def _damaged(decode: Decode, inputs: Inputs) -> str | None:
 def buffers_needed(batch_size: int) -> int:
     """More than all hold that comes after `Decode`, so that it never waits for a frame that waits for its next one.
 
-    That is: full queues before `Prepare`, `Generate` and `Encode`; the tracker's window and the group that `Prepare`
-    encodes at once; a batch each in `Generate`, waiting before `Blend` and in it; one frame each in `Decode` and `Encode`.
+    That is: full queues before `Prepare`, `Generate` and `Encode`; the tracker's window, what steadies a box, and the group
+    that `Prepare` encodes at once; a batch each in `Generate`, waiting before `Blend` and in it; one frame each in `Decode` and
+    `Encode`.
     """
-    return 3 * ROOM + WINDOW + 4 * batch_size + 2
+    return 3 * ROOM + HELD + 4 * batch_size + 2
 
 
 def clip_of(
