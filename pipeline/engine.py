@@ -24,7 +24,7 @@ from musetalk.errors import Interrupted, NoFastLane
 from musetalk.interruption import interruptible
 from musetalk.lipsync import Slot
 from musetalk.track import Found
-from musetalk.tuning import numerics, out_of_memory
+from musetalk.tuning import numerics, out_of_memory, way
 from pipeline.errors import (
     BadMedia,
     BadOutput,
@@ -80,13 +80,19 @@ class Engine:
         return self._lipsync is not None and not self.lost
 
     def load(self) -> LipSync:
-        """Load the weights, once. Raises NoDevice where the GPU that is asked for cannot be used."""
+        """Load the weights, once. Raises NoDevice where the GPU that is asked for cannot be used, ModelBroken where the
+        weights lack what the settings ask for.
+        """
         with self._loading:
             if self._lipsync is None:
                 check_device(self.settings.device, self.device, self.settings.on_runpod)
                 dtype = None if self.settings.dtype == "auto" else getattr(torch, self.settings.dtype)
                 with translated("inference"):
-                    self._lipsync = LipSync.load(self.settings.model_dir, self.device, dtype)
+                    lipsync = LipSync.load(self.settings.model_dir, self.device, dtype)
+                    if self.settings.quality == "fast" and lipsync.nets.tiny is None:
+                        raise BadCheckpoint(f"QUALITY=fast: {self.settings.model_dir} has no tiny decoder (taesd/); set exact, or "
+                                            "add it with python -m pipeline.weights fetch", file="taesd/")
+                    self._lipsync = lipsync
                     if self.device.type == "cuda":
                         torch.cuda.synchronize(self.device)  # the weights are there, for every stream
                 self.batch_size = self.settings.batch_size or batch_for(self.device)
@@ -170,7 +176,7 @@ class Engine:
         nets = self.load().nets
         return {
             "device": (self.device.type == "cuda" and gpu_name()) or self.device.type,
-            "dtype": str(nets.dtype).removeprefix("torch."), "encoder": video_encoder()[1],
+            "dtype": str(nets.dtype).removeprefix("torch."), "way": way(nets), "encoder": video_encoder()[1],
             "weights_version": nets.version, "weights_sha256": digests(self.settings.model_dir, nets.version),
         }
 

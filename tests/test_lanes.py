@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from dataclasses import replace
 from fractions import Fraction
@@ -14,7 +15,9 @@ import torch
 
 from musetalk import LipSync, Options, generate
 from musetalk.errors import NoFastLane
+from musetalk.nets.layers import can_pack
 from musetalk.nets.tiny import Tiny, TinyConfig
+from pipeline.errors import ModelBroken
 from pipeline.media import ffmpeg
 from pipeline.run import Service
 from pipeline.settings import Settings
@@ -83,3 +86,17 @@ def test_a_worker_answers_by_lane(
     assert (body["status"], body["error_type"], body["details"]["field"]) == ("failed", "media_error", "params.quality")
     assert "weights fetch" in body["error_message"]
     assert not body["retryable"]
+
+
+def test_a_worker_that_is_fast_by_default_does_not_start_without_the_weights(settings: Settings, tmp_path: Path) -> None:
+    """Once at its start, not in every job."""
+    weights = shutil.copytree(DEMO, tmp_path / "weights", ignore=shutil.ignore_patterns("taesd", "manifest.json"))
+    assert Service(settings.model_copy(update={"model_dir": weights})).engine.load().nets.tiny is None
+    with pytest.raises(ModelBroken, match=r"QUALITY=fast: .*weights fetch"):
+        Service(settings.model_copy(update={"model_dir": weights, "quality": "fast"})).engine.warm_up()
+
+
+def test_a_report_says_how_the_networks_run(settings: Settings) -> None:
+    way = Service(settings).engine.report()["way"]
+    assert "upsampling folded" in way
+    assert ("weights packed" in way) == can_pack(torch.float32)

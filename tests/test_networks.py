@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from musetalk.nets import layers
 from musetalk.nets.bisenet import BiSeNet
-from musetalk.nets.layers import fold_batch_norm
+from musetalk.nets.layers import Doubling, Packed, PackedLinear, can_pack, fold_batch_norm, fold_upsampling, fuse_relu, pack
 from musetalk.nets.rtmpose import RtmPose
 from musetalk.nets.s3fd import S3fd
 from musetalk.nets.tiny import Tiny, TinyConfig
@@ -62,6 +62,8 @@ def test_unet() -> None:
         net.fold_time()
         assert net.time() is None
         close("unet, time folded", net(latents, audio), g["out"], 5e-5, 1.5e-5)
+        fold_upsampling(net)
+        close("unet, upsampling folded", net(latents, audio), g["out"], 5e-5, 1.5e-5)
         half = net.to(torch.bfloat16, memory_format=torch.channels_last)(latents.bfloat16(), audio.bfloat16()).float()
         error = (half - torch.from_numpy(g["out"])).abs()
         print(f"unet bfloat16: mean {float(error.mean()):.3f}, max {float(error.max()):.3f}; reference 0.023, 0.11")
@@ -95,7 +97,10 @@ def test_vae() -> None:
         close("vae logvar", logvar, g["logvar"], 5e-5, 5.3e-6)
         decoded = net.decode(torch.from_numpy(g["latent"]) * net.cfg.scaling_factor)[0]
     close("vae decode", decoded, g["decoded"], 1e-4, 2.0e-5)
+    fold_upsampling(net.decoder)
     with torch.inference_mode():
+        folded = net.decode(torch.from_numpy(g["latent"]) * net.cfg.scaling_factor)[0]
+        close("vae decode, upsampling folded", folded, g["decoded"], 1e-4, 2.0e-5)
         half = net.to(torch.bfloat16, memory_format=torch.channels_last).decode(
             (torch.from_numpy(g["latent"]) * net.cfg.scaling_factor).bfloat16())[0].float()
     error = (half - torch.from_numpy(g["decoded"])).abs()
@@ -202,19 +207,28 @@ def test_tiny_decoder() -> None:
     net, latents = build(Tiny, "tiny"), torch.from_numpy(g["latents"])
     with torch.inference_mode():
         close("tiny decoder", net.decode(latents), g["decoded"], 2e-5, 5.0e-6)
-        half = net.to(torch.bfloat16, memory_format=torch.channels_last).decode(latents.bfloat16())
+        fold_upsampling(net)
+        fuse_relu(net)
+        close("tiny decoder, folded and fused", net.decode(latents), g["decoded"], 2e-5, 5.0e-6)
+        half = build(Tiny, "tiny").to(torch.bfloat16, memory_format=torch.channels_last).decode(latents.bfloat16())
     error = (half - torch.from_numpy(g["decoded"])).abs()
     print(f"tiny decoder bfloat16: mean {float(error.mean()):.4f}, max {float(error.max()):.3f}; reference 0.007, 0.044")
     assert float(error.mean()) < 0.02
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fit", [False, True])
 @pytest.mark.parametrize("blocks", [(3, 3, 3, 1), (1, 2, 1)])
-def test_rows_of_the_tiny_decoder_are_the_whole_picture_s(dtype: torch.dtype, blocks: tuple[int, ...]) -> None:
+def test_rows_of_the_tiny_decoder_are_the_whole_picture_s(
+    dtype: torch.dtype, blocks: tuple[int, ...], fit: bool
+) -> None:
     """Bit for bit, whatever rows are asked for; and one row less of what is taken in would show."""
     torch.manual_seed(1)
     net = Tiny(TinyConfig(decoder_block_out_channels=(16,) * len(blocks), num_decoder_blocks=blocks)).requires_grad_(False)
     net.to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if fit:
+        fold_upsampling(net)
+        fuse_relu(net)
     latents = torch.randn(2, 4, 24, 16).to(dtype).contiguous(memory_format=torch.channels_last)
     height = 24 * net.cfg.stride
     random = np.random.default_rng(2)
@@ -227,3 +241,32 @@ def test_rows_of_the_tiny_decoder_are_the_whole_picture_s(dtype: torch.dtype, bl
         true = net.decoder.needed
         net.decoder.needed = lambda rows, size: [(a + (a > 0), b) for a, b in true(rows, size)]  # type: ignore[method-assign]
         assert not torch.equal(net.decode(latents, (height - 8, height)), whole[:, :, -8:])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_folded_upsampling(bias: bool) -> None:
+    """Odd sizes, and more outputs than inputs."""
+    conv = nn.Conv2d(6, 10, 3, padding=1, bias=bias).requires_grad_(False)
+    x = torch.randn(2, 6, 5, 7)
+    with torch.inference_mode():
+        plain = conv(torch.nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+        torch.testing.assert_close(Doubling(conv)(x), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_give_the_same_bits(dtype: torch.dtype) -> None:
+    """Also for maps of another size than that they were packed for."""
+    if not can_pack(dtype):
+        pytest.skip("this CPU does not pack")
+    net = nn.ModuleList([nn.Conv2d(128, 128, 3, 2, padding=1), nn.Conv2d(256, 256, 1), nn.Conv2d(3, 4, 1), nn.Linear(256, 256)])
+    net.requires_grad_(False).to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    inputs = [torch.randn(2, c, 10, 12).to(dtype).contiguous(memory_format=torch.channels_last) for c in (128, 256, 3)]
+    inputs += [torch.randn(2, 20, 256).to(dtype)]
+    with torch.inference_mode():
+        plain = [[layer(x), layer(x[:1, ..., :6, :])] for layer, x in zip(net, inputs, strict=True)]
+        pack(net)
+        packed = [[layer(x), layer(x[:1, ..., :6, :])] for layer, x in zip(net, inputs, strict=True)]
+    assert [isinstance(layer, Packed | PackedLinear) for layer in net] == [True, True, False, dtype == torch.bfloat16]
+    for a, b in zip(plain, packed, strict=True):
+        assert torch.equal(a[0], b[0])
+        assert torch.equal(a[1], b[1])

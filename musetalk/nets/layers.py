@@ -116,7 +116,7 @@ class ResnetBlock(nn.Module):
             h = h + self.time_emb_proj(time)[:, :, None, None]
         h = self.norm2(h)  # a map at a time: the one before is freed, where nested calls would hold it
         h = self.conv2(h)
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return h.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
     def fold_time(self, time: Tensor) -> None:
         """Add the constant time projection to conv1's bias, in float32, and drop the projection."""
