@@ -193,7 +193,7 @@ def identity(modules: Path, clip: Clip, made: Material, films: dict[str, list[Pi
     return {name: float(np.linalg.norm(x - truth, axis=1).mean()) for name, x in zip(films, others, strict=True)}
 
 
-def rows_of(clip: Clip, made: Material, films: dict[Finish, Film], side: int = 236) -> Picture:
+def rows_of(clip: Clip, made: Material, films: dict[Finish, Film], side: int = 224) -> Picture:
     """The widest open mouth: source | official | natural | truth, the lower half of the face."""
     boxes = films["official"].boxes
     at = int(np.argmax([(k == MOUTH[0]).sum() * (b is not None) for k, b in zip(made.labels, boxes, strict=True)]))
@@ -204,36 +204,6 @@ def rows_of(clip: Clip, made: Material, films: dict[Finish, Film], side: int = 2
     rows, columns, height = slice(area.y1, area.y2), slice(area.x1, area.x2), round(side * area.height / area.width)
     cells = [made.source[at], films["official"].frames[at], films["natural"].frames[at], made.truth[at]]
     shown = [pillow_resize(torch.from_numpy(c[rows, columns].copy()), height, side, bicubic=True) for c in cells]
-    return np.concatenate([i.numpy() for i in shown], axis=1)
-
-
-def identity(modules: Path, clip: Clip, made: Material, films: dict[str, list[Picture]]) -> dict[str, float]:
-    """How far each film's face is from the truth's for a face recognition network, mean over the frames."""
-    pictures = []
-    for shown in (made.truth, *films.values()):
-        for points, picture in zip(made.landmarks, shown, strict=True):
-            (x, y), half = points.mean(axis=0), 0.62 * clip.face
-            box = Box(*(round(v) for v in (x - half, y - half, x + half, y + half)))
-            pictures.append(crop(torch.from_numpy(picture), box, RECOGNISED).numpy().tobytes())
-    command = ["node", str(Path(__file__).with_name("identity.mjs")), str(modules), str(RECOGNISED)]
-    done = subprocess.run(command, input=b"".join(pictures), stdout=subprocess.PIPE, check=True)
-    seen = np.array([json.loads(line) for line in done.stdout.decode().splitlines() if line.startswith("[")])
-    truth, *others = np.split(seen, len(films) + 1)
-    return {name: float(np.linalg.norm(x - truth, axis=1).mean()) for name, x in zip(films, others, strict=True)}
-
-
-def rows_of(clip: Clip, made: Material, films: dict[Finish, Film], side: int = 250) -> Picture:
-    """The widest open mouth: source | official | natural | truth, the lower face at full size."""
-    boxes = films["official"].boxes
-    at = int(np.argmax([(k == MOUTH[0]).sum() * (b is not None) for k, b in zip(made.labels, boxes, strict=True)]))
-    b = boxes[at]
-    if b is None:
-        raise SystemExit(f"{clip.name}: the face was found in no frame")
-    y2 = min(b.y2 + b.height // 12, made.source[0].shape[0])
-    x1, y1 = max(b.x1 - b.width // 16, 0), b.y1 + b.height // 3
-    cells = [made.source[at], films["official"].frames[at], films["natural"].frames[at], made.truth[at]]
-    x2 = b.x2 + b.width // 16
-    shown = [pillow_resize(torch.from_numpy(c[y1:y2, x1:x2].copy()), side, side, bicubic=True) for c in cells]
     return np.concatenate([i.numpy() for i in shown], axis=1)
 
 
