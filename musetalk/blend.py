@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -94,16 +95,18 @@ def upsampled_labels(logits: Tensor) -> Tensor:
 
 
 @kept(4)
-def _upsampling(height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _upsampling(height: int, width: int) -> tuple[Tensor, ...]:
     """For maps (height, width) stretched over SIZE with aligned corners: of each row from TOP_ROW on the map's row above and
     the share of that below; of each column the cell; of each cell its columns (the last repeated) and shares of its right.
     """
-    row, column = (torch.arange(first, SIZE) * ((cells - 1) / (SIZE - 1)) for first, cells in ((TOP_ROW, height), (0, width)))
-    above, cell = (at.long().clamp(max=cells - 2) for at, cells in ((row, height), (column, width)))
-    first = torch.searchsorted(cell, torch.arange(width - 1))
-    count = torch.bincount(cell)
-    columns = first[:, None] + torch.minimum(torch.arange(int(count.max())), count[:, None] - 1)
-    return above, row - above, cell, columns, column[columns] - torch.arange(width - 1)[:, None]
+    row, column = (np.arange(first, SIZE, dtype=np.float32) * np.float32((cells - 1) / (SIZE - 1))
+                   for first, cells in ((TOP_ROW, height), (0, width)))
+    above, cell = (at.astype(np.int64).clip(max=cells - 2) for at, cells in ((row, height), (column, width)))
+    first, count = np.searchsorted(cell, np.arange(width - 1)), np.bincount(cell)
+    columns = first[:, None] + np.minimum(np.arange(count.max()), count[:, None] - 1)
+    share = column[columns] - np.arange(width - 1, dtype=np.float32)[:, None]
+    parts = (above, row - above.astype(np.float32), cell, columns, share)
+    return tuple(torch.from_numpy(part) for part in parts)
 
 
 def _dilate_jaw(skin: Tensor) -> Tensor:

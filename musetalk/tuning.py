@@ -9,18 +9,15 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from musetalk import generate
+from musetalk.checkpoints import Networks
 from musetalk.nets.layers import Doubling, Packed, at_once, fold_upsampling, fuse_relu, pack
 from musetalk.nets.unet import UNet
 from musetalk.nets.vae import Vae
-
-if TYPE_CHECKING:
-    from musetalk.checkpoints import Networks
 
 log = logging.getLogger("musetalk.tuning")
 

@@ -18,7 +18,7 @@ MUSETALK = {
     "order": "options", "imaging": "box", "avatar": "box", "colour": "imaging",
     "checkpoints": "errors nets",
     "audio": "errors nets", "faces": "box imaging nets", "track": "box faces nets", "generate": "nets",
-    "blend": "box imaging nets options", "finish": "blend box imaging", "tuning": "generate nets",
+    "blend": "box imaging nets options", "finish": "blend box imaging", "tuning": "checkpoints generate nets",
     "lipsync": "audio avatar blend box checkpoints errors faces finish generate interruption nets options order track tuning",
 }
 PIPELINE = {

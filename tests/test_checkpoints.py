@@ -181,7 +181,7 @@ def test_the_tiny_decoder_loads_in_both_published_layouts(folder: Path, form: st
         names = [k.removeprefix("decoder.layers.").partition(".") for k in state]
         torch.save({f"{int(n) + 1}.{rest}": v for (n, _, rest), v in zip(names, state.values(), strict=True)},
                    folder / "taesd/taesd_decoder.pth")
-    loaded = LipSync.load(folder, dtype=torch.float32).nets.tiny
+    loaded = checkpoints.load(folder, dtype=torch.float32).tiny
     assert loaded is not None
     assert all(torch.equal(v, loaded.state_dict()[k]) for k, v in state.items())
     (folder / "taesd/config.json").write_text(json.dumps(asdict(TinyConfig())))
