@@ -90,8 +90,8 @@ class Engine:
                 with translated("inference"):
                     lipsync = LipSync.load(self.settings.model_dir, self.device, dtype)
                     if self.settings.quality == "fast" and lipsync.nets.tiny is None:
-                        raise BadCheckpoint(f"QUALITY=fast: {self.settings.model_dir} has no tiny decoder (taesd/); set exact, or "
-                                            "add it with python -m pipeline.weights fetch", file="taesd/")
+                        raise BadCheckpoint(f"QUALITY=fast: {self.settings.model_dir} has no tiny decoder (taesd/); set exact "
+                                            "or add it with python -m pipeline.weights fetch", file="taesd/")
                     self._lipsync = lipsync
                     if self.device.type == "cuda":
                         torch.cuda.synchronize(self.device)  # the weights are there, for every stream

@@ -199,6 +199,7 @@ def fold_upsampling(net: nn.Module) -> None:
 
 
 PACKED = 1 << 16  # weights from which a layer is worth packing
+PACKED_BATCH = 8  # pictures for which they are packed
 
 
 def can_pack(dtype: torch.dtype) -> bool:
@@ -210,8 +211,8 @@ def can_pack(dtype: torch.dtype) -> bool:
 class Packed(nn.Module):
     """A convolution whose weights lie once and for all as oneDNN's kernel reads them, instead of being copied in each pass.
 
-    The same kernel, bit for bit; with `act`, "relu", that is done on the way out. Packed by the first pass, since the order
-    depends on the map's size.
+    Equal up to the order of sums; with `act`, "relu", that is done on the way out. Packed by the first pass, since the order
+    depends on the map's size, but always for PACKED_BATCH maps: results must not depend on which batch came first.
     """
 
     def __init__(self, conv: nn.Conv2d, act: str = "none") -> None:
@@ -233,7 +234,8 @@ class Packed(nn.Module):
     def _packed(self, x: Tensor) -> Tensor:
         if not self.weight.is_mkldnn:
             plain = self.weight.contiguous().to_mkldnn()
-            self.weight = torch.ops.aten.mkldnn_reorder_conv2d_weight(plain, *self.shape, x.shape)
+            self.weight = torch.ops.aten.mkldnn_reorder_conv2d_weight(
+                plain, *self.shape, (PACKED_BATCH, *x.shape[1:]))
         return self.weight
 
 
@@ -248,7 +250,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, L, in) -> (N, L, out)."""
         if not self.weight.is_mkldnn:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), x.shape[0] * x.shape[1])
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), PACKED_BATCH * x.shape[1])
         return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], ""))
 
 
