@@ -193,18 +193,17 @@ def identity(modules: Path, clip: Clip, made: Material, films: dict[str, list[Pi
     return {name: float(np.linalg.norm(x - truth, axis=1).mean()) for name, x in zip(films, others, strict=True)}
 
 
-def rows_of(clip: Clip, made: Material, films: dict[Finish, Film], side: int = 250) -> Picture:
-    """The widest open mouth: source | official | natural | truth, the lower face at full size."""
+def rows_of(clip: Clip, made: Material, films: dict[Finish, Film], side: int = 224) -> Picture:
+    """The widest open mouth: source | official | natural | truth, the lower half of the face."""
     boxes = films["official"].boxes
     at = int(np.argmax([(k == MOUTH[0]).sum() * (b is not None) for k, b in zip(made.labels, boxes, strict=True)]))
     b = boxes[at]
     if b is None:
         raise SystemExit(f"{clip.name}: the face was found in no frame")
-    y2 = min(b.y2 + b.height // 12, made.source[0].shape[0])
-    x1, y1 = max(b.x1 - b.width // 16, 0), b.y1 + b.height // 3
+    area = Box(b.x1, b.y1 + b.height // 2, b.x2, b.y2 + b.height // 12).clipped(*made.source[0].shape[1::-1])
+    rows, columns, height = slice(area.y1, area.y2), slice(area.x1, area.x2), round(side * area.height / area.width)
     cells = [made.source[at], films["official"].frames[at], films["natural"].frames[at], made.truth[at]]
-    x2 = b.x2 + b.width // 16
-    shown = [pillow_resize(torch.from_numpy(c[y1:y2, x1:x2].copy()), side, side, bicubic=True) for c in cells]
+    shown = [pillow_resize(torch.from_numpy(c[rows, columns].copy()), height, side, bicubic=True) for c in cells]
     return np.concatenate([i.numpy() for i in shown], axis=1)
 
 
@@ -250,9 +249,9 @@ def loss(name: str, value: float) -> float:
 
 
 def worse(figures: Figures) -> list[str]:
-    """Where the natural finish is worse than the official way by more than the last digit shown."""
+    """Where the natural finish is worse than the official way by half a hundredth or more."""
     return [f"{clip} {name}" for clip, by in figures.items() for name, official in by["official"].items()
-            if round(loss(name, by["natural"][name]), 3) > round(loss(name, official), 3)]
+            if loss(name, by["natural"][name]) > loss(name, official) + 0.005]
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ LIKE_SKIN = 60.0  # levels from the skin's colour at which the drawing is someth
 LIPS = 64  # side of the map of the source's lips
 LIPS_GROW = 0.03  # how far around them the drawing is shown, sides of the box
 CRISP = 0.4  # unsharp mask on the drawing for every time it is enlarged, within its own range: steeper edges without halos
-DETAIL = 30.0  # and more where drawing and source are alike: creases of lips that have not moved, a moustache
+DETAIL = 36.0  # and more where drawing and source are alike: creases of lips that have not moved, a moustache
 GRAIN = 8.0  # levels of the source's detail that the drawing gets too: pores and grain, but no edge of a lip
 
 
