@@ -97,6 +97,7 @@ def test_a_worker_that_is_fast_by_default_does_not_start_without_the_weights(set
 
 
 def test_a_report_says_how_the_networks_run(settings: Settings) -> None:
-    way = Service(settings).engine.report()["way"]
+    engine = Service(settings).engine
+    way = engine.report()["way"]
     assert "upsampling folded" in way
-    assert ("weights packed" in way) == can_pack(torch.float32)
+    assert ("weights packed" in way) == can_pack(engine.load().nets.dtype)
