@@ -23,6 +23,7 @@ STEPS = {
     "unet": "--steps 3 --pairs 32",
     "unet --settle": "--steps 3 --pairs 32",
     "vae --decoder": "--steps 3 --images 16",
+    "tiny": "--steps 3 --images 16",
 }
 WIDER = {
     "vae --wide": "--steps 3 --images 16 --faces 16",
@@ -31,6 +32,7 @@ WIDER = {
     "parser --wide": "--steps 3 --images 12 --faces 12",
     "speaker": "--steps 3 --pairs 16 --drawn 16",
     "speaker --decoder": "--steps 3 --pairs 16 --drawn 16",
+    "tiny --wide": "--steps 3 --images 16 --faces 16",
 }
 
 
@@ -41,8 +43,7 @@ def main() -> int:
     parser.add_argument("--smoke", "--quick", dest="quick", action="store_true", help=words)
     parser.add_argument("--wide", action="store_true", help="go on in the wide world")
     options = parser.parse_args()
-    steps = {**STEPS, **(WIDER if options.wide else {}), "tiny": "--steps 3 --images 16",
-             "assemble --wide" if options.wide else "assemble": ""}
+    steps = {**STEPS, **(WIDER if options.wide else {}), "assemble --wide" if options.wide else "assemble": ""}
     if not options.quick:
         steps["samples"] = ""
     for step, small in steps.items():

@@ -45,8 +45,9 @@ def report() -> dict[str, Any]:
 
 
 # the training whose result is shipped: of drawn faces, or --wide
-DRAWN = {"unet": "settled", "vae": "decoder", "pose": "pose", "parser": "parser", "detector": "detector"}
-WIDE = {"unet": "speaker", "vae": "finished", "pose": "wide_pose", "parser": "wide_parser", "detector": "wide_detector"}
+DRAWN = {"unet": "settled", "vae": "decoder", "tiny": "tiny", "pose": "pose", "parser": "parser", "detector": "detector"}
+WIDE = {"unet": "speaker", "vae": "finished", "tiny": "wide_tiny",
+        "pose": "wide_pose", "parser": "wide_parser", "detector": "wide_detector"}
 
 
 def main() -> None:
@@ -59,7 +60,7 @@ def main() -> None:
     config("musetalkV15/musetalk.json", {"_class_name": "UNet2DConditionModel", **asdict(unet.CONFIG)})
     put("sd-vae/diffusion_pytorch_model.bin", trained(names["vae"]))
     config("sd-vae/config.json", {"_class_name": "AutoencoderKL", **asdict(vae.CONFIG)})
-    put("taesd/diffusion_pytorch_model.bin", trained("tiny"))
+    put("taesd/diffusion_pytorch_model.bin", trained(names["tiny"]))
     config("taesd/config.json", {"_class_name": "AutoencoderTiny", **asdict(tiny.CONFIG)})
     put("whisper/pytorch_model.bin", {f"model.encoder.{k}": v for k, v in trained("whisper").items()})
     config("whisper/config.json", {"model_type": "whisper", **asdict(whisper.CONFIG)})
