@@ -1,7 +1,4 @@
-"""Distil the demo's tiny decoder from its VAE's: python -m training.tiny [--steps N], after training.vae --decoder.
-
-With --wide it goes on, after training.speaker --decoder, with that decoder on faces of the wide world.
-"""
+"""Distil the demo's tiny decoder from its VAE's decoder: python -m training.tiny [--steps N], after training.vae --decoder."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from torch.nn import functional as F
 
 from musetalk.nets.tiny import Tiny, TinyConfig
 from musetalk.nets.vae import Vae
-from training import common, vae
+from training import common, data, vae
 
 CONFIG = TinyConfig(decoder_block_out_channels=(24, 24, 24), num_decoder_blocks=(3, 3, 1))
 
@@ -28,24 +25,20 @@ def loss_of(out: torch.Tensor, want: torch.Tensor, weight: torch.Tensor) -> torc
 def main() -> None:
     """Train and write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, help="default: 1600, with --wide 400")
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--images", type=int, help="drawn ones; default: 12000, with --wide 1000")
-    parser.add_argument("--faces", type=int, default=2400, help="of the wide world")
-    parser.add_argument("--wide", action="store_true", help="go on in the wide world, after training.speaker --decoder")
+    parser.add_argument("--images", type=int, default=12000)
     options = parser.parse_args()
-    device, wide = common.setup(7), options.wide
-    sample = vae.sampler("wide" if wide else "decoder", options.images or (1000 if wide else 12000), options.faces)
+    device = common.setup(7)
+    images = common.cached("crops", lambda: data.in_parallel(data.crops, options.images, 500))
     teacher = common.on(Vae(vae.CONFIG), device).requires_grad_(False)
-    common.load(teacher, "finished" if wide else "decoder")
+    common.load(teacher, "decoder")
     net = common.on(Tiny(CONFIG), device)
-    if wide:
-        common.load(net, "tiny", half=True)
-    name, steps, rate = ("wide_tiny", 400, 1.5e-3) if wide else ("tiny", 1600, 3e-3)
-    training = common.Training(name, net, options.steps or steps, rate, seed=8)
+    training = common.Training("tiny", net, options.steps, 3e-3, seed=8)
     weight = vae.mouth_weight(vae.CONFIG.crop_size).to(device)
     for _ in training.steps():
-        image = sample(training.random, options.batch).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        pick = torch.from_numpy(images[training.random.integers(len(images), size=options.batch)])
+        image = pick.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
         image = image.contiguous(memory_format=torch.channels_last)
         with common.mixed_precision(device):
             with torch.no_grad():
