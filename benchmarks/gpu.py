@@ -34,8 +34,10 @@ from benchmarks import common, nets, pipeline, published
 from benchmarks.report import Report
 from musetalk import LipSync, checkpoints, generate, tuning
 from musetalk.audio import whisper_states
+from musetalk.nets.unet import UNetConfig
+from musetalk.nets.vae import VaeConfig
 from pipeline.control import Control
-from pipeline.engine import Engine
+from pipeline.engine import Engine, batch_for
 from pipeline.errors import Cancelled, DeadlineExceeded, JobError
 from pipeline.media import video_encoder
 from pipeline.metrics import PeakMemory, gpu_driver
@@ -46,6 +48,8 @@ from pipeline.validate import Inputs
 
 LEVELS = 0.5  # mean difference of two faces that rounding explains, grey levels
 SHARE = 1.15  # goal: seconds of the inference stage over those of generation
+WHOLE = 300  # seconds that the report may take on a GPU
+COMPILE_UNTIL = 200  # ... after so many of which torch.compile is not begun for another batch: it takes a minute or two
 # Largest and mean difference from the CPU's float32, as a share of its largest value. In float32 only the order of sums
 # differs; UNet, VAE and parser compute in half precision.
 LIMITS = {"float32": (2e-3, 1e-4), "float16": (5e-2, 5e-3), "bfloat16": (2e-1, 3e-2)}
@@ -130,28 +134,46 @@ def rates(report: Report, lipsync: LipSync, plan: Plan) -> None:
     plain = tuning.plain(unet, vae)
     ceiling = nets.ceiling(report.device, lipsync.nets.dtype)
     report.add("matrix-product ceiling, TFLOP/s", ceiling)
-    ways: dict[str, Callable[[int], tuning.Generator]] = {"plain": lambda _: plain}
-    if on_gpu:
-        ways["recorded"] = lambda batch: tuning.Recorded(plain, *tuning.examples(unet, vae, batch, 50))
-    else:
-        report.skip("generator, recorded", "no GPU")
-    if on_gpu and shutil.which("cc") and importlib.util.find_spec("triton"):
-        compiled = _compiled(lipsync)
-        ways["torch.compile"] = lambda _: compiled
-    else:
-        report.skip("generator, torch.compile", "no GPU" if not on_gpu else "no compiler")
     for batch in plan.batches:
-        inputs = tuning.examples(unet, vae, batch, 50)
-        for name, build in ways.items():
-            with report.part(f"generator, {name}, batch {batch}"), PeakMemory() as memory:
-                rate = batch / _seconds(functools.partial(build(batch), *inputs), plan.rounds)
-                report.add(f"generator, {name}, batch {batch}, frames/s", rate)
-                if not on_gpu:
-                    continue
-                report.add(f"generator, {name}, batch {batch}, share of ceiling", rate * sum(nets.TFLOP.values()) / ceiling)
-                report.add(f"generator, {name}, batch {batch}, VRAM MiB", memory.vram_mib)
+        rate(report, lipsync, plan, "plain", batch, lambda _: plain, ceiling)
+        if on_gpu:
+            rate(report, lipsync, plan, "recorded", batch, lambda inputs: tuning.Recorded(plain, *inputs), ceiling)
+    if not on_gpu:
+        report.skip("generator, recorded", "no GPU")
     search(report, plain, tuning.examples(unet, vae, max(plan.batches), 50), plan.rounds)
     theirs(report, max(plan.batches), plan)
+
+
+def rate(
+    report: Report, lipsync: LipSync, plan: Plan, name: str, batch: int,
+    build: Callable[[tuple[Tensor, Tensor]], tuning.Generator], ceiling: float,
+) -> None:
+    """Frames a second of one way at one batch; of the published sizes their share of the ceiling; on a GPU its memory."""
+    unet, vae = lipsync.nets.unet, lipsync.nets.vae
+    row, inputs = f"generator, {name}, batch {batch}", tuning.examples(unet, vae, batch, 50)
+    if report.device.type == "cuda":
+        torch.cuda.empty_cache()  # what an earlier row kept is not this one's
+    with report.part(row), PeakMemory() as memory:
+        frames = batch / _seconds(functools.partial(build(inputs), *inputs), plan.rounds)
+        report.add(f"{row}, frames/s", frames)
+        if unet.cfg == UNetConfig() and vae.cfg == VaeConfig():
+            report.add(f"{row}, share of ceiling", frames * (nets.TFLOP["unet"] + nets.TFLOP["vae_decode"]) / ceiling)
+        if report.device.type == "cuda":
+            report.add(f"{row}, VRAM MiB", memory.vram_mib)
+
+
+@torch.inference_mode()
+def compiled(report: Report, lipsync: LipSync, plan: Plan) -> None:
+    """torch.compile where a compiler exists, the largest batch first, as long as there is time; the worker never uses it."""
+    if report.device.type != "cuda" or not shutil.which("cc") or not importlib.util.find_spec("triton"):
+        report.skip("generator, torch.compile", "no GPU" if report.device.type != "cuda" else "no compiler")
+        return
+    way, ceiling = _compiled(lipsync), report.figures["matrix-product ceiling, TFLOP/s"]
+    for batch in reversed(plan.batches):
+        if report.seconds > COMPILE_UNTIL:
+            report.skip(f"generator, torch.compile, batch {batch}", f"{report.seconds:.0f} s have gone")
+        else:
+            rate(report, lipsync, plan, "torch.compile", batch, lambda _: way, ceiling)
 
 
 def search(report: Report, plain: tuning.Generator, inputs: tuple[Tensor, Tensor], rounds: int) -> None:
@@ -184,6 +206,8 @@ def recorded(report: Report, lipsync: LipSync, plan: Plan) -> None:
     unet, vae, batch = lipsync.nets.unet, lipsync.nets.vae, max(plan.batches)
     plain = tuning.plain(unet, vae)
     way, worst = tuning.Recorded(plain, *tuning.examples(unet, vae, batch, 50)), 0.0
+    sizes, wanted = sorted(way.graphs), sorted({*(s for s in tuning.SIZES if s < batch), batch})
+    report.add("batch sizes that are recorded", sizes, str(wanted), sizes == wanted)  # what is not takes the plain path
     for count in range(1, batch + 1):
         latents, prompts = tuning.examples(unet, vae, count, 50)
         made, want = way(latents.flip(0), prompts), plain(latents.flip(0), prompts)
@@ -202,12 +226,14 @@ class Jobs:
         self.clip, self.sound = pipeline.material(folder, pipeline.SIZES[plan.size], plan.seconds)
         self.inputs: Inputs = pipeline.checked(self.clip, self.sound)
         self.settings = Settings(model_dir=plan.weights, cache_dir=folder / "cache", device=device.type)
-        self.engine = self.another()
-        self.engine._lipsync = lipsync
+        self.engine = self.another(lipsync)
 
-    def another(self, **changes: Any) -> Engine:
-        """An engine of its own."""
-        return Engine(self.settings.model_copy(update=changes))
+    def another(self, lipsync: LipSync | None, **changes: Any) -> Engine:
+        """An engine of its own, with a model that is loaded already; with the batch that a worker here takes."""
+        engine = Engine(self.settings.model_copy(update=changes))
+        if lipsync is not None:
+            engine._lipsync, engine.batch_size = lipsync, batch_for(engine.device)
+        return engine
 
     def run(self, engine: Engine, target: str = "o.mp4", control: Control | None = None, **params: Any) -> Result:
         """One job."""
@@ -218,9 +244,7 @@ class Jobs:
 
 def same_bytes(report: Report, jobs: Jobs) -> None:
     """The same job twice, nothing cached: the same file."""
-    engine = jobs.another(cache_max_gb=0)
-    engine._lipsync = jobs.engine.load()
-    engine.batch_size = jobs.engine.batch_size
+    engine = jobs.another(jobs.engine.load(), cache_max_gb=0)
     sums = []
     for name in ("1.mp4", "2.mp4"):
         jobs.run(engine, name)
@@ -231,7 +255,7 @@ def same_bytes(report: Report, jobs: Jobs) -> None:
 def warm_job(report: Report, jobs: Jobs) -> None:
     """A warm job with a cached avatar in both lanes: how near the stage comes to the generator alone, what overlaps."""
     lanes = ["exact"]
-    if (jobs.plan.weights / "tiny").exists():
+    if jobs.engine.load().fast is not None:
         lanes.append("fast")
     else:
         report.skip("the fast lane", "these weights have no tiny decoder")
@@ -241,7 +265,8 @@ def warm_job(report: Report, jobs: Jobs) -> None:
         with PeakMemory() as memory:
             warm = jobs.run(jobs.engine, **given)
         report.add(f"{lane} lane, avatar cached", warm.avatar_cached, "True", warm.avatar_cached)
-        report.add(f"{lane} lane, {jobs.plan.seconds} s job, frames/s", warm.frames / warm.wall_sec)
+        job = f"{lane} lane, {jobs.plan.seconds} s job, batch {jobs.engine.batch_size}"
+        report.add(f"{job}, frames/s", warm.frames / warm.wall_sec)
         report.add(f"{lane} lane, fresh avatar, frames/s", fresh.frames / fresh.wall_sec)
         share, on_gpu = warm.wall_sec / warm.generation_sec, report.device.type == "cuda"
         report.add(f"{lane} lane, stage / generation", share, f"{SHARE} on a GPU", share <= SHARE if on_gpu else None)
@@ -254,8 +279,8 @@ def warm_job(report: Report, jobs: Jobs) -> None:
 
 def drills(report: Report, jobs: Jobs) -> None:
     """Out of memory, cancel, deadline: each ends as it must, and the next job runs."""
-    engine, lipsync = jobs.another(), jobs.engine.load()
-    engine._lipsync = LipSync(lipsync.nets)
+    lipsync = LipSync(jobs.engine.load().nets)
+    engine = jobs.another(lipsync)
     room, seen = 2, []
     real = generate.faces
 
@@ -266,6 +291,7 @@ def drills(report: Report, jobs: Jobs) -> None:
         return real(unet, vae, latent, prompts)
 
     with mock.patch.object(generate, "faces", short):
+        lipsync.tune(engine.batch_size, 50)  # on a GPU: the sizes that fit are recorded, and others when it ran out
         jobs.run(engine)
     report.add("out of memory: the batch is halved until it fits", f"{max(seen)} -> {seen[-1]}", "success", seen[-1] <= room)
     control = Control(600)
@@ -311,9 +337,9 @@ def cold(report: Report, jobs: Jobs, folder: Path) -> None:
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
-def run(plan: Plan, device: torch.device, folder: Path) -> Report:
+def run(report: Report, plan: Plan, folder: Path) -> None:
     """All parts, one after the other."""
-    report = Report(device)
+    device = report.device
     machine = common.machine()
     report.add("device", machine["gpu"] if device.type == "cuda" else "cpu")
     report.add("driver", gpu_driver())
@@ -336,7 +362,10 @@ def run(plan: Plan, device: torch.device, folder: Path) -> Report:
             part(report, jobs)
     with report.part("cold start"):
         cold(report, jobs, folder)
-    return report
+    with report.part("torch.compile"):
+        compiled(report, lipsync, plan)
+    in_time = report.seconds <= WHOLE if device.type == "cuda" else None
+    report.add("the whole report, s", report.seconds, f"{WHOLE} on a GPU", in_time)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -348,6 +377,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=Path("gpu-report.json"), help="file to write")
     options = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    report = Report(device)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         weights = options.weights or (REPOSITORY / "models/demo" if options.tiny else folder / "weights")
@@ -356,7 +386,7 @@ def main(argv: list[str] | None = None) -> int:
             published.write_weights(weights)
         few = Plan(weights, scripted, (1, 2), options.seconds or 1, 1, "360p")
         plan = few if options.tiny else Plan(weights, scripted, (1, 4, 8, 16), options.seconds or 10, 3, "720p")
-        report = run(plan, device, folder)
+        run(report, plan, folder)
     options.json.write_text(json.dumps({
         "machine": common.machine(), "device": str(device), "driver": gpu_driver(), "tiny": options.tiny,
         "figures": report.figures, "rows": [asdict(row) for row in report.rows]}, indent=2, default=str) + "\n")

@@ -98,11 +98,14 @@ def seam(film: Tensor, truth: Tensor, mask: Tensor) -> float:
     return float(across(film) / across(truth))
 
 
-def rigid(truth: Tensor, source: Tensor, where: Tensor, face: float) -> Tensor:
-    """Of `where`, what no mouth moves: there truth and source are one in a frame and in both of its neighbours."""
-    apart = blur((truth - source).abs().amax(-1), 0.01 * face) > 0.5
-    still = where & ~apart
-    return still[:-2] & still[1:-1] & still[2:]
+def still(truth: Tensor, source: Tensor, where: Tensor, face: float) -> Tensor:
+    """Of `where`, what no mouth moves: there truth and source are one, so where each detail belongs is known."""
+    return where & (blur((truth - source).abs().amax(-1), 0.01 * face) <= 0.5)
+
+
+def rigid(unmoved: Tensor) -> Tensor:
+    """What is `still` in a frame and in both of its neighbours: (N, H, W) -> (N - 2, H, W)."""
+    return unmoved[:-2] & unmoved[1:-1] & unmoved[2:]
 
 
 def flicker(film: Tensor, truth: Tensor, where: Tensor, face: float) -> float:

@@ -1,14 +1,18 @@
 """Is it the same person, as sharp as the source, without flicker? Films of people whose true picture is known.
 
-    python -m benchmarks.picture [--picture docs/picture.png] [--quick] [--json]
+    python -m benchmarks.picture [--picture docs/picture.png] [--quick] [--found] [--identity FOLDER/node_modules] [--json]
 
 A person is rendered twice, at rest (the source) and speaking (the truth), with the same pose, light, camera and grain. The
-source is made to speak in both finishes, the true mouth is compared. Needs libespeak-ng, as the training does.
+source is made to speak in both finishes, the true mouth is compared. Where the face is, is told by its known landmarks with a
+landmark network's errors, so that the picture is judged and not the search; --found lets the networks search. Identity is the
+distance that a face recognition network sees (0.6: another person), see benchmarks.judge for its packages. Needs
+libespeak-ng, as the training does.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import time
 from dataclasses import dataclass, field
@@ -25,9 +29,12 @@ from torch import Tensor
 from benchmarks import common
 from benchmarks import measures as m
 from musetalk import LipSync, NoFace, Options
+from musetalk.avatar import Avatar
 from musetalk.box import Box
+from musetalk.faces import crop, face_box
 from musetalk.imaging import pillow_resize
 from musetalk.options import Finish
+from musetalk.track import Found, steadied
 from pipeline.media import ffmpeg
 from pipeline.settings import REPOSITORY
 from training import speech
@@ -38,6 +45,8 @@ Picture = NDArray[np.uint8]
 Figures = dict[str, dict[str, dict[str, float]]]  # by clip, by film, by measure
 FINISHES: tuple[Finish, ...] = ("official", "natural")
 SENTENCE, VOICE, SKIP = "Remember to save the paper before the power fails.", "en-us", 0.25
+RECOGNISED = 150  # side of the pictures for face recognition
+JITTER = 0.005  # of the landmarks, face widths: 1.3 pixels in a face of 256
 MOUTH, SKIN = (11, 12, 13), (1, 10, 14)
 SIDE = Light((0.93, -0.2, 0.3), (1.3, 1.2, 1.05), (0.12, 0.13, 0.16), (0.06, 0.06, 0.06), 0.9)
 HIGHER = ("psnr", "ssim", "psnr_mouth", "psnr_skin", "sharpness_skin", "sharpness_mouth", "texture_skin")
@@ -74,6 +83,7 @@ class Material:
     source: list[Picture]
     truth: list[Picture]
     labels: list[Picture]
+    landmarks: list[NDArray[np.float64]]  # of the source, (68, 2) pixels
     pcm: NDArray[np.float32]
 
 
@@ -85,7 +95,8 @@ def material(clip: Clip, spoken: speech.Utterance) -> Material:
     frames = list(shot.frames(lambda t: spoken.mouth(t + SKIP), clip.frames))
     start = round(SKIP * speech.RATE)
     pcm = spoken.pcm[start : start + round(clip.frames / clip.fps * speech.RATE)]
-    return Material([f.source for f in frames], [f.truth for f in frames], [f.labels for f in frames], pcm)
+    return Material([f.source for f in frames], [f.truth for f in frames], [f.labels for f in frames],
+                    [f.landmarks for f in frames], pcm)
 
 
 @dataclass(frozen=True)
@@ -97,10 +108,32 @@ class Film:
     boxes: list[Box | None]
 
 
-def film(lipsync: LipSync, clip: Clip, made: Material, finish: Finish) -> Film:
+def tracked(clip: Clip, made: Material) -> list[Found]:
+    """Face boxes as a landmark network would find them: the true landmarks with its errors, in whole pixels."""
+    r, everywhere = np.random.default_rng(clip.seed), Box(0, 0, *made.source[0].shape[1::-1])
+    seen = [torch.from_numpy(p + r.normal(0, JITTER * clip.face, p.shape)).long() for p in made.landmarks]
+    boxes = [face_box(points, everywhere) for points in seen]
+    return [Found(box, box) for box in boxes]
+
+
+def prepared(lipsync: LipSync, clip: Clip, made: Material, options: Options, found: bool) -> Avatar:
+    """The avatar, its face found by the networks or known."""
+    if found:
+        return lipsync.prepare(made.source, options)
+    avatar = Avatar.new()
+    avatar.frames = [torch.from_numpy(f) for f in made.source]
+    items: list[tuple[Tensor, Found | None]] = list(zip(avatar.frames, tracked(clip, made), strict=True))
+    followed = list(steadied(items)) if options.finish == "natural" else items
+    for at in range(0, len(items), options.batch_size):
+        lipsync.append(avatar, followed[at : at + options.batch_size], options)
+    avatar.finish()
+    return avatar
+
+
+def film(lipsync: LipSync, clip: Clip, made: Material, finish: Finish, found: bool = False) -> Film:
     """Prepare and speak."""
     options = Options.for_version(lipsync.nets.version, finish=finish)
-    avatar = lipsync.prepare(made.source, options)
+    avatar = prepared(lipsync, clip, made, options, found)
     frames = list(lipsync.speak(avatar, made.pcm, Fraction(clip.fps), options))[: clip.frames]
     masks: list[Picture] = []
     boxes: list[Box | None] = []
@@ -134,14 +167,30 @@ def judge(clip: Clip, made: Material, shown: list[Picture], masks: list[Picture]
     lips = grown((labels >= MOUTH[0]) & (labels <= MOUTH[-1]), round(0.03 * clip.face)) & inside
     skin = inside & ~lips & torch.isin(labels, labels.new_tensor(SKIN))
     size = float(clip.face)
+    unmoved = m.still(truth, source, skin, size)
     return {
         "psnr": m.psnr(film_, truth, inside), "ssim": m.ssim(film_, truth, inside),
         "psnr_mouth": m.psnr(film_, truth, lips), "psnr_skin": m.psnr(film_, truth, skin),
         "sharpness_skin": m.sharpness(film_, truth, skin), "sharpness_mouth": m.sharpness(film_, truth, lips),
-        "texture_skin": m.texture(film_, truth, skin, size), "colour_delta": m.colour(film_, truth, skin, size),
+        "texture_skin": m.texture(film_, truth, unmoved, size), "colour_delta": m.colour(film_, truth, skin, size),
         "seam_ratio": m.seam(film_, truth, mask),
-        "flicker_ratio": m.flicker(film_, truth, m.rigid(truth, source, skin, size), size),
+        "flicker_ratio": m.flicker(film_, truth, m.rigid(unmoved), size),
     }
+
+
+def identity(modules: Path, clip: Clip, made: Material, films: dict[str, list[Picture]]) -> dict[str, float]:
+    """How far each film's face is from the truth's for a face recognition network, mean over the frames."""
+    pictures = []
+    for shown in (made.truth, *films.values()):
+        for points, picture in zip(made.landmarks, shown, strict=True):
+            (x, y), half = points.mean(axis=0), 0.62 * clip.face
+            box = Box(*(round(v) for v in (x - half, y - half, x + half, y + half)))
+            pictures.append(crop(torch.from_numpy(picture), box, RECOGNISED).numpy().tobytes())
+    command = ["node", str(Path(__file__).with_name("identity.mjs")), str(modules), str(RECOGNISED)]
+    done = subprocess.run(command, input=b"".join(pictures), stdout=subprocess.PIPE, check=True)
+    seen = np.array([json.loads(line) for line in done.stdout.decode().splitlines() if line.startswith("[")])
+    truth, *others = np.split(seen, len(films) + 1)
+    return {name: float(np.linalg.norm(x - truth, axis=1).mean()) for name, x in zip(films, others, strict=True)}
 
 
 def rows_of(clip: Clip, made: Material, films: dict[Finish, Film], side: int = 250) -> Picture:
@@ -167,19 +216,22 @@ def write_png(path: Path, picture: Picture) -> None:
     subprocess.run(command, input=picture.tobytes(), check=True)
 
 
-def report(lipsync: LipSync, clips: tuple[Clip, ...]) -> tuple[Figures, Picture, list[str]]:
+def report(lipsync: LipSync, clips: tuple[Clip, ...], found: bool, modules: Path | None) -> tuple[Figures, Picture, list[str]]:
     """Figures by clip and finish; the rows of pictures; the clips in which no face was found."""
     spoken = speech.utter([SENTENCE], VOICE)
     figures, rows, faceless = {}, [], []
     for clip in clips:
         made = material(clip, spoken)
         try:
-            films = {finish: film(lipsync, clip, made, finish) for finish in FINISHES}
+            films = {finish: film(lipsync, clip, made, finish, found) for finish in FINISHES}
         except NoFace:
             faceless.append(clip.name)
             continue
-        shown = {"official": films["official"].frames, "natural": films["natural"].frames, "source": made.source}
+        shown: dict[str, list[Picture]] = {**{f: films[f].frames for f in FINISHES}, "source": made.source}
         figures[clip.name] = {name: judge(clip, made, x, films["official"].masks) for name, x in shown.items()}
+        if modules is not None:
+            for name, value in identity(modules, clip, made, shown).items():
+                figures[clip.name][name]["identity"] = value
         rows.append(rows_of(clip, made, films))
     return figures, np.concatenate(rows), faceless
 
@@ -190,16 +242,31 @@ def worst(figures: Figures, finish: Finish) -> dict[str, float]:
     return {n: (min if n in HIGHER else max)(c[finish][n] for c in figures.values()) for n in names}
 
 
+def loss(name: str, value: float) -> float:
+    """The smaller the better: sharper than the truth is no better than as sharp, steadier no better than as steady."""
+    if name.startswith("sharpness"):
+        return max(1 - value, 0)
+    return max(value - 1, 0) if name.endswith("ratio") else -value if name in HIGHER else value
+
+
+def worse(figures: Figures) -> list[str]:
+    """Where the natural finish is worse than the official way by more than the last digit shown."""
+    return [f"{clip} {name}" for clip, by in figures.items() for name, official in by["official"].items()
+            if round(loss(name, by["natural"][name]), 3) > round(loss(name, official), 3)]
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print only the JSON line")
     parser.add_argument("--quick", action="store_true", help="the two smallest clips")
+    parser.add_argument("--found", action="store_true", help="the networks look for the face")
+    parser.add_argument("--identity", type=Path, help="node_modules with a face recognition network")
     parser.add_argument("--picture", type=Path, help="write rows source | official | natural | truth here")
     parser.add_argument("--model-dir", default=str(REPOSITORY / "models" / "demo"))
     options = parser.parse_args()
     began, lipsync = time.perf_counter(), LipSync.load(options.model_dir)
-    figures, rows, faceless = report(lipsync, CLIPS[:2] if options.quick else CLIPS)
+    figures, rows, faceless = report(lipsync, CLIPS[:2] if options.quick else CLIPS, options.found, options.identity)
     if not options.json:
         for clip, finishes in figures.items():
             for name in next(iter(finishes.values())):
@@ -207,7 +274,8 @@ def main() -> None:
     if options.picture:
         write_png(options.picture, rows)
     results = {f"{name}_{finish}": round(v, 4) for finish in FINISHES for name, v in worst(figures, finish).items()}
-    common.emit("picture", **results, clips=len(figures), faceless=faceless, weights=lipsync.nets.identity[:12],
+    common.emit("picture", **results, worse=worse(figures), clips=len(figures), faceless=faceless,
+                face="found" if options.found else "known", weights=lipsync.nets.identity[:12],
                 seconds=round(time.perf_counter() - began, 1), dtype=str(lipsync.nets.dtype))
 
 

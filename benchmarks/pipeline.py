@@ -24,7 +24,7 @@ from benchmarks import common
 from musetalk.audio import Prompts
 from musetalk.avatar import Avatar
 from musetalk.lipsync import LipSync, Painted, Slot
-from musetalk.options import Finish, Quality
+from musetalk.options import Options
 from pipeline import runner, stream
 from pipeline.control import Control
 from pipeline.download import Source
@@ -47,12 +47,11 @@ def face(size: int) -> torch.Tensor:
 
 
 def stub(
-    self: LipSync, avatar: Avatar, prompts: Prompts, slots: list[Slot], quality: Quality = "exact",  # noqa: ARG001
-    finish: Finish = "official",
+    self: LipSync, avatar: Avatar, prompts: Prompts, slots: list[Slot], options: Options,  # noqa: ARG001
 ) -> list[Painted | None]:
     """A fixed face for every frame that has one."""
     entries = [avatar[slot.source] for slot in slots]
-    return [None if entry is None else Painted(face(self.crop_size), entry, entry.region, finish) for entry in entries]
+    return [None if entry is None else Painted(face(self.crop_size), entry, entry.region, options.finish) for entry in entries]
 
 
 def material(folder: Path, size: str, seconds: int) -> tuple[Path, Path]:

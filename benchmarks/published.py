@@ -47,16 +47,17 @@ FACE = (500, 200, 740, 480)  # of the scripted face, pixels
 
 
 def write_weights(folder: Path) -> None:
-    """All six networks in the converted layout: half precision safetensors, as `fetch` leaves them."""
+    """All networks in the converted layout: half precision safetensors, as `fetch` leaves them."""
     torch.manual_seed(0)
     configs = {"musetalkV15/musetalk.json": "{}", "sd-vae/config.json": "{}", "whisper/config.json": "{}"}
     for name, text in configs.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-    (folder / PARTS["v15"][0].files[0]).touch()  # tells the version before the weights are there
+    for part in PARTS["v15"]:  # tells the version, and that no part is left out, before the weights are there
+        (folder / part.files[0]).parent.mkdir(parents=True, exist_ok=True)
+        (folder / part.files[0]).touch()
     for part, build in builders(folder, "v15"):
         path = folder / part.files[0]
-        path.parent.mkdir(parents=True, exist_ok=True)
         state = {k: v.half() if v.is_floating_point() else v for k, v in build().state_dict().items()}
         save_file({k: v.contiguous() for k, v in state.items()}, path)
     write_manifest(folder, "v15")

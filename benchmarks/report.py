@@ -28,6 +28,12 @@ class Report:
     device: torch.device
     rows: list[Row] = field(default_factory=list)
     figures: dict[str, Any] = field(default_factory=dict)
+    began: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """Since the report began."""
+        return time.perf_counter() - self.began
 
     def add(self, name: str, value: Any, limit: str = "", good: bool | None = None) -> None:
         """A figure; with `good` also a verdict."""

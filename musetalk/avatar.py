@@ -32,7 +32,7 @@ from musetalk.box import Box, Region
 CHUNK = 32  # source frames
 HELD = 4  # chunks kept in memory while reading
 MEMORY = 64 << 20  # bytes of avatars kept in memory: about a thousand frames
-FORMAT = 5
+FORMAT = 6
 SUFFIX = ".avatar"
 STALE_SEC = 24 * 3600  # partial files of workers that died are removed after this
 

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from musetalk.box import Box, Region
-from musetalk.imaging import blend_u8, constants, gaussian_blur, linear, pillow_resize
+from musetalk.imaging import blend_u8, constants, gaussian_blur, kept, linear, pillow_resize
 from musetalk.nets.bisenet import BiSeNet
+from musetalk.nets.layers import at_once
 from musetalk.options import ParsingMode
 
 SIZE = 512  # side of the parser's picture and of the label map
@@ -55,26 +56,54 @@ def parse(net: BiSeNet, squares: list[Tensor]) -> Tensor:
     """RGB squares (side, side, 3) uint8 of any size -> labels (N, 512, 512) uint8, 0 above row TOP_ROW."""
     weight = net.conv_out.conv_out.weight
     images = torch.stack([pillow_resize(s.to(weight.device), SIZE, SIZE) for s in squares])
-    logits = net(parse_input(images).to(weight.dtype).contiguous(memory_format=torch.channels_last))
-    return upsampled_labels(logits.float())
+    layer = weight.element_size() * net.cfg.widths[0] * (SIZE // 2) ** 2
+    logits = [net(parse_input(part).to(weight.dtype)) for part in torch.split(images, at_once(images.device, layer))]
+    return upsampled_labels(torch.cat(logits).float())
 
 
 def upsampled_labels(logits: Tensor) -> Tensor:
     """Logits (N, 19, 64, 64) -> labels (N, 512, 512) uint8: argmax after bilinear upsampling with aligned corners.
 
-    Only rows that the blended lower half can depend on are worked out; the others are background.
+    Only rows that the blended lower half can depend on are worked out; the others are background. Where one class is the
+    largest at all four corners of a cell it is so inside, too: a CPU interpolates only the rows of the other cells.
     """
-    n, _, height, _ = logits.shape
-    at = torch.arange(TOP_ROW, SIZE, device=logits.device) * ((height - 1) / (SIZE - 1))
-    low = at.long().clamp(max=height - 2)
-    rows = torch.lerp(logits[:, :, low], logits[:, :, low + 1], (at - low)[:, None])
+    n, classes, height, width = logits.shape
     labels = torch.zeros(n, SIZE, SIZE, dtype=torch.uint8, device=logits.device)
-    lower, best = labels[:, TOP_ROW:], torch.full((), -torch.inf, device=logits.device)
-    for label, row in enumerate(torch.split(rows, 1, dim=1)):  # one map at a time: argmax over all 19 takes ten times as long
-        wide = F.interpolate(row, size=(SIZE - TOP_ROW, SIZE), mode="bilinear", align_corners=True)[:, 0]
-        lower.masked_fill_(wide > best, label)
-        best = torch.maximum(wide, best)
+    row, row_share, column, columns, column_share = _upsampling(logits.device, height, width)
+    corner = logits.argmax(dim=1)
+    top = corner[:, :-1, :-1]
+    mixed = (top != corner[:, 1:, :-1]) | (top != corner[:, :-1, 1:]) | (top != corner[:, 1:, 1:])
+    lower = top.to(torch.uint8).index_select(1, row).index_select(2, column)
+    rows = logits.permute(0, 2, 3, 1)
+    rows = torch.lerp(rows.index_select(1, row), rows.index_select(1, row + 1), row_share[:, None, None])
+    at = torch.arange(n * len(row) * (width - 1), device=logits.device)
+    if logits.device.type == "cpu":  # a GPU would have to wait for their number
+        at = at[mixed.index_select(1, row).flatten()]
+    line, cell = at // (width - 1), at % (width - 1)
+    rows = rows.reshape(-1, classes)
+    left, right = (rows.index_select(0, line * width + cell + i).T.contiguous()[:, :, None] for i in (0, 1))
+    best, label = torch.full((), -torch.inf, device=logits.device), torch.zeros((), dtype=torch.uint8, device=logits.device)
+    share = column_share[cell]
+    for i in range(classes):
+        value = torch.lerp(left[i], right[i], share)
+        label = torch.where(value > best, i, label)
+        best = torch.maximum(value, best)
+    lower.view(-1)[(line * SIZE)[:, None] + columns[cell]] = label.to(torch.uint8)
+    labels[:, TOP_ROW:] = lower
     return labels
+
+
+@kept(4)
+def _upsampling(height: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """For maps (height, width) stretched over SIZE with aligned corners: of each row from TOP_ROW on the map's row above and
+    the share of that below; of each column the cell; of each cell its columns (the last repeated) and shares of its right.
+    """
+    row, column = (torch.arange(first, SIZE) * ((cells - 1) / (SIZE - 1)) for first, cells in ((TOP_ROW, height), (0, width)))
+    above, cell = (at.long().clamp(max=cells - 2) for at, cells in ((row, height), (column, width)))
+    first = torch.searchsorted(cell, torch.arange(width - 1))
+    count = torch.bincount(cell)
+    columns = first[:, None] + torch.minimum(torch.arange(int(count.max())), count[:, None] - 1)
+    return above, row - above, cell, columns, column[columns] - torch.arange(width - 1)[:, None]
 
 
 def _dilate_jaw(skin: Tensor) -> Tensor:

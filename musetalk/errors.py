@@ -45,4 +45,4 @@ class NoFastLane(MuseTalkError):
 
 
 class Interrupted(MuseTalkError):
-    """`LipSync.interrupted` was set while a network ran."""
+    """`interruption.interrupt` was called while a network ran."""

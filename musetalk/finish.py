@@ -6,7 +6,7 @@ where they differ (lips, teeth, an opening mouth, a jaw that drops), and always 
 tint is what the source has over the drawing in its surroundings, spread smoothly over the mouth, so neither seam nor tint
 remains. Everything is worked out at the network's size; the frame's pixels are read once and written once:
 
-    out = pixel + mask * (own * (pixel - grain) + grain + drawn - pixel)
+    out = pixel + mask * (1 - own) * (drawn + grain - pixel)
 
 `own` and `drawn` are stretched from the network's size; `grain` is what that size loses of the source, as far as it is small.
 """
@@ -25,11 +25,15 @@ from musetalk.imaging import kept
 
 GRID, TINT_GRID = 64, 16  # sides of the maps on which drawing and source are compared, and of the tints
 ALIKE, ALIKE_FAR = 12.0, 200.0  # levels over which drawing and source count as different: by the mouth, and far from it
+BUSY = 1.0  # deviations of the source's pattern that such a difference may have besides: a beard's strands are no mouth
 MOUTH_AT, MOUTH_SIZE = (0.5, 0.8), (0.22, 0.18)  # where a face box has its mouth, and how far it moves skin; sides of the box
+LIPS_WITHIN = (0.31, 0.18)  # how far from there lips may lie: a parser may call a whole beard a mouth
 TRUST = 40.0  # levels of difference that may still be a tint
-LIPS = 32  # side of the map of the source's lips
-LIPS_GROW = 0.06  # how far around them the drawing is shown, sides of the box
-CRISP = 0.25  # unsharp mask on the drawing, against the decoder's blur
+LIKE_SKIN = 60.0  # levels from the skin's colour at which the drawing is something else, as teeth are
+LIPS = 64  # side of the map of the source's lips
+LIPS_GROW = 0.03  # how far around them the drawing is shown, sides of the box
+CRISP = 0.4  # unsharp mask on the drawing for every time it is enlarged, within its own range: steeper edges without halos
+DETAIL = 30.0  # and more where drawing and source are alike: creases of lips that have not moved, a moustache
 GRAIN = 8.0  # levels of the source's detail that the drawing gets too: pores and grain, but no edge of a lip
 
 
@@ -39,6 +43,9 @@ def lips_map(labels: Tensor, square: Box, box: Box, size: int = LIPS) -> Tensor:
     for dim, length, first in ((0, box.height, box.y1 - square.y1), (1, box.width, box.x1 - square.x1)):
         at = ((torch.arange(size, device=labels.device) + 0.5) * (length / size) + first) * (len(labels) / square.width)
         mouth = mouth.index_select(dim, at.long().clamp(0, len(labels) - 1))
+    at = (torch.arange(size, device=labels.device) + 0.5) / size
+    (x, y), (rx, ry) = MOUTH_AT, LIPS_WITHIN
+    mouth *= ((at - y)[:, None] / ry).square() + ((at - x)[None] / rx).square() < 1
     reach = round(LIPS_GROW * size)
     small = F.max_pool2d(mouth[None, None], 2 * reach + 1, 1, reach)
     return (_blur(small)[0, 0] * 255).round().to(torch.uint8)
@@ -56,37 +63,68 @@ def natural(planes: Sequence[Tensor], face: Tensor, box: Box, region: Region, li
     cell = max(face.shape[-1] // GRID, 1)
     top = -(-first_row(box, region, face.shape[-1]) // cell) * cell  # rows above are not looked at: the fast lane draws none
     source = torch.cat([_seen(p, box, step, face.shape[-1], face.device) for p, step in zip(planes, steps, strict=True)], dim=1)
-    own, drawn = _mix(source[:, :, top:], face.float()[None, :, top:], lips.to(face.device))
-    half = F.avg_pool2d(mask, 2) if 2 in steps else mask
-    for i, (plane, step) in enumerate(zip(planes, steps, strict=True)):
-        area = _divided(region.box, step)
-        part = plane[area.y1 : area.y2, area.x1 : area.x2]
-        maps = torch.cat([own, drawn[:, i : i + 1], source[:, i : i + 1, top:]], dim=1)
-        a, b, coarse = _stretched(maps, _divided(box, step), area, top)[0]
-        pixel = part.to(face.device).float()
-        grain = (pixel - coarse).clamp_(-GRAIN, GRAIN)
-        changed = torch.addcmul(b, a, pixel - grain).add_(grain)
-        part.copy_(torch.lerp(pixel, changed, (mask if step == 1 else half)[0, 0]).add_(0.5).clamp_(0, 255))
+    shown = _at(mask, box, region.box, face.shape[-1] // cell)[:, :, top // cell :]
+    crisp = CRISP * min(max(box.height / face.shape[-1] - 1, 0), 3)
+    shares, drawn = _mix(source[:, :, top:], face.float()[None, :, top:], lips.to(face.device), shown, crisp)
+    for step in sorted(set(steps)):
+        which = slice(steps.index(step), steps.index(step) + steps.count(step))
+        area, weight = _divided(region.box, step), mask[0, 0] if step == 1 else F.avg_pool2d(mask, 2)[0, 0]
+        maps = torch.cat([shares, source[:, which, top:], drawn[:, which]], dim=1)
+        share, limit, *rest = _stretched(maps, _divided(box, step), area, top)[0]
+        for plane, coarse, levels in zip(planes[which], rest[: len(rest) // 2], rest[len(rest) // 2 :], strict=True):
+            part = plane[area.y1 : area.y2, area.x1 : area.x2]
+            pixel = part.to(face.device).float()
+            grain = torch.minimum(torch.maximum(pixel - coarse, -limit), limit)
+            changed = torch.lerp(levels.add_(grain), pixel, share)
+            part.copy_(torch.lerp(pixel, changed, weight).add_(0.5).clamp_(0, 255))
 
 
-def _mix(source: Tensor, face: Tensor, lips: Tensor) -> tuple[Tensor, Tensor]:
-    """Source and drawing (1, C, H, S), the lower rows; lips (L, L) -> the source's share (1, 1, H, S), the drawing times the
-    rest.
+def _mix(source: Tensor, face: Tensor, lips: Tensor, shown: Tensor, crisp: float) -> tuple[Tensor, Tensor]:
+    """Source and drawing (1, C, H, S), the lower rows; lips (L, L); mask (1, 1, h, s), coarse -> the source's share and the
+    levels of its detail that the drawing gets (1, 2, H, S); the drawing without tint, sharpened (1, C, H, S).
     """
     rows, size = face.shape[-2:]
     step = max(size // GRID, 1)
     below = slice((size - rows) // step, None)
     free = 1 - F.interpolate(lips.float()[None, None] / 255, size=(size // step,) * 2, mode="bilinear")[:, :, below]
-    difference = F.avg_pool2d(source - face, step)
-    tint = _tint(difference, free)
+    small = F.avg_pool2d(source, step)
+    difference = small - F.avg_pool2d(face, step)
+    tint, skin = _tint(difference, free * shown), _mean(small - difference, free * shown)
     apart = _blur(difference - tint).square().sum(dim=1, keepdim=True)
+    busy = _blur((small - _blur(small)).square().sum(dim=1, keepdim=True)) * BUSY**2
     (tolerance,) = _tolerance(face.device, size // step)
-    own = torch.exp(-apart / tolerance[:, :, below]) * free
-    own = _blur(-F.max_pool2d(-own, 3, 1, 1))
-    wide = F.interpolate(torch.cat([own, tint], dim=1), size=(rows, size), mode="bilinear")
-    own, tint = wide[:, :1], wide[:, 1:]
-    crisp = face + CRISP * (face - _blur(face))
-    return own, (crisp + tint) * (1 - own)
+    alike = torch.exp(-apart / (tolerance[:, :, below] + busy))
+    own, alike = torch.split(_blur(-F.max_pool2d(-torch.cat([alike * free, alike], dim=1), 3, 1, 1)), 1, dim=1)
+    wide = F.interpolate(torch.cat([own, GRAIN + DETAIL * alike, tint], dim=1), size=(rows, size), mode="bilinear")
+    shares, tint = wide[:, :2], wide[:, 2:]
+    like = torch.exp((face - skin).square().sum(dim=1, keepdim=True) * (-1 / LIKE_SKIN**2))  # teeth have no skin's tint
+    low, mean, high = _around(face)
+    crisper = torch.minimum(torch.maximum(face + crisp * (face - mean), low), high)
+    return shares, crisper + tint * like
+
+
+def _around(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Least, mean and largest value of each 3 x 3 of (1, C, H, W), the border repeated.
+
+    By shifts: pooling takes ten times as long.
+    """
+    image = F.pad(image, (1, 1, 1, 1), mode="replicate")
+    low = mean = high = image
+    for dim in (2, 3):
+        count = image.shape[dim] - 2
+        lows, means, highs = ([x.narrow(dim, k, count) for k in range(3)] for x in (low, mean, high))
+        low, high = (f(f(x[0], x[1]), x[2]) for f, x in ((torch.minimum, lows), (torch.maximum, highs)))
+        mean = (means[0] + means[1] + means[2]) / 3
+    return low, mean, high
+
+
+def _at(mask: Tensor, box: Box, area: Box, size: int) -> Tensor:
+    """The mask (1, 1, h, w) of an area, read at the cells of a grid over the box: (1, 1, size, size)."""
+    for dim, first, length in ((2, box.y1 - area.y1, box.height), (3, box.x1 - area.x1, box.width)):
+        at = ((torch.arange(size, device=mask.device) + 0.5) * (length / size) + first).long()
+        inside = ((at >= 0) & (at < mask.shape[dim])).to(mask).view([-1, 1] if dim == 2 else [1, -1])
+        mask = mask.index_select(dim, at.clamp(0, mask.shape[dim] - 1)) * inside
+    return mask
 
 
 @kept(8)
@@ -100,7 +138,7 @@ def _tolerance(size: int) -> tuple[Tensor]:
 
 def _tint(difference: Tensor, free: Tensor) -> Tensor:
     """The smooth part of source minus drawing (1, C, S, S), told where the source's lips are not, spread over them."""
-    usual = (difference * free).sum(dim=(2, 3), keepdim=True) / free.sum().clamp(min=1e-6)
+    usual = _mean(difference, free)
     weight = free * torch.exp((difference - usual).square().sum(dim=1, keepdim=True) * (-1 / TRUST**2)) + 1e-6
     value = F.adaptive_avg_pool2d(difference * weight, TINT_GRID)
     known = F.adaptive_avg_pool2d(weight, TINT_GRID)
@@ -112,6 +150,11 @@ def _tint(difference: Tensor, free: Tensor) -> Tensor:
         coarse = F.interpolate(filled, scale_factor=2, mode="bilinear")
         filled = (value + 0.15 * coarse) / (known + 0.15)
     return F.interpolate(filled, size=difference.shape[-2:], mode="bilinear")
+
+
+def _mean(image: Tensor, weight: Tensor) -> Tensor:
+    """Of (1, C, H, W) under a weight (1, 1, H, W): (1, C, 1, 1)."""
+    return (image * weight).sum(dim=(2, 3), keepdim=True) / weight.sum().clamp(min=1e-6)
 
 
 def _blur(image: Tensor) -> Tensor:

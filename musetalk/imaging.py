@@ -1,8 +1,9 @@
 """Resampling with the exact integer arithmetic of the libraries that MuseTalk was trained and published with.
 
 OpenCV 4 (`INTER_LANCZOS4`, `INTER_LINEAR`, `GaussianBlur`, `warpAffine` without rotation) and Pillow (`BILINEAR`,
-`BICUBIC`). Filters are separable integer matrices applied in float64, which holds every intermediate exactly, so the
-same code is bit-exact on CPU and GPU. Images are uint8 tensors (H, W, C) or (H, W).
+`BICUBIC`). Filters are separable and of integers, applied in a type that holds every intermediate exactly (float32 up to
+2^24, else int32 or float64), so the same code is bit-exact on CPU and GPU, in whatever order sums are taken. Images are
+uint8 tensors (H, W, C) or (H, W).
 """
 
 from __future__ import annotations
@@ -50,21 +51,19 @@ def _positions(n_in: int, n_out: int) -> NDArray[np.float32]:
 
 @kept(256)
 def _lanczos4_matrix(n_in: int, n_out: int) -> tuple[Tensor]:
-    """(n_out, n_in) weights in 1/2048: taps -3..+4 around the floor, border replicated."""
+    """(n_out, n_in) float32 weights in 1/2048: taps -3..+4 around the floor, border replicated."""
     position = _positions(n_in, n_out)
     base = np.floor(position).astype(int)
-    frac = (position - base).astype(np.float32).astype(np.float64)
+    x = (position - base).astype(np.float32).astype(np.float64)
+    near = x < np.finfo(np.float32).eps  # on a pixel: it alone
+    d = np.where(near, 0.5, x)[:, None] + 3 - np.arange(8)
+    weights = np.sin(np.pi * d) * np.sin(np.pi * d / 4) / d**2
+    weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32).astype(np.float64)
+    weights[near] = np.eye(8)[3]
+    taps = np.clip(base[:, None] - 3 + np.arange(8), 0, n_in - 1)
     matrix = np.zeros((n_out, n_in))
-    for row, (start, x) in enumerate(zip(base, frac, strict=True)):
-        if x < np.finfo(np.float32).eps:
-            weights = np.eye(8)[3]
-        else:
-            d = x + 3 - np.arange(8)
-            weights = np.sin(np.pi * d) * np.sin(np.pi * d / 4) / d**2
-            weights = (weights / weights.sum()).astype(np.float32).astype(np.float64)
-        taps = np.clip(start - 3 + np.arange(8), 0, n_in - 1)
-        np.add.at(matrix[row], taps, np.rint(weights * 2048))
-    return (torch.from_numpy(matrix),)
+    np.add.at(matrix, (np.arange(n_out)[:, None], taps), np.rint(weights * 2048))
+    return (torch.from_numpy(matrix).float(),)
 
 
 @kept(256)
@@ -74,17 +73,15 @@ def _pillow_taps(n_in: int, n_out: int, bicubic: bool, top: int) -> tuple[Tensor
     stretch = max(scale, 1.0)
     kernel: Callable[[Floats], Floats] = _cubic if bicubic else (lambda x: np.clip(1 - np.abs(x), 0, None))
     count = int(np.ceil(support * stretch)) * 2 + 1
-    index = np.zeros((count, n_out), np.int64)
-    fixed = np.zeros((count, n_out), np.int32)
-    for i in range(n_out):
-        centre = (i + 0.5) * scale
-        low = max(int(centre - support * stretch + 0.5), 0)
-        high = min(int(centre + support * stretch + 0.5), n_in)
-        weights: Floats = kernel((np.arange(low, high) - centre + 0.5) / stretch)
-        weights /= weights.sum()
-        index[:, i] = low  # the unused taps' too
-        index[: high - low, i] = np.arange(low, high)
-        fixed[: high - low, i] = np.trunc(weights * (1 << 22) + np.copysign(0.5, weights))
+    centre = (np.arange(n_out) + 0.5) * scale
+    low = np.maximum((centre - support * stretch + 0.5).astype(np.int64), 0)
+    high = np.minimum((centre + support * stretch + 0.5).astype(np.int64), n_in)
+    taps = low + np.arange(count)[:, None]
+    inside = taps < high
+    weights: Floats = np.where(inside, kernel((taps - centre + 0.5) / stretch), 0.0)
+    weights /= weights.sum(axis=0)
+    fixed = np.trunc(weights * (1 << 22) + np.copysign(0.5, weights)).astype(np.int32)
+    index = np.where(inside, taps, low)  # the unused taps' too
     used = int(np.flatnonzero(fixed.any(axis=1))[-1]) + 1
     return torch.from_numpy(index[:used, top:]), torch.from_numpy(fixed[:used, top:])
 
@@ -98,14 +95,14 @@ def _cubic(x: Floats) -> Floats:
 
 @kept(64)
 def _blur_matrix(n: int, kernel: int) -> tuple[Tensor]:
-    """(n, n) Gaussian weights in 1/256 with reflect-101 borders, for an odd kernel of `kernel` taps."""
+    """(n, n) float32 Gaussian weights in 1/256 with reflect-101 borders, for an odd kernel of `kernel` taps."""
     weights, radius = gaussian_weights(kernel), kernel // 2
     matrix = np.zeros((n, n))
     period = max(2 * (n - 1), 1)
     rows = np.arange(n)[:, None]
     taps = np.abs(rows + np.arange(-radius, radius + 1)) % period
     np.add.at(matrix, (rows, np.where(taps >= n, period - taps, taps)), weights)
-    return (torch.from_numpy(matrix),)
+    return (torch.from_numpy(matrix).float(),)
 
 
 def gaussian_weights(kernel: int) -> NDArray[np.int64]:
@@ -127,30 +124,12 @@ def gaussian_weights(kernel: int) -> NDArray[np.int64]:
     return out
 
 
-def _rows(matrix: Tensor, image: Tensor) -> Tensor:
-    """Apply (n_out, n_in) to the rows of (n_in, W, C), in float64."""
-    return torch.tensordot(matrix, image, dims=([1], [0]))
-
-
-def _columns(matrix: Tensor, image: Tensor) -> Tensor:
-    """Apply (n_out, n_in) to the columns of (H, n_in, C), in float64."""
-    return _rows(matrix, image.transpose(0, 1)).transpose(0, 1)
-
-
-def _as_3d(image: Tensor) -> Tensor:
-    return (image if image.ndim == 3 else image[:, :, None]).double()
-
-
-def _finish(values: Tensor, like: Tensor) -> Tensor:
-    out = values.clamp(0, 255).to(torch.uint8)
-    return out if like.ndim == 3 else out[:, :, 0]
-
-
 def lanczos4(image: Tensor, height: int, width: int) -> Tensor:
     """cv2.resize(..., INTER_LANCZOS4) without antialiasing: (H, W, C) uint8 -> (height, width, C) uint8."""
     (ry,), (rx,) = (_lanczos4_matrix(image.device, *sizes) for sizes in zip(image.shape, (height, width), strict=False))
-    total = _rows(ry, _columns(rx, _as_3d(image)))
-    return _finish(torch.floor((total + 2**21) / 2**22), image)
+    across = image.permute(2, 0, 1).float() @ rx.T  # below 2^20; the second pass is not below 2^24
+    total = ry.double() @ across.double()
+    return torch.floor((total + 2**21) / 2**22).clamp_(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
 
 
 def pillow_resize(image: Tensor, height: int, width: int, bicubic: bool = False, top: int = 0) -> Tensor:
@@ -161,18 +140,20 @@ def pillow_resize(image: Tensor, height: int, width: int, bicubic: bool = False,
     across = _pillow_taps(image.device, image.shape[1], width, bicubic, 0)
     down = _pillow_taps(image.device, image.shape[0], height, bicubic, top)
     first = int(_pillow_taps(torch.device("cpu"), image.shape[0], height, bicubic, top)[0][0, 0])  # rows above are not used
-    pixels = _tap_sum(image[first:].int(), 1, *across)
-    return _tap_sum(pixels, 0, down[0] - first, down[1]).to(torch.uint8)
+    pixels = _tap_sum(image[first:].transpose(0, 1), *across)
+    return _tap_sum(pixels.transpose(0, 1), down[0] - first, down[1]).to(torch.uint8)
 
 
-def _tap_sum(pixels: Tensor, dim: int, index: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum along `dim` of the pixels at index (taps, n_out), weights in 2^-22, rounded and clamped."""
-    shape = [1] * pixels.ndim
-    shape[dim] = index.shape[1]
-    total = torch.full((), 1 << 21, dtype=torch.int32, device=pixels.device)
-    for taps, weight in zip(index, weights, strict=True):
-        total = total + pixels.index_select(dim, taps) * weight.view(shape)
-    return (total >> 22).clamp_(0, 255)
+def _tap_sum(pixels: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of the rows at index (taps, n_out), weights in 2^-22, rounded and clamped: (n_in, ...) -> (n_out, ...)
+    int32. Along rows, since then each tap is copied row by row.
+    """
+    pixels = pixels.to(torch.int32, memory_format=torch.contiguous_format)
+    shape = [-1] + [1] * (pixels.ndim - 1)
+    total = pixels.index_select(0, index[0]).mul_(weights[0].view(shape)).add_(1 << 21)
+    for taps, weight in zip(index[1:], weights[1:], strict=True):
+        total.addcmul_(pixels.index_select(0, taps), weight.view(shape))
+    return total.bitwise_right_shift_(22).clamp_(0, 255)
 
 
 def gaussian_blur(mask: Tensor, kernel: int, rows: slice, columns: slice) -> Tensor:
@@ -183,8 +164,8 @@ def gaussian_blur(mask: Tensor, kernel: int, rows: slice, columns: slice) -> Ten
     out = torch.zeros_like(mask)
     if part.numel():
         (ry,), (rx,) = (_blur_matrix(mask.device, n, kernel) for n in part.shape)
-        blurred = torch.floor((_rows(ry, _columns(rx, _as_3d(part))) + 32768) / 65536)
-        out[top : rows.stop + margin, left : columns.stop + margin] = _finish(blurred, part)
+        blurred = (ry @ part.float() @ rx.T).add_(32768)  # below 2^24
+        out[top : rows.stop + margin, left : columns.stop + margin] = blurred.div_(65536).floor_()
     return out
 
 
@@ -217,10 +198,23 @@ def linear(image: Tensor, height: int, width: int, part: Box) -> Tensor:
     return ((top + bottom + 2) >> 2).to(torch.uint8)
 
 
+def _affine(scale: float, offset: float, n_out: int) -> NDArray[np.int64]:
+    """Source positions in 1/32 of outputs at `scale * i + offset`."""
+    return (round(offset * 1024) + 16 + np.rint(scale * np.arange(n_out) * 1024).astype(np.int64)) >> 5
+
+
+@lru_cache(64)
+def _affine_span(scale: float, offset: float, n_in: int, n_out: int) -> slice:
+    """The outputs that see anything of the source."""
+    low = _affine(scale, offset, n_out) >> 5
+    seen = np.flatnonzero((low >= -1) & (low < n_in))
+    return slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, 0)
+
+
 @kept(64)
 def _affine_taps(scale: float, offset: float, n_in: int, n_out: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Taps and weights (1/32) of output i at source `scale * i + offset`; weights outside the image are zero."""
-    fixed = (round(offset * 1024) + 16 + np.rint(scale * np.arange(n_out) * 1024).astype(np.int64)) >> 5
+    """Indices and weights (1/32) of the two taps of the outputs in the span; weights outside the image are zero."""
+    fixed = _affine(scale, offset, n_out)[_affine_span(scale, offset, n_in, n_out)]
     low, frac = fixed >> 5, (fixed & 31).astype(np.float32)
     taps = []
     for index, weight in ((low, 32 - frac), (low + 1, frac)):
@@ -234,11 +228,15 @@ def scale_shift(image: Tensor, scale: float, left: float, top: float, height: in
 
     image (H, W, C) uint8 -> (height, width, C) uint8; output (x, y) samples source (left + scale x, top + scale y).
     """
-    y0, y1, b0, b1 = _affine_taps(image.device, scale, top, image.shape[0], height)
-    x0, x1, a0, a1 = _affine_taps(image.device, scale, left, image.shape[1], width)
-    across = image[:, x0].float() * a0[:, None] + image[:, x1].float() * a1[:, None]
-    out = across[y0] * b0[:, None, None] + across[y1] * b1[:, None, None]
-    return _finish(torch.floor(out / 1024 + 0.5), image)
+    rows, columns = (scale, top, image.shape[0], height), (scale, left, image.shape[1], width)
+    y0, y1, b0, b1 = _affine_taps(image.device, *rows)
+    x0, x1, a0, a1 = (tap if tap.dtype == torch.int64 else tap[:, None] for tap in _affine_taps(image.device, *columns))
+    lines = (image.index_select(0, y).float() for y in (y0, y1))
+    above, below = (line.index_select(1, x0).mul_(a0).addcmul_(line.index_select(1, x1), a1) for line in lines)
+    total = above.mul_(b0[:, None, None]).addcmul_(below, b1[:, None, None])  # below 2^24: exact
+    out = image.new_zeros(height, width, image.shape[2])
+    out[_affine_span(*rows), _affine_span(*columns)] = total.div_(1024).add_(0.5).floor_().clamp_(0, 255).to(torch.uint8)
+    return out
 
 
 def blend_u8(under: Tensor, over: Tensor, mask: Tensor) -> Tensor:

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -26,11 +25,12 @@ from musetalk import blend, checkpoints, faces, generate, tuning
 from musetalk.audio import Prompts, silent_frames
 from musetalk.avatar import Avatar, Face
 from musetalk.box import Box, Region
-from musetalk.errors import Interrupted, NoFace, NoFastLane, NonFiniteOutput
+from musetalk.errors import NoFace, NoFastLane, NonFiniteOutput
 from musetalk.finish import lips_map, natural
-from musetalk.options import Finish, Options, Quality
+from musetalk.interruption import check
+from musetalk.options import Finish, Options
 from musetalk.order import source_index
-from musetalk.track import Found, Tracker
+from musetalk.track import Found, Tracker, steadied
 
 log = logging.getLogger("musetalk.lipsync")
 
@@ -43,10 +43,9 @@ class LipSync:
     largest_batch: int = field(default=1 << 30)  # halved for good when memory ran out
 
     def __post_init__(self) -> None:
-        self.interrupted = threading.Event()  # set from another thread: networks on a CPU end with Interrupted
         if self.nets.device.type == "cpu":  # where one pass can take half a minute; a GPU's launches are over at once
             for module in self.nets.modules():
-                module.register_forward_pre_hook(self._check)
+                module.register_forward_pre_hook(check)
         self.generator: tuning.Generator = tuning.plain(self.nets.unet, self.nets.vae)
         self.fast: tuning.Generator | None = None  # of the rows that `lower` decodes
         if self.nets.tiny is not None:
@@ -59,15 +58,14 @@ class LipSync:
     ) -> LipSync:
         """Load the weights in `folder` (official or converted layout); raises BadCheckpoint.
 
-        On a GPU this fixes, for the process, what chooses kernels: see `tuning.fix_numerics`.
+        For the process, this fixes on a GPU what chooses kernels, on a CPU what becomes of freed memory: see `tuning`.
         """
         if torch.device(device).type == "cuda":
             tuning.fix_numerics()
-        return cls(checkpoints.load(folder, device, dtype))
-
-    def _check(self, *_: object) -> None:
-        if self.interrupted.is_set():
-            raise Interrupted("the work was interrupted")
+        nets = checkpoints.load(folder, device, dtype)
+        if nets.device.type == "cpu":
+            tuning.fit_cpu(nets)
+        return cls(nets)
 
     @property
     def crop_size(self) -> int:
@@ -102,7 +100,8 @@ class LipSync:
         shift = options.bbox_shift if self.nets.version == "v1" else 0
         tracker = Tracker(self.nets.detector, self.nets.pose, options.face, shift)
         group: list[tuple[Tensor, Found | None]] = []
-        for item in tracker.run(frames):
+        followed = tracker.run(frames)
+        for item in steadied(followed) if options.finish == "natural" else followed:
             group.append(item)
             if len(group) == options.batch_size:
                 self.append(avatar, group, options)
@@ -218,7 +217,7 @@ class LipSync:
         for start in range(0, len(prompts), options.batch_size):
             outputs = range(start, min(start + options.batch_size, len(prompts)))
             slots = [Slot(o, source_index(o, len(avatar), options.loop), weights[o]) for o in outputs]
-            made = self.generate_batch(avatar, prompts, slots, options.quality, options.finish)
+            made = self.generate_batch(avatar, prompts, slots, options)
             for slot, painted in zip(slots, made, strict=True):
                 frame = avatar.frames[slot.source].clone()
                 if painted is not None:
@@ -226,18 +225,17 @@ class LipSync:
                 yield frame.numpy()
 
     def generate_batch(
-        self, avatar: Avatar | Sequence[Face | None], prompts: Prompts, slots: Sequence[Slot], quality: Quality = "exact",
-        finish: Finish = "official",
+        self, avatar: Avatar | Sequence[Face | None], prompts: Prompts, slots: Sequence[Slot], options: Options
     ) -> list[Painted | None]:
-        """What each slot's frame gets pasted; None where it has no face or is silent. `fast` may raise NoFastLane."""
+        """What each slot's frame gets pasted; None where it has no face or is silent. May raise NoFastLane."""
         entries = [avatar[slot.source] if slot.weight > 0 else None for slot in slots]
         todo = [(slot, entry) for slot, entry in zip(slots, entries, strict=True) if entry is not None]
         if not todo:
             return [None] * len(slots)
         tokens = prompts.batch([slot.output for slot, _ in todo])
-        first = None if quality == "exact" else min(blend.first_row(e.box, e.region, self.crop_size) for _, e in todo)
+        first = None if options.quality == "exact" else min(blend.first_row(e.box, e.region, self.crop_size) for _, e in todo)
         faces = iter(self.generate(torch.stack([entry.latents for _, entry in todo]), tokens, todo[0][0].output, first))
-        return [None if entry is None else Painted(next(faces), entry, slot.region(entry), finish)
+        return [None if entry is None else Painted(next(faces), entry, slot.region(entry), options.finish)
                 for slot, entry in zip(slots, entries, strict=True)]
 
 

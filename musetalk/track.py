@@ -12,6 +12,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from musetalk import faces
@@ -23,6 +24,10 @@ from musetalk.nets.s3fd import S3fd
 WINDOW = 12  # frames, about half a second
 SMOOTH_IOU = 0.75  # consecutive landmark boxes of one face overlap at least this much
 SCORE_DROP = 0.6  # share of the clip's landmark score under which a face is doubted
+REACH = 6  # frames that a steady box looks back and ahead
+HELD = WINDOW + REACH  # frames that preparation holds at most
+DEVIATION = 2.5  # of the steady track's mean in time, frames
+GIVES_WAY = 0.015  # face widths from the smooth way at which a movement counts as real
 STILL = 1.5  # mean grey levels under which a faceless picture counts as unchanged
 
 
@@ -148,3 +153,54 @@ def _centre_inside(box: Box, face: Box) -> bool:
     x, y = (box.x1 + box.x2) / 2, (box.y1 + box.y2) / 2
     w, h = 0.35 * face.width, 0.35 * face.height
     return face.x1 - w <= x <= face.x2 + w and face.y1 - h <= y <= face.y2 + h
+
+
+# -- a steady track --------------------------------------------------------------------------------------------------
+
+
+def steadied(items: Iterable[tuple[Tensor, Found | None]]) -> Iterator[tuple[Tensor, Found | None]]:
+    """The same frames, each face's box steadied by those of up to REACH frames before and after it."""
+    run: list[tuple[Tensor, Found]] = []  # frames of one face on end; the first `done` have gone out
+    done = 0
+    for frame, found in items:
+        if found is None or (run and run[-1][1].box.iou(found.box) < SMOOTH_IOU / 2):
+            yield from _steadied(run, done, len(run))
+            run, done = [], 0
+        if found is None:
+            yield frame, None
+            continue
+        run.append((frame, found))
+        if len(run) > REACH + done:
+            yield from _steadied(run, done, done + 1)
+            done += 1
+            if done > REACH:
+                run, done = run[1:], REACH
+    yield from _steadied(run, done, len(run))
+
+
+def _steadied(run: list[tuple[Tensor, Found]], first: int, end: int) -> Iterator[tuple[Tensor, Found]]:
+    """Items first .. end - 1 of a run."""
+    corners = [[f.box.x1, f.box.y1, f.box.x2, f.box.y2] for _, f in run]
+    for i in range(first, end):
+        frame, found = run[i]
+        x1, y1, x2, y2 = steady(corners, i)
+        half = round((y2 - y1) / 2)  # even heights, as the nose bridge at half height gives
+        yield frame, Found(Box(round(x1), max(round(y2) - 2 * half, 0), round(x2), round(y2)), found.detection)
+
+
+def steady(corners: list[list[int]], at: int) -> list[float]:
+    """Corners (N, 4) of one face's boxes -> those at frame `at` without noise, pixels.
+
+    A median over three frames, then a line through the frames around, both symmetric: what moves evenly keeps its place,
+    without lag. Where the nearest frames say that the face really left the line, the box goes along.
+    """
+    track = np.array(corners, float)
+    middle = np.median([np.concatenate([track[:1], track[:-1]]), track, np.concatenate([track[1:], track[-1:]])], axis=0)
+    time = np.arange(len(track)) - at
+    weight = np.exp(-0.5 * (time / DEVIATION) ** 2) * (abs(time) <= REACH)
+    s0, s1, s2 = (float((weight * time**k).sum()) for k in range(3))
+    line = weight * (s2 - s1 * time) / (s0 * s2 - s1 * s1) if len(track) > 1 else weight
+    smooth, near = line @ middle, middle[max(at - 1, 0) : at + 2].mean(axis=0)
+    stays = np.exp(-(((near - smooth) / (GIVES_WAY * (middle[at, 2] - middle[at, 0]))) ** 2))
+    out: list[float] = (near + stays * (smooth - near)).tolist()
+    return out

@@ -6,15 +6,21 @@ choose by device model, data type, shape and version alone, so two workers of on
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from musetalk import generate
+from musetalk.nets.layers import Doubling, Packed, at_once, fold_upsampling, fuse_relu, pack
 from musetalk.nets.unet import UNet
 from musetalk.nets.vae import Vae
+
+if TYPE_CHECKING:
+    from musetalk.checkpoints import Networks
 
 log = logging.getLogger("musetalk.tuning")
 
@@ -24,6 +30,7 @@ Record = Callable[[Callable[[], Made], object], tuple[Made, Callable[[], None]]]
 
 SIZES = (1, 4, 16)  # batches that are recorded, those under the worker's own and that one
 ROUNDS = 3  # runs before the capture, in which libraries load their kernels and take their workspaces
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # mallopt(3)
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
 
@@ -38,6 +45,42 @@ def fix_numerics() -> None:
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def fit_cpu(nets: Networks) -> None:
+    """Lay loaded networks out for a CPU, in place; the way is chosen by capability alone, never by timing."""
+    keep_freed_memory()
+    for net in (nets.unet, nets.vae.decoder, nets.tiny):
+        if net is not None:
+            fold_upsampling(net)
+    pack(nets.unet)
+    if nets.tiny is not None:
+        fuse_relu(nets.tiny)
+
+
+def keep_freed_memory(largest: int = 1 << 30, in_all: int = (1 << 31) - 1) -> None:
+    """Tell glibc, for the process, to keep freed maps of up to `largest` bytes for the next layer, until `malloc_trim`.
+
+    By default each large map gets fresh pages from the system; filling those with zeros took a fifth of the UNet's time.
+    glibc's own limits grow to 32 MB and twice that, and it opens a pool for each thread, whose maps never exceed 64 MB.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for option, value in ((M_MMAP_THRESHOLD, largest), (M_TRIM_THRESHOLD, in_all), (M_ARENA_MAX, 1)):
+            mallopt(option, value)
+
+
+def way(nets: Networks) -> str:
+    """How the networks run on their device, for reports."""
+    if nets.device.type != "cpu":
+        return "channels last, recorded"
+    packed = any(isinstance(m, Packed) for m in nets.unet.modules())
+    doubled = any(isinstance(m, Doubling) for m in nets.vae.decoder.modules())
+    side, width = nets.vae.cfg.crop_size, nets.vae.cfg.block_out_channels[min(1, len(nets.vae.cfg.block_out_channels) - 1)]
+    count = at_once(nets.device, side * side * width * nets.dtype.itemsize)
+    return ", ".join(["channels last", f"UNet's weights {'packed' if packed else 'plain'}",
+                      f"upsampling {'folded' if doubled else 'plain'}", f"{count} decoded at once",
+                      torch.backends.cpu.get_cpu_capability()])
 
 
 def numerics(device: torch.device, dtype: torch.dtype) -> str:

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
-import weakref
 from typing import Any
 
 import requests
 from b2sdk.v3 import B2Api, B2HttpApiConfig, InMemoryAccountInfo
 from b2sdk.v3.exception import InvalidAuthToken, Unauthorized
-from requests.adapters import HTTPAdapter
-from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 
+from pipeline.leave import Cut, Reach
 from pipeline.settings import Settings
 
 CONNECT_SEC, READ_SEC = 10.0, 30.0  # of one call; the SDK alone waits 128 s
-
-
-class Cut(BaseException):
-    """The line was cut. Not an Exception: the SDK would take that for a fault to try again after."""
 
 
 class Line:
@@ -44,44 +36,23 @@ class Line:
 
     def cut(self) -> None:
         """End every call under way, whatever it waits for, and let none begin."""
-        self._session.cut = True
-        for sock in list(self._session.sockets):
-            with contextlib.suppress(OSError):  # closed meanwhile
-                # the plain socket's method: TLS's own would first take the stream from the thread that is reading it
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)
+        self._session.reach.cut()
 
 
 class _Session(requests.Session):
-    """Gives every call a time limit that the SDK's own defaults do not, and keeps its sockets in reach."""
+    """Gives every call a time limit that the SDK's own defaults do not, and keeps its connections in reach."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.cut = False
-        self.sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
-        adapter = HTTPAdapter()
-        adapter.poolmanager.pool_classes_by_scheme = {
-            "http": _recording(HTTPConnectionPool, self), "https": _recording(HTTPSConnectionPool, self)}
-        self.mount("http://", adapter)
-        self.mount("https://", adapter)
+        self.reach = Reach()
+        self.reach.watch(self)
 
     def request(self, *args: Any, **kwargs: Any) -> requests.Response:
-        if self.cut:
+        if self.reach.is_cut:
             raise Cut
         try:
             return super().request(*args, **{**kwargs, "timeout": (CONNECT_SEC, READ_SEC)})
         except Exception as e:
-            if self.cut:
+            if self.reach.is_cut:
                 raise Cut from e
             raise
-
-
-def _recording(pool: Any, session: _Session) -> Any:
-    """The kind of pool with connections that put their sockets on record."""
-    class Connection(pool.ConnectionCls):  # type: ignore[misc]
-        def connect(self) -> None:
-            super().connect()
-            session.sockets.add(self.sock)
-            if session.cut:
-                raise Cut
-
-    return type(pool.__name__, (pool,), {"ConnectionCls": Connection})

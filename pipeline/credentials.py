@@ -26,6 +26,7 @@ from pipeline.settings import BadSetting, Settings
 OFFLINE = {"verify": {"remote_manifest_fetch": False, "ocsp_fetch": False},
            "core": {"backing_store_memory_threshold_in_mb": 4, "merkle_tree_chunk_size_in_kb": 4096}}
 TRUST = "signingCredential.untrusted"  # no list of trusted authorities is kept here; all else must be valid
+BUFFER = 1 << 20  # bytes; c2pa asks for 8 kB at a time
 POLL_SEC = 0.1
 TSA_SEC = 30.0  # of a time-stamp server that accepts and never answers
 CURVES = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}
@@ -71,7 +72,7 @@ class Signer:
     def _sign(self, source: Path, target: Path, manifest: dict[str, Any], ingredients: list[Ingredient],
               tsa_url: str | None) -> None:
         with (c2pa.Context.from_dict(OFFLINE) as context, c2pa.Builder(json.dumps(manifest), context) as builder,
-              self.native(tsa_url) as signer, source.open("rb") as film, target.open("w+b") as signed):
+              self.native(tsa_url) as signer, source.open("rb", BUFFER) as film, target.open("w+b", BUFFER) as signed):
             for ingredient in ingredients:
                 ingredient.add(builder)
             builder.sign(signer, "video/mp4", film, signed)
@@ -81,7 +82,7 @@ class Ingredient:
     """A source file: added with the credentials that it carries, where c2pa knows its format."""
 
     def __init__(self, path: Path, label: str, title: str, relationship: str) -> None:
-        self.path, self.format = path, media_type(path)
+        self.path, self.label, self.format = path, label, media_type(path)
         self.plain: dict[str, Any] = {"title": title, "relationship": relationship, "label": label, "format": self.format}
         self.readable = False
         self.credentials = self._credentials()

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import contextvars
 import hashlib
 import ipaddress
-import socket
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, wait
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 import requests
-from requests.adapters import HTTPAdapter
 from requests_hardened import Config, HTTPSession
 from requests_hardened.ip_filter import InvalidIPAddress
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
-from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import HTTPError
 
 from pipeline import redact
 from pipeline.control import Control
 from pipeline.errors import BadMedia, BadRequest, DiskFull, MediaError, SourceRefused, SourceUnavailable, disk_is_full
+from pipeline.leave import Reach, leaving
 from pipeline.settings import Settings
 
 TRIES = 3
@@ -34,7 +28,6 @@ CONNECT_SEC, IDLE_SEC = 10.0, 20.0
 REDIRECTS = 5
 RETRY_AFTER_MAX = 15.0  # seconds a source may make us wait
 BACKOFF = wait_exponential(multiplier=0.4, exp_base=3) + wait_random(0, 0.2)
-POLL_SEC = 0.1  # between looks whether the job has to stop
 CHUNK = 1 << 18
 RETRYABLE_STATUS = {408, 425, 429, 500, 502, 503, 504}
 REDIRECT_STATUS = {301, 302, 303, 307, 308}
@@ -100,50 +93,39 @@ class Downloader:
             return False
         return any(address in network for network in self.networks)
 
-    def _session(self, host: str, line: Line) -> HTTPSession:
+    def _session(self, host: str, reach: Reach) -> HTTPSession:
         guarded = not self._allowed(host)
         session = HTTPSession(Config(guarded, False, True, (CONNECT_SEC, IDLE_SEC), "musetalk-worker"))
         session.trust_env = False  # a proxy from the environment would resolve names itself
-        line.watch(session)
+        reach.watch(session)
         return session
 
     def _try(self, url: str, target: Path, field: str, control: Control) -> str:
         """One try, given up within a moment when the job has to stop; returns the sha256.
 
-        Resolving, connecting and waiting for an answer cannot be interrupted: they have a thread of their own.
+        Resolving, connecting and waiting for an answer cannot be interrupted.
         """
-        line = Line(control)
-        done: Future[str] = Future()
-
-        def work() -> None:
-            try:
-                done.set_result(self._get(url, target, field, line))
-            except BaseException as e:
-                done.set_exception(e)
-
-        threading.Thread(target=contextvars.copy_context().run, args=(work,), name="download", daemon=True).start()
+        reach = Reach()
         try:
-            while not wait((done,), POLL_SEC).done:
-                control.check()
+            return leaving(lambda: self._get(url, target, field, reach, control), control, "download")
         finally:
-            line.cut()
-        return done.result()
+            reach.cut()
 
-    def _get(self, url: str, target: Path, field: str, line: Line) -> str:
+    def _get(self, url: str, target: Path, field: str, reach: Reach, control: Control) -> str:
         """The file behind `url`, redirects followed by hand so that each hop is checked; returns the sha256."""
         shown = redact.url(url)
         for hop in range(REDIRECTS + 1):
             redact.hide_in_job(*_signatures(url))
             host = _host(url, field, hop > 0)
             with (
-                _translated(field, redact.url(url), True), self._session(host, line) as session,
+                _translated(field, redact.url(url), True), self._session(host, reach) as session,
                 session.get(url, stream=True, headers={"Accept-Encoding": "identity"}) as response,
             ):
                 if response.status_code in REDIRECT_STATUS and "location" in response.headers:
                     url = urljoin(url, response.headers["location"].strip())
                     continue
                 _check_status(response, field, shown)
-                return self._save(response, target, field, shown, line.control)
+                return self._save(response, target, field, shown, control)
         raise SourceRefused(f"{field}: more than {REDIRECTS} redirects", stage="download", field=field, url=shown,
                             limit=REDIRECTS)
 
@@ -236,44 +218,6 @@ def _bad_url(field: str, shown: str, what: str, redirected: bool) -> MediaError:
         return SourceRefused(f"{field}: the source redirected to a URL that cannot be fetched: {what}", stage="download",
                              field=field, url=shown)
     return BadRequest(f"{field}: {what}", stage="download", field=field, url=shown)
-
-
-class Line:
-    """The connections of one try, which the job's own thread can cut while they wait."""
-
-    def __init__(self, control: Control) -> None:
-        self.control = control
-        self._open: list[HTTPConnection] = []
-
-    def watch(self, session: requests.Session) -> None:
-        """Note every connection that the session opens."""
-        pools = {"http": _pool(HTTPConnectionPool, self._noted(HTTPConnection)),
-                 "https": _pool(HTTPSConnectionPool, self._noted(HTTPSConnection))}
-        for adapter in session.adapters.values():
-            if isinstance(adapter, HTTPAdapter):
-                adapter.poolmanager.pool_classes_by_scheme = pools
-
-    def _noted(self, base: type[HTTPConnection]) -> type[HTTPConnection]:
-        line = self
-
-        class Noted(base):  # type: ignore[valid-type, misc]
-            def connect(self) -> None:
-                line._open.append(self)
-                super().connect()
-                line.control.check()  # the job may have stopped meanwhile
-
-        return Noted
-
-    def cut(self) -> None:
-        """End whatever waits on the connections."""
-        for connection in self._open:
-            if connection.sock is not None:
-                with suppress(OSError):
-                    connection.sock.shutdown(socket.SHUT_RDWR)
-
-
-def _pool(base: type[HTTPConnectionPool], connection: type[HTTPConnection]) -> type[HTTPConnectionPool]:
-    return type(base.__name__, (base,), {"ConnectionCls": connection})
 
 
 def _wait(state: RetryCallState) -> float:

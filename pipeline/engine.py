@@ -21,6 +21,7 @@ from musetalk.box import Box
 from musetalk.checkpoints import digests
 from musetalk.colour import Colour, Planes, from_rgb, to_rgb
 from musetalk.errors import Interrupted, NoFastLane
+from musetalk.interruption import interruptible
 from musetalk.lipsync import Slot
 from musetalk.track import Found
 from musetalk.tuning import numerics, out_of_memory
@@ -30,7 +31,6 @@ from pipeline.errors import (
     BadRequest,
     Cancelled,
     DeviceLost,
-    DiskFull,
     JobError,
     ModelBroken,
     NoDevice,
@@ -38,7 +38,6 @@ from pipeline.errors import (
     OutOfMemory,
     Stage,
     Unfit,
-    disk_is_full,
 )
 from pipeline.media import FrameReader, FrameSource, probe, video_encoder
 from pipeline.metrics import gpu_driver, gpu_name
@@ -48,6 +47,7 @@ log = logging.getLogger("musetalk.engine")
 
 FPS = Fraction(25)
 MAX_FACE_PIXELS = 1 << 20
+TURN_SEC = 0.1  # how often a job that waits for its turn looks whether it is still wanted
 # Device memory, counted from the published shapes: of one frame's activations in generating; of all weights; of what
 # preparing takes beside them, with the libraries' workspaces. docs/performance.md has the count.
 FRAME_BYTES, WEIGHT_BYTES, SPARE_BYTES = 90 << 20, 2048 << 20, 2048 << 20
@@ -66,7 +66,7 @@ class Engine:
         folder = settings.cache_dir if settings.cache_max_gb > 0 else None
         self.cache = AvatarCache(folder, int(settings.cache_max_gb * 1e9))
         if folder is not None:
-            _check_writable(folder)
+            check_writable(folder, "CACHE_DIR", "avatars are kept in memory alone")
         self.lost = False  # the GPU is gone: every later job fails at once
         self.batch_size = settings.batch_size or 8  # known once the weights lie on the device
         self._streams: dict[str, torch.cuda.Stream] = {}
@@ -113,7 +113,7 @@ class Engine:
             with self.beside("prepare"):
                 avatar = self._warm_avatar(lipsync, frame.to(self.device), options)
             slots = [Slot(i, 0) for i in range(self.batch_size)]
-            painted = lipsync.generate_batch(avatar, prompts, slots)[0]
+            painted = lipsync.generate_batch(avatar, prompts, slots, options)[0]
             assert painted is not None
             with self.beside("blend"):
                 painted.paste(self._picture(), from_rgb(painted.face[None], Colour())[0])
@@ -175,29 +175,34 @@ class Engine:
         }
 
     @contextmanager
-    def job(self) -> Iterator[LipSync]:
-        """The loaded model for one job at a time, musetalk's exceptions translated; a lost GPU fails every later job."""
+    def job(self, check: Callable[[], None] = lambda: None) -> Iterator[LipSync]:
+        """The loaded model for one job at a time, musetalk's exceptions translated; a lost GPU fails every later job.
+
+        `check` may raise while the job waits for its turn: it was cancelled or is out of time.
+        """
         if self.lost:
             raise Unfit("this worker's GPU is lost; it is being replaced", stage="inference")
-        with self._running:
+        while not self._running.acquire(timeout=TURN_SEC):
+            check()
+        try:
             lipsync = self.load()
-            lipsync.interrupted.clear()
-            try:
-                with translated("inference"), torch.inference_mode():
-                    yield lipsync
-            except DeviceLost:
-                self.lost = True
-                raise
+            with interruptible(), translated("inference"), torch.inference_mode():
+                yield lipsync
+        except DeviceLost:
+            self.lost = True
+            raise
+        finally:
+            self._running.release()
 
 
-def _check_writable(folder: Path) -> None:
-    """Say at start when the avatar cache's folder, perhaps a volume of another owner, cannot be written."""
+def check_writable(folder: Path, setting: str, follows: str) -> None:
+    """Say at start when a setting's folder, perhaps a volume of another owner, cannot be written, and what follows."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as e:
-        log.warning("CACHE_DIR cannot be written: avatars are kept in memory alone; let this user write it",
+        log.warning("%s cannot be written: %s; let this user write it", setting, follows,
                     extra={"folder": str(folder), "uid": os.getuid(), "reason": e.strerror})
 
 
@@ -260,10 +265,6 @@ def _not_finite(error: BaseException, stage: Stage) -> JobError:
     return BadOutput(f"Inference failed: {error}", stage=stage, frame_number=error.frame)
 
 
-def _disk(error: BaseException, stage: Stage) -> JobError | None:
-    return DiskFull("no space left for temporary files", stage=stage) if disk_is_full(error) else None
-
-
 # Foreign exceptions -> leaves of the tree, by type: the most specific entry decides. None: not foreseen, it goes on as it is.
 FOREIGN: dict[type[BaseException], Callable[[BaseException, Stage], JobError | None]] = {
     NoFace: lambda e, _: NoFaceFound(f"video_url: {e}", stage="preprocessing", field="video_url", reason="no_face"),
@@ -276,13 +277,12 @@ FOREIGN: dict[type[BaseException], Callable[[BaseException, Stage], JobError | N
     torch.AcceleratorError: _accelerator,
     MemoryError: lambda _, stage: OutOfMemory("Inference failed: out of memory", stage=stage, is_oom=True),
     RuntimeError: _runtime,
-    OSError: _disk,
 }
 
 
 @contextmanager
 def translated(stage: Stage) -> Iterator[None]:
-    """musetalk's, torch's and the disk's exceptions -> the tree, by `FOREIGN`."""
+    """musetalk's and torch's exceptions -> the tree, by `FOREIGN`."""
     try:
         yield
     except JobError:

@@ -10,20 +10,21 @@ from typing import Any
 
 from pipeline import redact
 
-FIELDS = ("job_id", "stage", "seconds", "error_type", "error_message", "retryable", "device", "url")
+STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}  # what every record has; the rest are extras
 
 
 class JsonFormatter(logging.Formatter):
     """A record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Time, level, logger, message, known extras, trace."""
+        """Time, level, logger, message, our own records' extras, trace."""
         line: dict[str, Any] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname, "logger": record.name,
         }
         ours = record.name.partition(".")[0] == "musetalk"
-        said = {"message": record.getMessage(), **{n: getattr(record, n) for n in FIELDS if hasattr(record, n)}}
+        extras = {n: v for n, v in vars(record).items() if n not in STANDARD} if ours else {}
+        said = {"message": record.getMessage(), **extras}
         line.update(redact.clean(said, redact.own if ours else redact.text))
         if record.exc_info:
             line["trace"] = redact.text(self.formatException(record.exc_info))

@@ -27,6 +27,8 @@ from pipeline.stream import clip_of, options_of
 from pipeline.validate import Inputs
 
 Picture = NDArray[np.uint8]
+GREEN = np.array([70, 220, 90], np.uint8)
+FACES = 64  # source frames whose preparation is kept, of the newest parameters
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,15 @@ class Shown:
     source: Picture
     film: Picture
     region: Region | None
+
+    def outlined(self) -> Picture:
+        """The film's frame with the edge of the blended region drawn on it."""
+        picture = self.film.copy()
+        if self.region is not None and self.region.mask.numel():
+            box, inside = self.region.box, np.pad(self.region.mask.numpy() > 0, 2)
+            inner = inside[:-4, 2:-2] & inside[4:, 2:-2] & inside[2:-2, :-4] & inside[2:-2, 4:]
+            picture[box.y1 : box.y2, box.x1 : box.x2][inside[2:-2, 2:-2] & ~inner] = GREEN
+        return picture
 
 
 class Preview:
@@ -66,8 +77,7 @@ class Preview:
             before = to_rgb(planes, colour)
             weight = speech_weights(self.inputs.speech.pcm, source.fps, len(prompts), options)[output]
             face = self._face(lipsync, key, at, before, options)
-            (painted,) = lipsync.generate_batch([face], prompts, [Slot(output, 0, weight)], options.quality,
-                                                options.finish)
+            (painted,) = lipsync.generate_batch([face], prompts, [Slot(output, 0, weight)], options)
             if painted is not None:
                 painted.paste(planes, from_rgb(painted.face[None], colour)[0])
             return Shown(before.numpy(), to_rgb(planes, colour).numpy(), painted.region if painted else None)
@@ -93,6 +103,8 @@ class Preview:
     def _face(self, lipsync: LipSync, key: str, at: int, frame: torch.Tensor, options: Options) -> Face | None:
         """A source frame's entry: of the prepared avatar in the cache, else prepared by itself."""
         if (key, at) not in self._faces:
+            if len(self._faces) >= FACES:
+                del self._faces[next(iter(self._faces))]
             if (cached := self.engine.cache.get(key, at + 1)) is not None and at < len(cached):
                 with closing(cached):
                     self._faces[key, at] = cached[at]

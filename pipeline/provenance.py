@@ -49,13 +49,15 @@ XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 
 @dataclass(frozen=True)
 class Making:
-    """How a film was made: what the marks state. `clip` and `speech` are the source files."""
+    """How a film was made: what the marks state. `clip` and `speech` are the source files, with their sha256 beside them."""
 
     job_id: str
     weights_version: str
     weights_identity: str
     clip: Path
+    clip_sha256: str
     speech: Path
+    speech_sha256: str
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ class Marker:
 
     def _manifest(self, making: Making, ingredients: list[Ingredient]) -> dict[str, Any]:
         """c2pa's definition of the manifest; nothing in it differs between two runs of a job."""
-        sources = {i.plain["label"]: {"sha256": _sha256(i.path), "credentials": i.credentials} for i in ingredients}
+        digests = {"clip": making.clip_sha256, "speech": making.speech_sha256}
+        sources = {i.label: {"sha256": digests[i.label], "credentials": i.credentials} for i in ingredients}
         agent = {"name": SYSTEM, "version": making.weights_version}
         actions = [
             {"action": "c2pa.opened", "parameters": {"ingredientIds": ["clip"]}},
@@ -125,11 +128,6 @@ def _append_xmp(film: Path, revision: str, making: Making) -> None:
                         version=escape(f"{making.weights_version} ({making.weights_identity[:16]})")).encode()
     with film.open("ab") as file:
         file.write(struct.pack(">I4s16s", 24 + len(packet), b"uuid", XMP_UUID) + packet)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------

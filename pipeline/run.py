@@ -17,7 +17,7 @@ from typing import Any
 from pipeline import errors, redact, stream
 from pipeline.control import Control
 from pipeline.download import Downloader, Source
-from pipeline.engine import Engine
+from pipeline.engine import Engine, check_writable
 from pipeline.errors import JobError, Stage
 from pipeline.metrics import PeakMemory, StageKey, StageTimer, give_back_memory, gpu_class, versions
 from pipeline.preview import Preview
@@ -45,6 +45,8 @@ class Service:
         self.downloader = Downloader(settings)
         self.samples = Downloader(settings.model_copy(update={"local_input_root": REPOSITORY / "samples"}))
         self.storage = storage_of(settings)
+        if settings.storage == "local":
+            check_writable(settings.local_storage_dir, "LOCAL_STORAGE_DIR", "every job will fail at its end")
         self.marker = Marker(settings)
         remove_stale()
 
@@ -106,7 +108,8 @@ class Service:
     def _mark(self, film: Path, request: JobRequest, video: Source, audio: Source, control: Control) -> Mark:
         """Mark the film, which ends its making: timed with inference."""
         nets = self.engine.load().nets
-        making = Making(request.musetalk_job_id, nets.version, nets.identity, video.path, audio.path)
+        making = Making(request.musetalk_job_id, nets.version, nets.identity,
+                        video.path, video.sha256, audio.path, audio.sha256)
         return self.marker.finish(film, making, control)
 
     def _report(self) -> dict[str, Any]:
@@ -162,13 +165,14 @@ def status_of(body: dict[str, Any]) -> int:
 @contextlib.contextmanager
 def job_folder() -> Iterator[Path]:
     """A temporary folder for one job, locked while it is in use and removed afterwards."""
-    while True:
+    while True:  # a worker that starts right now may take it for a stale one before it is locked
         folder = Path(tempfile.mkdtemp(prefix=TEMPORARY))
-        lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():  # else a worker that starts right now took it for a stale one before it was locked
-            break
-        os.close(lock)
+        with contextlib.suppress(FileNotFoundError):
+            lock = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.exists():
+                break
+            os.close(lock)
     try:
         yield folder
     finally:

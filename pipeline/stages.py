@@ -21,6 +21,7 @@ from musetalk import LipSync, NoFace, Options
 from musetalk.audio import Prompts
 from musetalk.avatar import Avatar
 from musetalk.colour import Colour, Planes, from_rgb, to_rgb
+from musetalk.interruption import interrupt
 from musetalk.lipsync import Painted, Slot
 from musetalk.options import Loop
 from musetalk.order import Run, runs
@@ -163,7 +164,7 @@ class Prepare(Stage):
 
     def stop(self) -> None:
         """End a network's pass."""
-        self.lipsync.interrupted.set()
+        interrupt()
 
 
 class Clock:
@@ -200,8 +201,7 @@ class Generate(Stage):
             if len(batch) == self.options.batch_size or frame.output == len(self.prompts) - 1:
                 slots = [Slot(f.output, f.source, self.weights[f.output]) for f in batch]
                 with self.clock.running():
-                    made = self.lipsync.generate_batch(self.avatar, self.prompts, slots, self.options.quality,
-                                                       self.options.finish)
+                    made = self.lipsync.generate_batch(self.avatar, self.prompts, slots, self.options)
                 for f, painted in zip(batch, made, strict=True):
                     f.painted = painted
                 self.progress((frame.output + 1) / len(self.prompts))
@@ -210,7 +210,7 @@ class Generate(Stage):
 
     def stop(self) -> None:
         """End a network's pass."""
-        self.lipsync.interrupted.set()
+        interrupt()
 
 
 class Blend(Stage):

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import random
 import shutil
-from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import quote
@@ -30,13 +29,13 @@ from b2sdk.v3.exception import (
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_before_delay
 
 from pipeline import redact
-from pipeline.b2line import Cut, Line
+from pipeline.b2line import Line
 from pipeline.control import Control
 from pipeline.errors import Cancelled, DeadlineExceeded, DiskFull, JobError, StorageRejected, StorageUnavailable, disk_is_full
+from pipeline.leave import Cut, leaving
 from pipeline.settings import Settings
 
 UPLOAD_SEC = 120.0  # of one upload with all its tries
-STOP_SEC = 0.2  # how soon a stopped job lets go of its upload
 DIGEST = "content_digest"  # in an object's file info: what was signed, where signatures make each run's bytes differ
 PERMANENT = (Unauthorized, AccessDenied, CapExceeded, NonExistentBucket, BadRequest)
 
@@ -84,23 +83,21 @@ class B2Storage:
         """Upload with backoff until it is there, the storage refuses for good, or UPLOAD_SEC or the job is over."""
         key = f"{self.settings.b2_prefix.strip('/')}/{job_id}.mp4".lstrip("/")
         control.check()
-        tries = Retrying(
-            sleep=control.sleep, retry=retry_if_exception_type(StorageUnavailable), wait=_wait, reraise=True,
-            stop=stop_before_delay(min(UPLOAD_SEC, control.remaining)))
-        return tries(self._try, path, key, control, digest)
+        limit = Control(min(UPLOAD_SEC, control.remaining))
+        tries = Retrying(sleep=control.sleep, retry=retry_if_exception_type(StorageUnavailable), wait=_wait, reraise=True,
+                         stop=stop_before_delay(limit.limit))
+        return tries(self._try, path, key, control, limit, digest)
 
-    def _try(self, path: Path, key: str, control: Control, digest: str) -> str:
-        """One try, in a thread that is left behind when the job has to stop: the SDK's own waiting knows no job."""
+    def _try(self, path: Path, key: str, control: Control, limit: Control, digest: str) -> str:
+        """One try, left behind when the job has to stop: the SDK's own waiting knows no job."""
         line = self._line = self._line or Line()
-        pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
         try:
-            work = pool.submit(self._once, line, path, key, digest)
-            while not wait([work], timeout=STOP_SEC).done:
-                control.check()
-            return work.result()
-        except (Cancelled, DeadlineExceeded):
+            return leaving(lambda: self._once(line, path, key, digest), control, "upload", limit.remaining)
+        except (Cancelled, DeadlineExceeded, TimeoutError) as e:
             self._line = None
             line.cut()
+            if isinstance(e, TimeoutError):
+                raise self._translate(e, key) from e
             raise
         except Cut as e:  # another job had to leave the line
             raise StorageUnavailable("Upload failed: the connection was cut", stage="upload") from e
@@ -108,8 +105,6 @@ class B2Storage:
             if isinstance(e, Unauthorized):
                 line.bucket = None  # authorise again
             raise self._translate(e, key) from e
-        finally:
-            pool.shutdown(wait=False)
 
     def _once(self, line: Line, path: Path, key: str, digest: str) -> str:
         bucket = line.connect(self.settings)

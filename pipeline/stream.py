@@ -6,6 +6,7 @@ A frame enters each stage once, in this order, in a buffer of its own; `pipeline
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -14,16 +15,19 @@ from pathlib import Path
 import numpy as np
 
 from musetalk import LipSync, Options
+from musetalk.audio import Prompts
 from musetalk.avatar import Avatar, cache_key
 from musetalk.colour import Colour
 from musetalk.errors import NoFastLane
+from musetalk.interruption import interrupt
 from musetalk.lipsync import speech_weights
 from musetalk.options import Quality
-from musetalk.track import WINDOW
+from musetalk.track import HELD
 from pipeline import runner
 from pipeline.control import Control
 from pipeline.engine import Engine
-from pipeline.errors import BadMedia
+from pipeline.errors import BadMedia, Cancelled, DeadlineExceeded
+from pipeline.leave import leaving
 from pipeline.media import FrameSource, MediaInfo, Mp4Writer, plan
 from pipeline.provenance import tags
 from pipeline.runner import ROOM, Buffers, Stage, Together
@@ -49,12 +53,12 @@ class Result:
 def speak(engine: Engine, request: JobRequest, inputs: Inputs, content: str, target: Path, control: Control) -> Result:
     """Write the lip-synced MP4 to `target`. `content` is the clip's sha256."""
     began = time.perf_counter()
-    with engine.job() as lipsync:
+    with engine.job(control.check) as lipsync:
         options = options_of(engine, lipsync, request, engine.batch_size)
         source, colour, key = clip_of(engine, lipsync, request, options, inputs.clip, content)
         clock, pcm = Clock(engine.device), inputs.speech.pcm
         with clock.running():
-            prompts = lipsync.prompts(pcm, source.fps, options)
+            prompts = _until_stopped(lambda: lipsync.prompts(pcm, source.fps, options), control)
         outputs, batch = len(prompts), options.batch_size
         cached = engine.cache.get(key, outputs)
         buffers = Buffers(lambda: np.empty(source.frame_bytes, np.uint8), buffers_needed(batch))
@@ -79,6 +83,15 @@ def speak(engine: Engine, request: JobRequest, inputs: Inputs, content: str, tar
                   _damaged(decode, inputs))
 
 
+def _until_stopped(work: Callable[[], Prompts], control: Control) -> Prompts:
+    """The speech's tokens: ten minutes of it take a CPU half a minute, in which the job can be stopped."""
+    try:
+        return leaving(work, control, "listen")
+    except (Cancelled, DeadlineExceeded):
+        interrupt()
+        raise
+
+
 def options_of(engine: Engine, lipsync: LipSync, request: JobRequest, batch_size: int) -> Options:
     """The job's options on this worker. Raises NoFastLane or BadRequest for what its weights cannot do."""
     options = request.params.options(lipsync.nets.version, batch_size=batch_size, quality=engine.settings.quality)
@@ -99,10 +112,11 @@ def _damaged(decode: Decode, inputs: Inputs) -> str | None:
 def buffers_needed(batch_size: int) -> int:
     """More than all hold that comes after `Decode`, so that it never waits for a frame that waits for its next one.
 
-    That is: full queues before `Prepare`, `Generate` and `Encode`; the tracker's window and the group that `Prepare`
-    encodes at once; a batch each in `Generate`, waiting before `Blend` and in it; one frame each in `Decode` and `Encode`.
+    That is: full queues before `Prepare`, `Generate` and `Encode`; the tracker's window, what steadies a box, and the group
+    that `Prepare` encodes at once; a batch each in `Generate`, waiting before `Blend` and in it; one frame each in `Decode` and
+    `Encode`.
     """
-    return 3 * ROOM + WINDOW + 4 * batch_size + 2
+    return 3 * ROOM + HELD + 4 * batch_size + 2
 
 
 def clip_of(

@@ -14,22 +14,24 @@ FILES = [*sorted((ROOT / "musetalk").rglob("*.py")), *sorted((ROOT / "pipeline")
 
 # who may import whom: a room, then the rooms it may use; a package is one room
 MUSETALK = {
-    "errors": "", "options": "", "box": "", "nets": "errors",
+    "errors": "", "options": "", "box": "", "nets": "errors", "interruption": "errors",
     "order": "options", "imaging": "box", "avatar": "box", "colour": "imaging",
     "checkpoints": "errors nets",
     "audio": "errors nets", "faces": "box imaging nets", "track": "box faces nets", "generate": "nets",
     "blend": "box imaging nets options", "finish": "blend box imaging", "tuning": "generate nets",
-    "lipsync": "audio avatar blend box checkpoints errors faces finish generate nets options order track tuning",
+    "lipsync": "audio avatar blend box checkpoints errors faces finish generate interruption nets options order track tuning",
 }
 PIPELINE = {
     "errors": "", "settings": "", "redact": "", "metrics": "",
     "control": "errors", "logs": "redact", "bar": "", "schema": "errors", "health": "settings", "runner": "control",
-    "media": "errors redact settings",
-    "download": "control errors redact settings", "validate": "control download errors media settings",
-    "credentials": "control errors settings", "provenance": "control credentials settings",
-    "b2line": "settings", "storage": "b2line control errors redact settings",
+    "media": "errors redact settings", "leave": "control",
+    "download": "control errors leave redact settings", "validate": "control download errors media settings",
+    "credentials": "control errors leave settings",
+    "provenance": "control credentials settings",
+    "b2line": "leave settings",
+    "storage": "b2line control errors leave redact settings",
     "engine": "errors media metrics settings", "stages": "errors media runner",
-    "stream": "control engine errors media provenance runner schema stages validate",
+    "stream": "control engine errors leave media provenance runner schema stages validate",
     "preview": "engine errors media schema stream validate",
     "run": "control download engine errors metrics preview provenance redact schema settings storage stream validate",
     "server": "control errors logs metrics redact run schema settings", "__main__": "bar logs media run schema settings",
@@ -37,8 +39,9 @@ PIPELINE = {
     "page": "control errors logs preview run schema settings", "handler": "bar control logs run settings",
 }
 USES_MUSETALK = {"engine", "stages", "stream", "preview", "weights"}  # schema: its options alone
-OUTSIDE = {"subprocess": "media", "requests": "download storage b2line weights", "runpod": "handler", "b2sdk": "storage b2line",
-           "fastapi": "server", "uvicorn": "server", "c2pa": "credentials provenance", "gradio": "page"}
+OUTSIDE = {"subprocess": "media", "requests": "download storage b2line leave weights", "runpod": "handler",
+           "b2sdk": "storage b2line", "fastapi": "server", "uvicorn": "server",
+           "c2pa": "credentials provenance", "gradio": "page"}
 
 
 def room_of(path: Path) -> str:

@@ -256,9 +256,12 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Files]]:
 
 def test_fetch_resumes_converts_and_verifies(hub: type[Files], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hub.break_off = {"unet.pth", "79999_iter.pth"}
+    earlier = tmp_path / "w" / f"{VAE}.part"  # of a run that was ended
+    earlier.parent.mkdir(parents=True)
+    earlier.write_bytes((DEMO / VAE).read_bytes()[:1000])
     arguments = ["fetch", "--dir", str(tmp_path / "w")]
     assert weights.main(arguments) == 0
-    assert set(hub.ranges) == {"unet.pth", "79999_iter.pth"}, "broken downloads continue where they stopped"
+    assert set(hub.ranges) == {"unet.pth", "79999_iter.pth", Path(VAE).name}, "broken downloads continue where they stopped"
     assert json.loads(capsys.readouterr().out)["version"] == "v15"
     assert not list((tmp_path / "w").rglob("*.part"))
     assert not list((tmp_path / "w").rglob("*.pth")), "only the converted files stay"

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import errno
+import json
+import logging
+import os
+import sys
+import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import closing
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +23,24 @@ import torch
 from musetalk import LipSync, MuseTalkError, NonFiniteOutput, faces
 from musetalk.checkpoints import default_dtype
 from musetalk.lipsync import Painted
-from pipeline import engine, media
-from pipeline.errors import DeviceLost, DiskFull, JobError, NoDevice, OutOfMemory
+from pipeline import engine, logs, media
+from pipeline.errors import DeviceLost, JobError, NoDevice, OutOfMemory
+from pipeline.media import encoder
 from pipeline.run import Service
 from pipeline.settings import Settings
 from tests.fakes import cuda
+from tests.fakes.b2 import B2
+from tests.fakes.platform import Platform
+from tests.fakes.workers import QueueWorker
 
 FAST = "bfloat16" if default_dtype(torch.device("cpu")) == torch.bfloat16 else "float32"  # few CPUs compute in half
 
 
 @pytest.fixture
-def counts() -> Iterator[Counter[str]]:
-    """A device in this process, and what it counts."""
-    with cuda.device() as counts:
-        yield counts
+def events() -> Iterator[list[str]]:
+    """A device in this process, and what happens on it."""
+    with cuda.device() as events:
+        yield events
 
 
 def speak(service: Service, video: Path, audio: Path) -> dict[str, Any]:
@@ -40,7 +51,7 @@ def speak(service: Service, video: Path, audio: Path) -> dict[str, Any]:
 
 
 def frames_of(settings: Settings, folder: Path, video: Path, audio: Path) -> list[np.ndarray]:
-    """What reaches the encoder in a fresh and then a cached job of a new worker."""
+    """What reaches the encoder in a fresh and then a cached job of a new worker with the cache in `folder`."""
     seen: list[np.ndarray] = []
     original = media.Mp4Writer.write
 
@@ -60,25 +71,29 @@ def frames_of(settings: Settings, folder: Path, video: Path, audio: Path) -> lis
 def test_a_job_gives_the_same_frames_as_on_the_cpu(
     settings: Settings, short_clip: Path, short_speech: Path, tmp_path: Path
 ) -> None:
-    want = frames_of(settings.model_copy(update={"dtype": FAST}), tmp_path / "cpu", short_clip, short_speech)
+    """Both workers share a cache's folder, and neither takes what the other's kernels made."""
+    want = frames_of(settings.model_copy(update={"dtype": FAST}), tmp_path, short_clip, short_speech)
     with cuda.device():
-        got = frames_of(settings.model_copy(update={"dtype": FAST, "device": "cuda", "batch_size": 8}), tmp_path / "cuda",
+        got = frames_of(settings.model_copy(update={"dtype": FAST, "device": "cuda", "batch_size": 8}), tmp_path,
                         short_clip, short_speech)
     assert len(got) == len(want) == 80
     assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_little_is_carried_over(
-    settings: Settings, short_clip: Path, short_speech: Path, tmp_path: Path, counts: Counter[str]
+    settings: Settings, short_clip: Path, short_speech: Path, tmp_path: Path, events: list[str]
 ) -> None:
     """A copy makes the host wait. Per frame: the picture up and its mask down to prepare it, three planes to blend it."""
     service = Service(settings.model_copy(update={"cache_dir": tmp_path, "device": "cuda", "dtype": FAST}))
     service.engine.warm_up()
-    counts.clear()
-    assert speak(service, short_clip, short_speech)["frames"] == 40
-    fresh = counts.copy()
-    counts.clear()
+    events.clear()
+    metrics = speak(service, short_clip, short_speech)
+    assert metrics["frames"] == 40
+    assert metrics["PEAK_VRAM_MIB"] == 1024, "what the allocator has reserved, graphs included"
+    fresh = Counter(events)
+    events.clear()
     assert speak(service, short_clip, short_speech)["avatar_cached"]
+    counts = Counter(events)
     assert counts["down"] <= 3 * 40
     assert counts["up"] <= 4 * 40 + 20
     assert counts["waits"] <= 5
@@ -88,7 +103,7 @@ def test_little_is_carried_over(
     assert prepared["waits"] <= 25 * 2
 
 
-@pytest.mark.usefixtures("counts")
+@pytest.mark.usefixtures("events")
 def test_five_stages_run_at_once(
     settings: Settings, short_clip: Path, short_speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,7 +126,7 @@ def test_five_stages_run_at_once(
     monkeypatch.setattr(LipSync, "generate_batch", counted)
     monkeypatch.setattr(LipSync, "append", prepared)
     monkeypatch.setattr(Painted, "paste", lambda *arguments: after(generated[1], paste, *arguments))
-    service = Service(settings.model_copy(update={"cache_dir": tmp_path, "device": "cuda", "batch_size": 5}))
+    service = Service(settings.model_copy(update={"cache_dir": tmp_path, "device": "cuda", "dtype": FAST, "batch_size": 5}))
     speak(service, short_clip, short_speech)
     assert len(waited) > 10
     assert all(waited)
@@ -171,6 +186,85 @@ def test_a_cache_that_cannot_be_written_is_said_at_start(
         assert len([r for r in caplog.records if "CACHE_DIR" in r.message]) == said
 
 
+@pytest.mark.parametrize(("setting", "storage", "cache"), [("CACHE_DIR", "b2", 1), ("LOCAL_STORAGE_DIR", "local", 0)])
+def test_a_user_who_cannot_write_the_volume_is_told_at_start(
+    settings: Settings, tmp_path: Path, setting: str, storage: str, cache: int
+) -> None:
+    """The image's user and a volume of another's, in a process that really has that user's rights."""
+    said = tmp_path / "said"
+    with tempfile.TemporaryDirectory() as volume:  # not under tmp_path, which no other user may enter
+        Path(volume).chmod(0o555)
+        child = os.fork()
+        if child == 0:  # ends without pytest's own clean-up
+            try:
+                with said.open("w") as sys.stderr:
+                    if os.getuid() == 0:
+                        os.setgroups([])
+                        os.setresgid(10001, 10001, 10001)
+                        os.setresuid(10001, 10001, 10001)
+                    logs.setup("INFO")
+                    Service(settings.model_copy(
+                        update={"storage": storage, "cache_max_gb": cache, setting.lower(): Path(volume)}))
+            finally:
+                os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    line = json.loads(said.read_text())
+    assert line["message"].startswith(f"{setting} cannot be written: ")
+    assert (line["folder"], line["reason"]) == (volume, "Permission denied")
+    assert line["uid"] == (os.getuid() or 10001)
+
+
+@pytest.mark.full
+def test_a_worker_whose_gpu_cannot_be_used_takes_no_job(tmp_path: Path) -> None:
+    """The real SDK's fitness check: the worker says why in one line and ends, and the platform keeps the job."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    platform, b2 = Platform(), B2()
+    program = "import os, runpy; os.environ['DEVICE'] = 'cuda'; runpy.run_path('handler.py', run_name='__main__')"
+    worker = QueueWorker(platform, b2, tmp_path, ("-c", program))
+    try:
+        platform.submit("waits", {"selftest": True})
+        assert worker.process.wait(60) == 1
+        assert [line for line in worker.output().splitlines() if "DEVICE=cuda: the GPU cannot be used: found " in line]
+        assert not platform.results
+    finally:
+        worker.close()
+        platform.close()
+        b2.close()
+
+
+# -- the encoder -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("device", "reason"), [("/nowhere", "no NVIDIA device"), ("/dev/null", "libcuda")])
+def test_which_encoder_runs_and_why_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, device: str, reason: str
+) -> None:
+    """Without a device, and with one whose driver ffmpeg cannot load: its own words from a real trial."""
+    if Path("/dev/nvidiactl").exists():
+        pytest.skip("this machine has a GPU")
+    monkeypatch.setattr(encoder, "NVIDIA", Path(device))
+    with caplog.at_level(logging.INFO, "musetalk.media"):
+        assert encoder.video_encoder.__wrapped__() == encoder.X264
+    assert caplog.messages[-1].startswith("video encoder: libx264 (")
+    assert reason in caplog.messages[-1]
+
+
+def test_the_encoder_has_no_limit_of_addresses(short_clip: Path, short_speech: Path, tmp_path: Path) -> None:
+    """CUDA reserves far more than it uses; what reads a stranger's file keeps its limit."""
+    info = media.probe(short_clip, 1 << 20)
+    source = media.FrameSource(info, 640, 360, Fraction(25), (), 1 << 20)
+    sound = media.read_speech(media.probe(short_speech, 1 << 20), tmp_path / "s.wav", 60, 30, 1 << 20)
+    reader, writer = media.FrameReader(source, 0, 1), media.Mp4Writer(tmp_path / "o.mp4", source, sound, 1.0)
+    with closing(reader), closing(writer):
+        rows = [next(row for row in Path(f"/proc/{one._child.pid}/limits").read_text().splitlines() if "address space" in row)
+                for one in (reader, writer)]
+    assert [row.split()[3] for row in rows] == [str(6 << 30), "unlimited"]
+
+
+# -- warming up --------------------------------------------------------------------------------------------------------
+
+
 def test_warming_up_runs_every_network(settings: Settings) -> None:
     """Also with a detector that does not take the drawn face for one."""
     for finds in (True, False):
@@ -211,7 +305,7 @@ def test_the_map_of_exceptions_is_total() -> None:
 
 
 @pytest.mark.parametrize(("error", "leaf"), [
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), OutOfMemory), (OSError(errno.ENOSPC, "full"), DiskFull),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), OutOfMemory),
     (torch.OutOfMemoryError("x"), OutOfMemory), (torch.AcceleratorError("CUDA error: x"), DeviceLost)])
 def test_what_foreign_exceptions_become(error: Exception, leaf: type[JobError]) -> None:
     with pytest.raises(leaf), engine.translated("inference"):

@@ -205,7 +205,7 @@ def test_blending_planes_equals_blending_rgb(service: Service) -> None:
     entry = avatar[0]
     assert entry
     prompts = lipsync.prompts(np.zeros(16000, np.float32), Fraction(25))
-    painted = lipsync.generate_batch(avatar, prompts, [Slot(0, 0)])[0]
+    painted = lipsync.generate_batch(avatar, prompts, [Slot(0, 0)], Options())[0]
     assert painted
     face = painted.face.flip(0)  # upside down: nothing matches by chance
     want = frame.clone()
@@ -251,6 +251,29 @@ def test_cancel_stops_promptly_and_leaves_nothing(service: Service, media: Make,
     assert body["error_message"] == "the job was cancelled"
     assert body["retryable"] is True
     assert time.monotonic() - began < after + 6
+
+
+def test_a_stopped_job_stops_no_other_that_shares_its_networks(
+    service: Service, settings: Settings, short_clip: Path, short_speech: Path, media: Make
+) -> None:
+    speech, other = media("minute.wav", "-f", "lavfi", "-i", "sine=200:d=60"), Service(settings)
+    other.engine._lipsync = service.engine.load()
+    control = Control(120, lambda stage, share: control.cancel() if stage == "inference" and share > 0 else None)
+    stopped = threading.Thread(target=lambda: other.run_job(
+        {"musetalk_job_id": "s", "video_url": str(SAMPLES / "presenter.mp4"), "audio_url": str(speech)}, control=control))
+    stopped.start()
+    while stopped.is_alive():  # a job at every moment of the other one's end
+        output(run(service, short_clip, short_speech, params={"seed": time.monotonic_ns() % 10**9}))
+    stopped.join()
+
+
+def test_a_job_that_waits_for_its_turn_can_be_cancelled(service: Service, short_clip: Path, short_speech: Path) -> None:
+    control, done = Control(120, lambda stage, _: threading.Timer(0.3, control.cancel).start()), threading.Event()
+    with service.engine.job():
+        threading.Thread(target=lambda: (service.run_job(
+            {"musetalk_job_id": "w", "video_url": str(short_clip), "audio_url": str(short_speech)}, control=control),
+            done.set())).start()
+        assert done.wait(20)
 
 
 @pytest.mark.usefixtures("no_leftovers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import threading
 import time
@@ -20,8 +21,8 @@ from pipeline import media as m
 from pipeline.control import Control
 from pipeline.errors import BadMedia, Cancelled, DeadlineExceeded, FfmpegFailed
 from pipeline.media import FrameReader, FrameSource, Mp4Writer, Speech, child, plan, read_speech
-from tests import exif
-from tests.conftest import SAMPLES, make_media
+from pipeline.settings import REPOSITORY
+from tests.conftest import SAMPLES
 from tests.faults.files import mutate
 
 PIXELS = 8_847_360
@@ -66,41 +67,16 @@ def test_probe(media: Make) -> None:
     assert info.duration == pytest.approx(2.0, abs=0.1)
 
 
-def test_rotated_phone_clip(media: Make) -> None:
-    plain = media("plain.mp4", "-f", "lavfi", "-i", MOVING.format(rate=25), "-c:v", "libx264")
-    turned = media("turned.mp4", "-display_rotation", "90", "-i", str(plain), "-c", "copy")
-    src = source(turned)
-    assert (src.width, src.height) == (180, 320)
-    assert len(frames(src)) == 50
-
-
-@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_is_turned_as_its_exif_data_say(media: Make, tmp_path: Path, kind: str, orientation: int) -> None:
-    codec = {"jpg": ("-q:v", "2"), "png": (), "webp": ("-c:v", "libwebp", "-quality", "90")}[kind]
-    plain = media(f"upright.{kind}", "-f", "lavfi", "-i", "testsrc2=s=320x180", "-frames:v", "1", *codec)
-    path = tmp_path / f"turned.{kind}"
-    path.write_bytes(exif.turned(plain.read_bytes(), orientation))
-    stored = frames(source(plain))[0][: 320 * 180].reshape(180, 320)
-    want = exif.seen(stored, orientation)
-    src = source(path)
-    assert (src.height, src.width) == want.shape
-    got = frames(src)[0][: src.width * src.height].reshape(want.shape)
-    assert np.abs(got.astype(int) - want).mean() < 1
-
-
-@pytest.mark.parametrize(("options", "orientation"), [
-    (("-display_rotation", "90"), 8), (("-display_rotation", "180"), 3), (("-display_rotation", "270"), 6),
-    (("-display_rotation", "0", "-display_hflip"), 2), (("-display_rotation", "90", "-display_hflip"), None),
-], ids=lambda o: str(o))
-def test_a_film_is_turned_as_its_matrix_says(media: Make, tmp_path: Path, options: tuple[str, ...], orientation: int) -> None:
-    plain = media("matrix.mp4", "-f", "lavfi", "-i", MOVING.format(rate=25), "-c:v", "libx264", "-pix_fmt", "yuv420p")
-    turned = make_media(tmp_path / "turned.mp4", *options, "-i", str(plain), "-c", "copy")
-    src = source(turned)
-    stored = frames(source(plain), 0, 1)[0][: 320 * 180].reshape(180, 320)
-    got = frames(src, 0, 1)[0][: 320 * 180].reshape(src.height, src.width)
-    wanted = [exif.seen(stored, o) for o in ([orientation] if orientation else [5, 7])]
-    assert any(want.shape == got.shape and np.abs(got.astype(int) - want).mean() < 1 for want in wanted)
+@pytest.mark.parametrize("kind", ["ts", "mpg", "mkv"])
+def test_files_put_one_after_the_other_are_one_clip(media: Make, tmp_path: Path, kind: str) -> None:
+    """Timestamps begin anew at the joint: every frame is read, from any place."""
+    once = media(f"joint.{kind}", "-f", "lavfi", "-i", MOVING.format(rate=25))
+    (tmp_path / f"both.{kind}").write_bytes(once.read_bytes() * 2)
+    one, both = frames(source(once)), frames(src := source(tmp_path / f"both.{kind}"))
+    assert (len(one), len(both)) == (50, 100)
+    np.testing.assert_array_equal(both[50:], one)
+    for start, count in ((3, 2), (48, 5), (90, 10)):
+        np.testing.assert_array_equal(frames(src, start, count), both[start : start + count])
 
 
 def test_a_size_that_changes_on_the_way_is_scaled_to_the_first(media: Make, tmp_path: Path) -> None:
@@ -232,6 +208,7 @@ def test_seeking_gives_the_very_frames_of_a_run_from_the_start(
     ("still.avif", ("-f", "lavfi", "-i", "testsrc2=s=320x180", "-frames:v", "1", "-cpu-used", "8")),
     ("flash.flv", ("-f", "lavfi", "-i", MOVING.format(rate=25))),
     ("windows.wmv", ("-f", "lavfi", "-i", MOVING.format(rate=25))),
+    ("phone.3gp", ("-f", "lavfi", "-i", MOVING.format(rate=25), "-c:v", "libx264")),
     ("program.mpg", ("-f", "lavfi", "-i", MOVING.format(rate=25))),
     ("still.webp", ("-f", "lavfi", "-i", "testsrc2=s=320x180", "-frames:v", "1", "-c:v", "libwebp")),
 ])
@@ -266,6 +243,13 @@ def test_mono_is_the_mean_of_the_channels(media: Make) -> None:
     mono = media("l.wav", "-f", "lavfi", "-i", "sine=440:d=1:r=16000")
     both, one = (speech(p, 9).pcm for p in (path, mono))
     np.testing.assert_allclose(both, one / 2, atol=2e-3)
+
+
+def test_the_readme_names_what_is_accepted() -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    table = dict(re.findall(r"^\| (clip|still|speech) \| (.*) \|$", readme, re.MULTILINE))
+    assert table == {"clip": f"{m.ACCEPTED['video']}; {m.ACCEPTED['animation']}", "still": m.ACCEPTED["picture"],
+                     "speech": m.ACCEPTED["audio"].replace("video above", "clip")}
 
 
 def test_cover_art_is_no_video(media: Make) -> None:

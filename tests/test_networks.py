@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from musetalk.nets import vae
+from musetalk.nets import layers
 from musetalk.nets.bisenet import BiSeNet
 from musetalk.nets.layers import fold_batch_norm
 from musetalk.nets.rtmpose import RtmPose
@@ -113,7 +113,7 @@ def test_the_vae_takes_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
         part.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
     with torch.inference_mode():
         whole = net.encode(images, noise), net.decode(latents)
-        monkeypatch.setitem(vae.MAP_BYTES, "cpu", 2 * 16 * 16 * 16 * 4)  # two maps of the decoder, four of the encoder
+        monkeypatch.setitem(layers.MAP_BYTES, "cpu", 2 * 16 * 16 * 16 * 4)  # two maps of the decoder, four of the encoder
         parts = net.encode(images, noise), net.decode(latents)
     assert seen == [5, 5, 4, 1, 2, 2, 1]
     for a, b in zip(whole, parts, strict=True):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import signal
+import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import requests
 
 from examples import orchestrator
+from pipeline.run import job_folder, remove_stale
 from pipeline.settings import REPOSITORY
 from tests.conftest import make_media
 from tests.fakes.b2 import B2
@@ -70,7 +74,6 @@ def test_cancel_stops_the_work_and_the_next_job_runs(worker: QueueWorker, sample
     served = REPOSITORY / "samples"
     assert served.is_dir()
     import http.server
-    import threading
     from functools import partial
 
     from tests.conftest import Quiet
@@ -161,3 +164,24 @@ def test_even_a_broken_job_function_ends_in_failed(tmp_path: Path) -> None:
         worker.close()
         platform.close()
         b2.close()
+
+
+def test_a_worker_that_starts_takes_no_running_jobs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever moment of another worker's start a job's folder is made in."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    done = threading.Event()
+
+    def starting() -> None:
+        while not done.is_set():
+            remove_stale()
+
+    with ThreadPoolExecutor(2) as pool:
+        others = [pool.submit(starting) for _ in range(2)]
+        try:
+            for _ in range(500):
+                with job_folder() as folder:
+                    (folder / "video").touch()
+        finally:
+            done.set()
+        for other in others:
+            other.result()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -101,6 +102,35 @@ def test_the_viewer_hears_what_the_mouth_was_generated_from(media: Make, tmp_pat
         assert len(spoken.pcm) == pytest.approx(len(whole), abs=160), "its end is not cut off"
     if "gap" in row:
         assert len(spoken.pcm) / m.SAMPLE_RATE == pytest.approx(2.6, abs=0.05)
+
+
+def stated(data: bytes, chunk: bytes, layout: str, size: int) -> bytes:
+    """A file of chunks in which one states another size than it has."""
+    at = data.index(chunk) + 4
+    return data[:at] + struct.pack(layout, size) + data[at + struct.calcsize(layout) :]
+
+
+@pytest.mark.parametrize("size", [0, 16_000, 16_001, 128_000, 0x7FFFFFFF, 0xFFFFFFFF])
+def test_of_a_wav_what_is_in_the_file_counts(media: Make, tmp_path: Path, size: int) -> None:
+    """Whatever the header says of 64,000 bytes; what follows the samples in an honest file is no sound."""
+    data = media("clock-a.wav", *WORDS).read_bytes()
+    (tmp_path / "lies.wav").write_bytes(stated(data, b"data", "<I", size))
+    (tmp_path / "honest.wav").write_bytes(data + b"LIST" + struct.pack("<I", 4000) + b"x" * 4000)
+    whole = speech(media("clock-a.wav", *WORDS), tmp_path).pcm
+    for name in ("lies.wav", "honest.wav"):
+        spoken = speech(tmp_path / name, tmp_path)
+        np.testing.assert_array_equal(spoken.pcm, whole)
+        assert not spoken.damaged
+
+
+@pytest.mark.parametrize(("kind", "chunk", "layout"), [("aiff", b"SSND", ">I"), ("caf", b"data", ">q")])
+def test_a_header_that_states_too_few_samples_is_damage(
+    media: Make, tmp_path: Path, kind: str, chunk: bytes, layout: str
+) -> None:
+    whole = media(f"chunks.{kind}", *WORDS)
+    assert not speech(whole, tmp_path).damaged
+    (tmp_path / f"lies.{kind}").write_bytes(stated(whole.read_bytes(), chunk, layout, 16_000))
+    assert "fewer samples" in speech(tmp_path / f"lies.{kind}", tmp_path).damaged
 
 
 def test_timestamps_that_begin_anew_go_on(media: Make, tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from musetalk import LipSync, faces
+from musetalk import LipSync, Options, faces
 from musetalk.box import Box
 from musetalk.faces import Detection
-from musetalk.track import Tracker, choose
+from musetalk.track import REACH, Found, Tracker, choose, steadied
 from pipeline.run import Service
 from training.presenter import Identity, Mouth, Pose, draw
 
@@ -92,3 +92,77 @@ def test_where_a_face_is_found_at_full_size_nothing_changes(service: Service) ->
     with torch.inference_mode():
         plain = faces.decode_s3fd(net(faces.s3fd_input(frame[None]).contiguous(memory_format=torch.channels_last)))
         assert faces.detect(net, frame) == plain
+
+
+# -- a steady track --
+
+
+def noisy(move: np.ndarray, noise: float = 1.3) -> tuple[np.ndarray, list[Box]]:
+    """A face of 256 pixels that moves by `move` (N, 2): its true corners (N, 4), and boxes with a landmark network's errors."""
+    true = np.array([100, 80, 356, 380])[None] + np.tile(move, 2)
+    seen = np.trunc(true + np.random.default_rng(4).normal(0, noise, true.shape)).astype(int)
+    return true, [Box(*corners) for corners in seen.tolist()]
+
+
+def steady_boxes(boxes: list[Box | None]) -> list[Box | None]:
+    """What `steadied` makes of a run of boxes; the frames keep their order."""
+    items = [(torch.tensor(i), None if b is None else Found(b, b)) for i, b in enumerate(boxes)]
+    out = list(steadied(iter(items)))
+    assert [int(frame) for frame, _ in out] == list(range(len(boxes)))
+    return [None if f is None else f.box for _, f in out]
+
+
+def corners(boxes: list[Box | None]) -> np.ndarray:
+    return np.array([[b.x1, b.y1, b.x2, b.y2] for b in boxes if b], float)
+
+
+def jitter(track: np.ndarray) -> float:
+    return float(np.diff(track, 2, axis=0).std())
+
+
+TIME = np.arange(60)[:, None] * np.array([[1.0, 0.0]])
+MOVES = {"still": 0 * TIME, "pans": 2 * TIME, "nods": 15 * np.sin(TIME * 0.1)}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_a_steady_box_has_a_quarter_of_the_jitter_and_no_lag(name: str) -> None:
+    true, seen = noisy(MOVES[name])
+    out = corners(steady_boxes(list(seen)))
+    assert jitter(out) < 0.25 * jitter(corners(list(seen))) + jitter(true)
+    drift = (out - true)[REACH:-REACH, 0]
+    assert abs(drift.mean() + 0.5) < 0.5, "whole pixels are cut off, not rounded"
+    assert np.abs(drift).max() < 3
+
+
+def test_a_glitch_of_one_frame_is_left_out() -> None:
+    _, seen = noisy(MOVES["still"], 0)
+    seen[30] = Box(130, 80, 380, 380)
+    assert steady_boxes(list(seen))[30] == seen[29]
+
+
+def test_real_motion_is_followed() -> None:
+    """A head shaken twice a second at 25 fps."""
+    true, seen = noisy(20 * np.sin(TIME * 2 * np.pi * 2 / 25))
+    out = corners(steady_boxes(list(seen)))
+    assert np.abs(out - true).mean() < 4
+
+
+def test_a_gap_and_a_cut_are_not_bridged() -> None:
+    near, far = Box(100, 80, 356, 380), Box(500, 80, 756, 380)
+    boxes = [near] * 9 + [None] * 2 + [near] * 3 + [far] * 8
+    assert steady_boxes(boxes) == boxes
+
+
+def test_official_boxes_are_the_trackers_own(service: Service) -> None:
+    lipsync: LipSync = service.engine.load()
+    clip = [picture(160 + 6 * i, 170 + 10 * np.sin(i / 4)) for i in range(13)]
+    with torch.inference_mode():
+        own = [f.box.lowered(10, 360) for _, f in Tracker(lipsync.nets.detector, lipsync.nets.pose).run(clip) if f]
+    assert [face.box for face in lipsync.prepare(clip, Options(finish="official")) if face] == own
+    natural = [face.box for face in lipsync.prepare(clip, Options(finish="natural")) if face]
+    assert natural != own
+    assert jitter(corners(list(natural))) < 0.5 * jitter(corners(list(own)))
+
+
+def test_the_finish_belongs_to_the_prepared_avatar() -> None:
+    assert Options(finish="natural").avatar_part() != Options(finish="official").avatar_part()

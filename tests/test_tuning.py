@@ -13,6 +13,7 @@ import torch
 from musetalk import LipSync, checkpoints, generate, tuning
 from musetalk.tuning import Made, Recorded
 from tests.conftest import DEMO
+from tests.fakes import cuda
 
 BATCH, TOKENS = 6, 50
 
@@ -202,12 +203,18 @@ def flags() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("flags")
-def test_the_flags_under_which_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuDNN is on, its search by timing is off, float32 is float32; in the runs before the capture and in it."""
-    device = Device(monkeypatch)
-    tuning.fix_numerics()
-    tuning.record_cuda(device.work, None)
-    assert [f[0] for f in device.flags] == ["aside"] * tuning.ROUNDS + ["capture"]
+def test_the_flags_under_which_is_recorded() -> None:
+    """cuDNN is on, its search by timing is off, float32 is float32; whatever was set before, from loading on.
+
+    In the runs before the captures and in the captures, of both lanes' generators.
+    """
+    torch.backends.cudnn.enabled = torch.backends.cudnn.deterministic = False
+    torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    with cuda.device(), pytest.MonkeyPatch.context() as patch:
+        device = Device(patch)
+        patch.setattr(generate, "faces", lambda *_: device.work())
+        LipSync.load(DEMO, "cuda").tune(4, TOKENS)
+    assert [f[0] for f in device.flags] == (["aside"] * tuning.ROUNDS + ["capture"]) * 2 * len((4, 1))
     assert {f[1:] for f in device.flags} == {(True, False, True, False, False)}
 
 

@@ -39,8 +39,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, cin, H, W) -> (N, cout, H/stride, W/stride)."""
-        h = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(h + (x if self.downsample is None else self.downsample(x)))
+        h = self.bn2(self.conv2(F.relu_(self.bn1(self.conv1(x)))))
+        return F.relu_(h.add_(x if self.downsample is None else self.downsample(x)))
 
 
 class ResNet(nn.Module):
@@ -58,7 +58,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(N, 3, H, W) -> maps at H/8, H/16, H/32."""
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, 2, 1)
+        x = F.max_pool2d(F.relu_(self.bn1(self.conv1(x))), 3, 2, 1)
         feat8 = self.layer2(self.layer1(x))
         feat16 = self.layer3(feat8)
         return feat8, feat16, self.layer4(feat16)

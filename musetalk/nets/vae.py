@@ -12,12 +12,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from musetalk.nets.layers import Downsample, NormSilu, ResnetBlock, Upsample, attend
+from musetalk.nets.layers import Downsample, NormSilu, ResnetBlock, Upsample, at_once, attend
 
 EPS = 1e-6
-# Bytes of one layer's map that are worked on at once. glibc takes fresh pages for each large map, and to fill those with
-# zeros costs a CPU a quarter of its time; on a GPU the limit bounds the memory at 16 decoded pictures of published size.
-MAP_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 
 
 @dataclass(frozen=True)
@@ -181,5 +178,4 @@ class Vae(nn.Module):
     def _parts(self, pictures: Tensor, widest: int) -> Sequence[Tensor]:
         """So many pictures at a time that a map of the crop's size with `widest` channels stays under MAP_BYTES."""
         one = self.cfg.crop_size**2 * widest * pictures.element_size()
-        count = max(1, MAP_BYTES.get(pictures.device.type, one) // one)
-        return torch.split(pictures, count)
+        return torch.split(pictures, at_once(pictures.device, one))

@@ -21,6 +21,7 @@ from pipeline.media.sound import Speech
 log = logging.getLogger("musetalk.media")
 NVENC = ("-c:v", "h264_nvenc", "-preset", "p4", "-rc", "vbr", "-cq", "19", "-b:v", "0")
 X264 = ("-c:v", "libx264", "-preset", "veryfast", "-crf", "18")
+NVIDIA = Path("/dev/nvidiactl")  # there where a driver is
 
 
 @functools.lru_cache(maxsize=1)
@@ -34,7 +35,7 @@ def video_encoder() -> tuple[str, ...]:
 
 def _nvenc_refused() -> str:
     """Why NVENC cannot be used; empty when it can."""
-    if not Path("/dev/nvidiactl").exists():
+    if not NVIDIA.exists():
         return "no NVIDIA device"
     trial = [child.ffmpeg(), "-nostdin", "-v", "error", "-f", "lavfi", "-i", "color=black:s=256x256:r=25:d=0.2", *NVENC,
              "-f", "null", "-"]
@@ -42,7 +43,8 @@ def _nvenc_refused() -> str:
         code, _, err = child.run(trial, 15, limited=False)  # CUDA reserves far more addresses than it uses
     except FfmpegFailed as e:
         return e.message
-    return (err.strip()[-200:] or f"trial encode failed: exit {code}") if code else ""
+    first = err.strip().partition("\n")[0][:200]  # the cause; what follows from it comes after
+    return (first or f"trial encode failed: exit {code}") if code else ""
 
 
 class Mp4Writer(Child):

@@ -6,6 +6,7 @@ files and other hosts. Pictures are told by their first bytes and opened with th
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,"
 ACCEPTED = {
     "video": "MP4, MOV, 3GP, MKV, WebM, AVI, MPEG-TS, MPEG-PS, FLV, WMV/ASF",
     "animation": "GIF, animated WebP",
-    "picture": "PNG, JPEG, WebP, BMP, TIFF, AVIF",
+    "picture": "PNG, JPEG, WebP, BMP, TIFF, AVIF, HEIC",
     "audio": "WAV, MP3, M4A/AAC, FLAC, Ogg, Opus, AMR, AIFF, CAF, WMA, or the sound track of any video above",
 }
 ACCEPTED_TEXT = "; ".join(f"{kind}: {names}" for kind, names in ACCEPTED.items())
@@ -26,10 +27,15 @@ class Opener:
 
     demuxer: str | None = None
     still: bool = False
+    grid: int | None = None  # of a picture in tiles: which of the file's stream groups they are
+    more: tuple[str, ...] = ()  # further input options
+    doubt: str = ""  # what is wrong with the file where ffmpeg would not say so
 
     def options(self) -> list[str]:
         """ffmpeg's input options."""
-        return ["-f", self.demuxer] if self.demuxer else ["-format_whitelist", CONTAINERS]
+        how = ["-f", self.demuxer] if self.demuxer else ["-format_whitelist", CONTAINERS]
+        tiles = [] if self.grid is None else ["-threads", "1"]  # each tile has a decoder, and a decoder has many threads
+        return [*how, *tiles, *self.more]
 
 
 UNKNOWN = Opener()
@@ -38,6 +44,14 @@ PICTURES = {
     b"II*\0": Opener("tiff_pipe", True), b"MM\0*": Opener("tiff_pipe", True),
     b"GIF87a": Opener("gif"), b"GIF89a": Opener("gif"),
 }
+UNSTATED = "the header states fewer samples than the file holds"
+# files of sound that are a chain of chunks: first bytes, where the chain begins, how it states sizes, how ffmpeg opens a file
+# with more in it than its chain states
+CHAINS = (
+    (b"RIFF", b"WAVE", 12, "<I", Opener("wav", more=("-ignore_length", "1"))),
+    (b"FORM", b"AIFF", 12, ">I", Opener(doubt=UNSTATED)), (b"FORM", b"AIFC", 12, ">I", Opener(doubt=UNSTATED)),
+    (b"caff", b"", 8, ">q", Opener(doubt=UNSTATED)),
+)
 
 
 def opener(path: Path) -> Opener:
@@ -51,7 +65,27 @@ def opener(path: Path) -> Opener:
         return Opener("bmp_pipe", True)
     if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"mif1", b"heic", b"heix"):
         return Opener("mov", True)
+    for kind, form, at, size, how in CHAINS:
+        if head[:4] == kind and head[8 : 8 + len(form)] == form and _more_than_chunks(path, at, size):
+            return how
     return next((how for magic, how in PICTURES.items() if head.startswith(magic)), UNKNOWN)
+
+
+def _more_than_chunks(path: Path, at: int, size: str) -> bool:
+    """Whether a chain of chunks from byte `at` ends before the file does, at something that is no chunk."""
+    end, head = path.stat().st_size, 4 + struct.calcsize(size)
+    with path.open("rb") as file:
+        while end - at >= head:
+            file.seek(at)
+            name, length = struct.unpack(f"{size[0]}4s{size[1]}", file.read(head))
+            if not name.strip(b"\0"):
+                return False  # padding
+            if not (name.isascii() and name.decode().isprintable()) or name == b"RIFF":
+                return True
+            if length < 0:
+                return False  # to the end
+            at += head + length + (length % 2 if size != ">q" else 0)  # CAF does not pad
+    return False
 
 
 def guarded(path: Path, max_pixels: int, how: Opener) -> list[str]:

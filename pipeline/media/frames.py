@@ -14,12 +14,16 @@ from pipeline.errors import BadMedia, FfmpegFailed
 from pipeline.media import child
 from pipeline.media.child import END_SEC, Child
 from pipeline.media.formats import guarded
-from pipeline.media.probe import MediaInfo, VideoInfo
+from pipeline.media.probe import MediaInfo, VideoInfo, filtered
 
 FRAME = b"FRAME\n"  # what y4m puts before each frame
 TONE_MAP = (
     "zscale=tin={transfer}:pin=bt2020:min={matrix}:rin={range}:t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,"
     "tonemap=hable:desat=0,zscale=t=bt709:m=bt709:r=limited")
+# Timestamps that begin anew in the middle go on where the picture was, as the sound's do: variable 0 is what is added to
+# them, 1 this frame's moment, 2 the end of the last, 3 its beginning.
+ONWARD = ("setpts='st(1,PTS+ld(0));if(N*lt(ld(1),ld(3)),st(0,ld(0)+ld(2)-ld(1))+st(1,ld(2)));"
+          "st(2,ld(1)+if(gt(FR,0),1/FR,0.04)/TB);st(3,ld(1))'")
 
 
 @dataclass(frozen=True)
@@ -50,10 +54,12 @@ class FrameSource:
             raise BadMedia("no video stream")
         a, b = self.fps.numerator, self.fps.denominator
         unit = Fraction(b, 1000) if b > 1 and a % 1000 == 0 else Fraction(b)  # seconds that are whole frames
-        origin = max(0, int(start / self.fps / unit) - 1) * unit
+        # of joined files a moment is no place: they are read from the beginning
+        origin = Fraction(0) if video.joined else max(0, int(start / self.fps / unit) - 1) * unit
         drop = start - int(origin * self.fps)
         seek = ["-noaccurate_seek", "-ss", f"{float(origin):.6f}"] if origin else []
-        rate = [f"settb=1/1000000,setpts=PTS+7,fps={a}/{b}:start_time={float(origin):.6f}"]
+        rate = ["settb=1/1000000", *([ONWARD] if video.joined else []), "setpts=PTS+7",
+                f"fps={a}/{b}:start_time={float(origin):.6f}"]
         chain = [*(["bwdif=deint=interlaced"] if video.interlaced else []), *([] if info.opener.still else rate),
                  f"scale={video.width}:{video.height}", "setsar=1", *self.filters, *_colour(video), "format=yuv420p"]
         # the chain scales to the probed size in square pixels, whatever size a picture on the way has; for that the graph is
@@ -61,8 +67,8 @@ class FrameSource:
         fixed = [] if video.interlaced else ["-reinit_filter", "0"]
         return [
             child.ffmpeg(), "-nostdin", "-v", "error", "-threads", "2", "-copyts", "-start_at_zero", *seek, *fixed,
-            *guarded(info.path, self.max_pixels, info.opener),
-            "-map", f"0:{video.index}", "-an", "-sn", "-dn", "-vf", ",".join(chain), "-fps_mode", "passthrough",
+            *guarded(info.path, self.max_pixels, info.opener), "-an", "-sn", "-dn",
+            *filtered(f"0:{video.index}", info.opener, ",".join(chain)), "-fps_mode", "passthrough",
             "-frames:v", str(drop + count), "-f", "yuv4mpegpipe", "pipe:1",
         ], drop
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from pipeline.media.child import tail
 from pipeline.media.formats import ACCEPTED_TEXT, UNKNOWN, Opener, guarded, opener
 
 MATRICES = {"bt709": "bt709", "smpte170m": "bt601", "bt470bg": "bt601", "bt2020nc": "bt2020", "bt2020c": "bt2020"}
+JOINABLE = ("mpegts", "mpeg", "matroska,webm")  # files of these, put one after the other, are read as one
 HDR = ("smpte2084", "arib-std-b67")  # transfers of PQ (HDR10, Dolby Vision) and HLG
 
 
@@ -38,6 +39,7 @@ class VideoInfo:
     color_transfer: str = "unknown"
     interlaced: bool = False
     decoded: tuple[int, int] = (0, 0)  # size of the decoded picture, rotation applied
+    joined: bool = False  # timestamps begin anew on the way: files put one after the other
 
     @property
     def is_rgb(self) -> bool:
@@ -89,12 +91,39 @@ class MediaInfo:
 def probe(path: Path, max_pixels: int, check: Callable[[], None] = lambda: None) -> MediaInfo:
     """What the file holds. Raises BadMedia; FfmpegFailed when ffmpeg hangs or is killed."""
     how = opener(path)
-    command = [child.ffmpeg(), "-hide_banner", "-nostdin", "-nostats", *guarded(path, max_pixels, how), "-map", "0:V:0?", "-an",
-               "-sn", "-dn", "-frames:v", "1", "-vf", "showinfo=checksum=0", "-f", "null", "-"]
-    _, _, log = child.run(command, child.PROBE_SEC, check=check)
+    log = _decode_first(path, max_pixels, how, check)
+    if how.still and (grid := _GRID.search(log)):
+        how = replace(how, grid=int(grid[1]))
+        log = _decode_first(path, max_pixels, how, check)
     if "Input #0" not in log or _too_many_pixels(log):
         raise BadMedia(explain(path, log), ffprobe_stderr=tail(log, path))
-    return _read(path, log, how)
+    info = _read(path, log, how)
+    if info.video and info.format in JOINABLE:
+        return replace(info, video=replace(info.video, joined=_joined(info, info.video.index, max_pixels, check)))
+    return info
+
+
+def _decode_first(path: Path, max_pixels: int, how: Opener, check: Callable[[], None]) -> str:
+    """ffmpeg's log of decoding the first picture."""
+    _, _, log = child.run([
+        child.ffmpeg(), "-hide_banner", "-nostdin", "-nostats", *guarded(path, max_pixels, how), "-an", "-sn", "-dn",
+        *filtered("0:V:0?", how, "showinfo=checksum=0"), "-frames:v", "1", "-f", "null", "-"], child.PROBE_SEC, check=check)
+    return log
+
+
+def filtered(stream: str, how: Opener, chain: str) -> list[str]:
+    """ffmpeg's options that take the picture through a chain of filters: of one stream, or of all tiles."""
+    if how.grid is None:
+        return ["-map", stream, "-vf", chain]
+    return ["-filter_complex", f"[0:g:{how.grid}]{chain}[picture]", "-map", "[picture]"]
+
+
+def _joined(info: MediaInfo, index: int, max_pixels: int, check: Callable[[], None]) -> bool:
+    """Whether a stream's timestamps begin anew on the way, by its packets; nothing is decoded."""
+    command = [child.ffmpeg(), "-nostdin", "-v", "warning", *guarded(info.path, max_pixels, info.opener), "-map", f"0:{index}",
+               "-c", "copy", "-f", "null", "-"]
+    _, _, log = child.run(command, child.PROBE_SEC, check=check)
+    return "timestamp discontinuity" in log or "non monotonically increasing dts" in log
 
 
 def packet_seconds(info: MediaInfo, index: int, max_pixels: int, check: Callable[[], None] = lambda: None) -> float:
@@ -128,6 +157,7 @@ def _too_many_pixels(err: str) -> bool:
 # -- reading ffmpeg's log --------------------------------------------------------------------------------------------
 
 _STREAM = re.compile(r"^\s*Stream #0:(\d+)[^:]*(?:\([^)]*\))?: (Video|Audio): (.*)$")
+_GRID = re.compile(r"^  Stream group #0:(\d+).*: Tile Grid: (.*)\(default\)$", re.MULTILINE)
 _CHOSEN = re.compile(r"^  Stream #0:(\d+) -> #0:0 ", re.MULTILINE)
 _PICTURE = re.compile(r"^\[Parsed_showinfo_0 @ \w+\] n: *0 .* fmt:(\w+) .*sar:(\d+)/(\d+) s:(\d+)x(\d+) i:(\w)", re.MULTILINE)
 _COLOURS = re.compile(r"^\[Parsed_showinfo_0 @ \w+\] color_range:(\S+) color_space:(\S+) color_primaries:(\S+) color_trc:(\S+)",
@@ -140,11 +170,16 @@ def _read(path: Path, log: str, how: Opener) -> MediaInfo:
     streams = [(int(m[1]), m[2], m[3]) for line in described.splitlines() if (m := _STREAM.match(line))]
     audio = next((found for index, kind, text in streams if kind == "Audio" and (found := _audio(index, text))), None)
     video, undecodable = None, ""
-    if chosen := _CHOSEN.search(described):
+    if how.grid is not None and (grid := _GRID.search(described)):
+        video = _video(0, grid[2], log)
+        undecodable = "" if video else tail(rest or described, path)
+    elif chosen := _CHOSEN.search(described):
         text = next((text for index, kind, text in streams if (index, kind) == (int(chosen[1]), "Video")), "")
         cover = "(attached pic)" in text  # ffmpeg's own choice, when there is no other picture
-        video = None if cover else _video(int(chosen[1]), text, log)
-        if video is None and not cover:
+        video = None if cover or not text else _video(int(chosen[1]), text, log)
+        if not text:  # a tile of a grid that is not whole
+            undecodable = "the picture's tiles do not make a whole"
+        elif video is None and not cover:
             undecodable = tail(rest or described, path) or "no frame can be decoded"
     length = re.search(r"^  Duration: (\d+):(\d+):([\d.]+)", log, re.MULTILINE)
     duration = int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3]) if length and not how.still else None

@@ -74,5 +74,5 @@ def read_speech(
         raise OSError(28, "No space left on device")
     if not len(pcm):
         raise BadMedia("the audio cannot be decoded" if code else "the audio is empty", ffprobe_stderr=tail(err, info.path))
-    damaged = tail(err, info.path) or (f"the decoder ended with status {code}" if code else "")
+    damaged = tail(err, info.path) or (f"the decoder ended with status {code}" if code else info.opener.doubt)
     return Speech(path, rate, channels, np.clip(np.nan_to_num(pcm), -1.0, 1.0), damaged)

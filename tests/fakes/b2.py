@@ -70,7 +70,8 @@ class Routes(http.server.BaseHTTPRequestHandler):
         storage = {
             "apiUrl": self.b2.url, "downloadUrl": self.b2.url, "s3ApiUrl": self.b2.url,
             "recommendedPartSize": self.b2.part_size,
-            "absoluteMinimumPartSize": 5 * 10**6, "infoType": "storageApi", "bucketId": None, "bucketName": None,
+            "absoluteMinimumPartSize": min(5 * 10**6, self.b2.part_size), "infoType": "storageApi",
+            "bucketId": None, "bucketName": None,
             "namePrefix": None, "allowed": ALLOWED,
             "capabilities": ALLOWED["capabilities"],
         }

@@ -27,66 +27,7 @@ class Platform:
         self.pings: list[str] = []
         self.taken: dict[str, float] = {}
         self._changed = threading.Condition()
-        platform = self
-
-        class Routes(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: Any) -> None:
-                """Say nothing."""
-
-            def do_GET(self) -> None:
-                path = urlsplit(self.path).path
-                if path.startswith("/job-take/"):
-                    self._poll(platform.jobs, lambda job: (platform._took(job["id"]), job)[1])
-                elif path.startswith("/v2/endpoint/status/"):
-                    self._answer(200, platform.state(path.rsplit("/", 1)[-1]))
-                elif path.startswith("/job-stop/"):
-                    self._poll(platform.stops, lambda job_id: {"jobsToStop": [job_id]})
-                else:
-                    platform.pings.append(self.path)
-                    self._answer(200, {})
-
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"])).decode()
-                if self.path == "/v2/endpoint/run":
-                    return self._run(json.loads(body)["input"])
-                kind, job_id = urlsplit(self.path).path.split("/")[1:3]
-                value = json.loads(body)
-                if kind == "job-done" and not (isinstance(value, dict) and value.get("status") == "IN_PROGRESS"):
-                    platform._done(job_id, value, body)
-                else:
-                    platform.progress.append((job_id, value, time.monotonic()))
-                return self._answer(200, {})
-
-            def _run(self, job_input: Any) -> None:
-                if self.headers["Authorization"] != f"Bearer {API_KEY}":
-                    return self._answer(401, {})
-                job_id = f"run-{uuid.uuid4().hex}"
-                platform.submit(job_id, job_input)
-                return self._answer(200, {"id": job_id, "status": "IN_QUEUE"})
-
-            def _poll(self, source: queue.Queue[Any], shape: Any) -> None:
-                try:
-                    self._answer(200, shape(source.get(timeout=POLL_SEC)))
-                except queue.Empty:
-                    self._answer(204, None)
-
-            def _answer(self, code: int, value: Any) -> None:
-                data = b"" if value is None else json.dumps(value).encode()
-                self.send_response(code)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-        class Server(http.server.ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, *_: Any) -> None:
-                """Workers that die are part of the test."""
-
-        self.server = Server(("127.0.0.1", 0), Routes)
+        self.server = Server(self)
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     @property
@@ -145,3 +86,71 @@ class Platform:
         """Shut down."""
         self.server.shutdown()
         self.server.server_close()
+
+
+class Routes(http.server.BaseHTTPRequestHandler):
+    """The platform's addresses, as the SDK and the orchestrator call them."""
+
+    server: Server
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        if path.startswith("/job-take/"):
+            self._poll(self.server.platform.jobs, lambda job: (self.server.platform._took(job["id"]), job)[1])
+        elif path.startswith("/v2/endpoint/status/"):
+            self._answer(200, self.server.platform.state(path.rsplit("/", 1)[-1]))
+        elif path.startswith("/job-stop/"):
+            self._poll(self.server.platform.stops, lambda job_id: {"jobsToStop": [job_id]})
+        else:
+            self.server.platform.pings.append(self.path)
+            self._answer(200, {})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"])).decode()
+        if self.path == "/v2/endpoint/run":
+            return self._run(json.loads(body)["input"])
+        kind, job_id = urlsplit(self.path).path.split("/")[1:3]
+        value = json.loads(body)
+        if kind == "job-done" and not (isinstance(value, dict) and value.get("status") == "IN_PROGRESS"):
+            self.server.platform._done(job_id, value, body)
+        else:
+            self.server.platform.progress.append((job_id, value, time.monotonic()))
+        return self._answer(200, {})
+
+    def _run(self, job_input: Any) -> None:
+        if self.headers["Authorization"] != f"Bearer {API_KEY}":
+            return self._answer(401, {})
+        job_id = f"run-{uuid.uuid4().hex}"
+        self.server.platform.submit(job_id, job_input)
+        return self._answer(200, {"id": job_id, "status": "IN_QUEUE"})
+
+    def _poll(self, source: queue.Queue[Any], shape: Any) -> None:
+        try:
+            self._answer(200, shape(source.get(timeout=POLL_SEC)))
+        except queue.Empty:
+            self._answer(204, None)
+
+    def _answer(self, code: int, value: Any) -> None:
+        data = b"" if value is None else json.dumps(value).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Knows the platform it answers for."""
+
+    daemon_threads = True
+
+    def __init__(self, platform: Platform) -> None:
+        self.platform = platform
+        super().__init__(("127.0.0.1", 0), Routes)
+
+    def handle_error(self, *_: Any) -> None:
+        """Workers that die are part of the test."""

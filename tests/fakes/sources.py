@@ -126,7 +126,7 @@ class Routes(http.server.BaseHTTPRequestHandler):
     def _drip(self, _: str, __: int) -> None:
         self.begin(Content_Length="100000")
         self.close_connection = True
-        for _ in range(200):
+        while True:
             self.wfile.write(b"x")
             time.sleep(0.05)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -31,15 +32,15 @@ class QueueWorker:
             **b2.environment(),
         }
         self.process = subprocess.Popen([sys.executable, *command], cwd=REPOSITORY, env=environment,
-                                        stdout=self.log, stderr=subprocess.STDOUT)
+                                        stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True)
 
     def output(self) -> str:
         self.log.flush()
         return Path(self.log.name).read_text()
 
     def close(self) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
+        with contextlib.suppress(ProcessLookupError):  # the SDK's heartbeat is a child, which outlives a worker that is killed
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.log.close()
 

@@ -7,6 +7,7 @@ import socket
 from typing import Any
 from unittest import mock
 
+from pipeline.download import IDLE_SEC
 from tests.faults.world import SUCCESS, Body, Expect, Row, World, media
 
 GONE, LATER = media("download"), media("download", retryable=True)
@@ -17,7 +18,7 @@ BEHAVIOURS: dict[str, tuple[str, Expect]] = {
     "429 for ever": ("/status/429", LATER), "500 for ever": ("/status/500", LATER), "503 for ever": ("/status/503", LATER),
     "429 with Retry-After, then well": ("/recovers/429/1/clip.mp4", SUCCESS),
     "500, then well": ("/recovers/500/1/clip.mp4", SUCCESS), "503 twice, then well": ("/recovers/503/2/clip.mp4", SUCCESS),
-    "reset in the body": ("/reset", LATER), "slow drip": ("/drip", LATER), "silent past the idle limit": ("/silent/3", LATER),
+    "reset in the body": ("/reset", LATER), "slow drip": ("/drip", LATER), "silent past the idle limit": ("/silent/25", LATER),
     "shorter than announced": ("/short", LATER), "never ending": ("/endless", media("download", words="MAX_DOWNLOAD_MB")),
     "too large, announced": ("/announced/5000000", media("download", words="MAX_DOWNLOAD_MB")),
     "empty": ("/empty", media("download", words="empty")),
@@ -32,7 +33,8 @@ BEHAVIOURS: dict[str, tuple[str, Expect]] = {
 
 
 def _row(name: str, path: str, expect: Expect) -> Row:
-    return Row("sources", name, lambda w: w.job(video=path), expect)
+    waits = name in ("slow drip", "silent past the idle limit")
+    return Row("sources", name, lambda w: w.job(video=path), expect, limit_sec=3 * IDLE_SEC + 15, aside=waits)
 
 
 def dns_failure(w: World) -> Body:
@@ -81,7 +83,7 @@ def stops_asking(w: World) -> None:
 ROWS = [
     *[_row(name, path, expect) for name, (path, expect) in BEHAVIOURS.items()],
     Row("sources", "speech: 404", lambda w: w.job(audio="/status/404"), GONE),
-    Row("sources", "speech: slow drip", lambda w: w.job(audio="/drip"), LATER),
+    Row("sources", "speech: slow drip", lambda w: w.job(audio="/drip"), LATER, limit_sec=3 * IDLE_SEC + 15, aside=True),
     Row("sources", "no such name", dns_failure, LATER), Row("sources", "connection refused", refused, LATER),
     Row("sources", "https to a host that speaks http", tls, GONE),
     Row("sources", "a password in the URL", lambda w: w.job(

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
+from pipeline.storage import UPLOAD_SEC
 from tests.fakes import b2 as fakes
+from tests.fakes import tsa
 from tests.faults.world import SUCCESS, Body, Expect, Row, World, processing
 
 DOWN, REFUSED = processing("upload", True), processing("upload", False)
+UNSTAMPED = processing("postprocessing", True, "C2PA_TSA_URL")
 FAULTS: dict[str, tuple[list[fakes.Fault], Expect]] = {
     "503 twice": ([fakes.status(503, "service_unavailable")] * 2, SUCCESS),
     "503 for ever": ([fakes.status(503, "service_unavailable")] * 500, DOWN),
     "429 with Retry-After": ([fakes.status(429, "too_many_requests", headers={"Retry-After": "1"})], SUCCESS),
     "429 for ever": ([fakes.status(429, "too_many_requests")] * 500, DOWN),
     "500": ([fakes.status(500, "internal_error")], SUCCESS), "reset": ([fakes.reset], SUCCESS),
-    "reset for ever": ([fakes.reset] * 500, DOWN), "hangs": ([fakes.hang(2)] * 100, DOWN),
+    "reset for ever": ([fakes.reset] * 500, DOWN),
     "token expired mid-job": ([fakes.status(401, "expired_auth_token")], SUCCESS),
     "checksum mismatch once": ([fakes.wrong_checksum], SUCCESS),
     "checksum mismatch for ever": ([fakes.wrong_checksum] * 100, DOWN),
@@ -28,49 +33,92 @@ def _row(name: str) -> Row:
     faults, expect = FAULTS[name]
 
     def act(w: World) -> Body:
-        w.b2.objects.clear()
-        w.b2.faults.clear()
-        w.b2.faults.extend(faults)
-        body = w.job(w.with_b2(), job_id="up-1")
-        w.b2.faults.clear()
-        if body["status"] == "success":
-            _same_everywhere(w, "up-1", body)
-        return body
+        with closing(fakes.B2()) as b2:
+            b2.faults.extend(faults)
+            body = w.job(w.with_b2(b2))
+            if body["status"] == "success":
+                _same_everywhere(b2, body)
+            return body
 
-    return Row("storage", name, act, expect, limit_sec=40)
+    ever = "for ever" in name
+    return Row("storage", name, act, expect, limit_sec=UPLOAD_SEC + 30 if ever else 40, aside=ever)
 
 
-def _same_everywhere(w: World, job_id: str, body: Body) -> None:
+def _same_everywhere(b2: fakes.B2, body: Body) -> None:
     """The object lies under its key, whole, whatever number of tries it took."""
-    key = f"avatar/outputs/{job_id}.mp4"
-    assert body["output_url"] == f"{w.b2.url}/file/talking-avatar/{key}", body["output_url"]
-    assert len(set(w.b2.objects[key])) == 1, "different versions"
-    assert w.b2.objects[key][0][4:8] == b"ftyp"
+    key = "avatar/outputs/fault.mp4"
+    assert body["output_url"] == f"{b2.url}/file/talking-avatar/{key}", body["output_url"]
+    assert len(set(b2.objects[key])) == 1, "different versions"
+    assert b2.objects[key][0][4:8] == b"ftyp"
 
 
-def again(w: World) -> None:
+def never_answers(w: World) -> Body:
+    """An upload is taken and never answered: it ends when its time is over, not when the SDK has tried five times."""
+    with closing(fakes.B2()) as b2:
+        b2.hangs = "upload"
+        return w.job(w.with_b2(b2))
+
+
+def again(part_size: int, signed: bool = False) -> Callable[[World], None]:
     """The same job sent to a second worker after the first one's answer was lost: one object, one URL."""
-    w.b2.objects.clear()
-    bodies = [w.job(w.with_b2(), job_id="up-2") for _ in range(2)]
-    _same_everywhere(w, "up-2", bodies[0])
-    assert bodies[0]["output_url"] == bodies[1]["output_url"]
-    assert len(w.b2.objects["avatar/outputs/up-2.mp4"]) == 1, "stored twice"
+    def act(w: World) -> None:
+        with closing(fakes.B2(part_size)) as b2:
+            bodies = [w.job(w.with_b2(b2, **(w.signer() if signed else {}))) for _ in range(2)]
+            _same_everywhere(b2, bodies[0])
+            assert bodies[0]["output_url"] == bodies[1]["output_url"]
+            assert len(b2.objects["avatar/outputs/fault.mp4"]) == 1, "stored twice"
+            assert ("b2_finish_large_file" in b2.calls) == (part_size < 10**6), "not in the parts it was meant to come in"
+    return act
 
 
 def at_once(w: World) -> None:
     """Two workers run the same job at the same time: one content, one URL."""
-    w.b2.objects.clear()
-    with ThreadPoolExecutor(2) as pool:
-        bodies = list(pool.map(lambda _: w.job(w.with_b2(), job_id="up-3"), range(2)))
-    for body in bodies:
-        assert body["status"] == "success", body
-        _same_everywhere(w, "up-3", body)
+    with closing(fakes.B2()) as b2, ThreadPoolExecutor(2) as pool:
+        bodies = list(pool.map(lambda _: w.job(w.with_b2(b2)), range(2)))
+        for body in bodies:
+            assert body["status"] == "success", body
+            _same_everywhere(b2, body)
+
+
+def signed(w: World, *faults: fakes.Fault, **changes: str) -> Body:
+    """A job whose film is signed and stored through faults; of whatever it says, nothing is of the key."""
+    signer = w.signer()
+    with closing(fakes.B2()) as b2:
+        b2.faults.extend(faults)
+        body = w.job(w.with_b2(b2, **signer, **changes))
+        assert signer["C2PA_KEY"].splitlines()[1] not in "".join(w.said), "the signer's key was said"
+        if body["status"] == "success":
+            _same_everywhere(b2, body)
+            assert b"c2pa" in b2.objects["avatar/outputs/fault.mp4"][0], "not signed"
+        else:
+            assert not b2.objects, "stored all the same"
+        return body
+
+
+def time_stamps(answer: Callable[[tsa.Authority], Callable[[bytes], bytes]]) -> Callable[[World], Body]:
+    """A signed job whose time-stamp server answers so."""
+    def act(w: World) -> Body:
+        with tsa.Authority() as server:
+            server.answers = answer(server)
+            return signed(w, C2PA_TSA_URL=server.url)
+    return act
 
 
 ROWS = [
     *map(_row, FAULTS),
     Row("storage", "wrong key", lambda w: w.job(w.with_b2(B2_APP_KEY="canary-wrong-key")), REFUSED),
     Row("storage", "no such bucket", lambda w: w.job(w.with_b2(B2_BUCKET_NAME="elsewhere")), REFUSED),
-    Row("storage", "nobody listens", lambda w: w.job(w.with_b2(B2_REALM="http://127.0.0.1:9")), DOWN, limit_sec=40),
-    Row("storage", "the same job sent again", again), Row("storage", "two workers with the same job at once", at_once),
+    Row("storage", "nobody listens", lambda w: w.job(w.with_b2(B2_REALM="http://127.0.0.1:9")), DOWN,
+        limit_sec=UPLOAD_SEC + 30, aside=True),
+    Row("storage", "never answers", never_answers, DOWN, limit_sec=UPLOAD_SEC + 10, aside=True),
+    Row("storage", "the same job sent again", again(10**8)),
+    Row("storage", "the same job sent again, stored in parts", again(10_000)),
+    Row("storage", "two workers with the same job at once", at_once),
+    Row("storage", "a signed film sent again", again(10**8, signed=True)),
+    Row("storage", "a signed film sent again, stored in parts", again(10_000, signed=True)),
+    Row("storage", "a signed film: stored, but the answer is lost", lambda w: signed(w, fakes.lost_answer)),
+    Row("storage", "a signed film: reset and 503", lambda w: signed(w, fakes.reset, fakes.status(503, "unavailable"))),
+    Row("storage", "a time-stamp server at work", time_stamps(lambda server: server.stamp)),
+    Row("storage", "a time-stamp server that fails", time_stamps(lambda server: server.down), UNSTAMPED),
+    Row("storage", "nobody listens for time stamps", lambda w: signed(w, C2PA_TSA_URL="http://127.0.0.1:9"), UNSTAMPED),
 ]
