@@ -77,10 +77,13 @@ def window_start(frame: int, fps: Fraction, padding: int) -> int:
     frame's own step. There the left padding is ceil(50 / fps) = 2 steps a frame; below 25 fps that ceiling would move
     the window into the past and at 50 fps and above it runs out of audio, so this is 2 steps a frame at every rate.
     At 50 fps and above, where upstream has no behaviour to keep, the frame's step is the nearest one: rounding down
-    would make the mouth half a frame late.
+    would make the mouth half a frame late. Half-way it is the earlier one: upstream rounds down.
     """
-    position = frame * (STEP_RATE / float(fps))  # in upstream's float order
-    return math.floor(position + 0.5 if fps >= STEP_RATE else position) - 2 * padding
+    if fps >= STEP_RATE:
+        own = math.ceil(frame * STEP_RATE / Fraction(fps) - Fraction(1, 2))
+    else:
+        own = math.floor(frame * (STEP_RATE / float(fps)))  # in upstream's float order
+    return own - 2 * padding
 
 
 def windows(states: Tensor, frames: Sequence[int], fps: Fraction, steps: int, left: int = 2, right: int = 2) -> Tensor:

@@ -52,6 +52,14 @@ def test_windows_stay_around_their_frame_at_every_rate(fps: Fraction) -> None:
         assert abs(float(audio.window_start(frame, fps, 2) + 4 - own)) < 1
 
 
+@pytest.mark.parametrize("frame", [3, 9, 3603, 215_997])
+def test_between_two_steps_a_frame_at_60_fps_hears_the_earlier_one(frame: int) -> None:
+    """Always the later one would make the mouth early, on an average of all frames."""
+    own = Fraction(frame * 50, 60)
+    assert own.denominator == 2, "half-way"
+    assert audio.window_start(frame, Fraction(60), 2) + 4 == own - Fraction(1, 2)
+
+
 def test_window_tokens() -> None:
     g = golden("audio_windows")
     hidden = t(seeded_uniform("windows.hidden", (1, 3000, 5, 4), 7))[0]

@@ -56,19 +56,19 @@ def test_an_interrupted_training_ends_in_the_same_weights(tmp_path: Path, monkey
 @pytest.mark.full
 @pytest.mark.skipif(not espeak(), reason="espeak-ng is not installed: no training speech can be spoken")
 def test_everything_trains_the_same_way_twice(tmp_path: Path) -> None:
-    """`python -m training --wide --smoke` from nothing, twice: the same bytes, and weights that load."""
+    """`python -m training --wide --all --smoke` from nothing, twice: the same bytes, and weights that load."""
     digests = []
     for run in ("a", "b"):
         folder = tmp_path / run
         done = subprocess.run(
-            [sys.executable, "-m", "training", "--wide", "--smoke"], cwd=REPOSITORY, capture_output=True, text=True,
+            [sys.executable, "-m", "training", "--wide", "--all", "--smoke"], cwd=REPOSITORY, capture_output=True, text=True,
             env={**os.environ, "TRAIN_WORK": str(folder / "work"), "TRAIN_TARGET": str(folder / "demo"), "TRAIN_THREADS": "2"})
         assert done.returncode == 0, done.stderr[-2000:]
         checkpoints.load(folder / "demo")
         states = {p.name: torch.load(p, weights_only=True) for p in sorted((folder / "work").glob("*.pt"))}
         digests.append({name: hashlib.sha256(b"".join(v.numpy().tobytes() for v in state.values())).hexdigest()
                         for name, state in states.items()})
-    stages = ("decoder", "detector", "finished", "parser", "pose", "settled", "speaker", "tiny", "unet", "vae", "whisper",
-              "wide", "wide_detector", "wide_parser", "wide_pose")
+    stages = ("decoder", "detector", "finished", "parser", "pose", "settled", "speaker", "tiny", "unet",
+              "vae", "whisper", "wide", "wide_detector", "wide_parser", "wide_pose")
     assert sorted(digests[0]) == [f"{n}.pt" for n in stages]
     assert digests[0] == digests[1]

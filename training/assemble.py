@@ -38,15 +38,15 @@ def config(relative: str, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def report() -> dict[str, Any]:
-    """The last line that each training logged: steps, seconds, errors."""
+def report(names: set[str]) -> dict[str, Any]:
+    """The last line that each of some trainings logged: steps, seconds, errors."""
     lines = [json.loads(line) for line in (common.WORK / "report.jsonl").read_text().splitlines()]
-    return {line.pop("net"): line for line in lines}
+    return {line.pop("net"): line for line in lines if line["net"] in names}
 
 
 # the training whose result is shipped: of drawn faces, or --wide
-DRAWN = {"unet": "settled", "vae": "decoder", "pose": "pose", "parser": "parser", "detector": "detector"}
-WIDE = {"unet": "speaker", "vae": "finished", "pose": "wide_pose", "parser": "wide_parser", "detector": "wide_detector"}
+DRAWN = {"unet": "settled", "vae": "decoder", "tiny": "tiny", "pose": "pose", "parser": "parser", "detector": "detector"}
+WIDE = {**DRAWN, "vae": "wide", "parser": "wide_parser"}
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
     config("musetalkV15/musetalk.json", {"_class_name": "UNet2DConditionModel", **asdict(unet.CONFIG)})
     put("sd-vae/diffusion_pytorch_model.bin", trained(names["vae"]))
     config("sd-vae/config.json", {"_class_name": "AutoencoderKL", **asdict(vae.CONFIG)})
-    put("taesd/diffusion_pytorch_model.bin", trained("tiny"))
+    put("taesd/diffusion_pytorch_model.bin", trained(names["tiny"]))
     config("taesd/config.json", {"_class_name": "AutoencoderTiny", **asdict(tiny.CONFIG)})
     put("whisper/pytorch_model.bin", {f"model.encoder.{k}": v for k, v in trained("whisper").items()})
     config("whisper/config.json", {"model_type": "whisper", **asdict(whisper.CONFIG)})
@@ -70,7 +70,8 @@ def main() -> None:
     put("s3fd-619a316812.pth", trained(names["detector"]))
     config("s3fd.json", asdict(detector.CONFIG))
     checkpoints.write_manifest(TARGET, "v15")
-    config("report.json", {"command": "python -m training" + " --wide" * wide, "trained": report()})
+    made = {*names.values(), *DRAWN.values(), "whisper", "vae", "unet"}  # and what they went on from
+    config("report.json", {"command": "python -m training" + " --wide" * wide, "trained": report(made)})
     size = sum(f.stat().st_size for f in TARGET.rglob("*") if f.is_file())
     print(f"{TARGET}: {size / 1e6:.1f} MB")
 

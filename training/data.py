@@ -15,7 +15,7 @@ from torch import Tensor
 from musetalk.box import Box
 from musetalk.faces import face_box
 from musetalk.imaging import lanczos4
-from training.presenter import Identity, Mouth, Pose, draw, idle
+from training.presenter import Canvas, Head, Identity, Mouth, Pose, draw, idle
 
 CROP = 128
 MARGIN = 10  # pixels of chin added at crop time
@@ -57,8 +57,6 @@ def random_pose(r: np.random.Generator) -> Pose:
 
 def scene(r: np.random.Generator, who: Identity, rest: Mouth, jitter: float = 0.012) -> Scene:
     """A scene whose box follows the landmarks of the face at `rest`, with the errors of a landmark network."""
-    from training.presenter import Canvas, Head
-
     pose = random_pose(r)
     points = Canvas(2, 2, pose).to_pixels(Head(who, rest, pose).landmarks())
     points = points + r.normal(0, jitter * pose.scale, points.shape)

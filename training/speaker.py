@@ -19,6 +19,7 @@ from torch import Tensor
 from musetalk.nets.unet import UNet, audio_positions
 from musetalk.nets.vae import Vae
 from training import common, data, speech, unet, vae, wide
+from training.moments import moments, neighbours
 
 WIDE, DRAWN = 12, 6  # pairs in a batch: of the wide world (neighbours), and drawn ones
 BEGIN = slice(0, WIDE, 2), slice(1, WIDE, 2)  # neighbours within a batch
@@ -47,7 +48,7 @@ class Corpus:
         plain = common.cached("drawn_pairs_lit", lambda: lit(plain))
         far = common.cached("wide_latents", lambda: unet.encode(faces, device, "decoder", tint=False))
         near = common.cached("drawn_latents", lambda: unet.encode(plain, device, "decoder", tint=False))
-        return Corpus(faces, far, unet.neighbours(len(faces))), Corpus(plain, near, unet.moments(len(plain)))
+        return Corpus(faces, far, neighbours(len(faces))), Corpus(plain, near, moments(len(plain)))
 
 
 def batch_of(r: np.random.Generator, faces: Corpus, plain: Corpus, few: int = 1) -> tuple[Tensor, Tensor, NDArray[np.int64]]:
@@ -72,7 +73,7 @@ class Ears:
     def open(device: torch.device) -> Ears:
         """Hear all of it once."""
         torch.manual_seed(16)  # for the disguised voices, whatever was at hand before
-        states = torch.from_numpy(common.cached("heard", lambda: unet.hear(device).numpy())[:])
+        states = torch.from_numpy(common.cached("heard", lambda: unet.hear(device).numpy()).copy())
         seconds = np.array([u.seconds for u in speech.training_set()])
         return Ears(states, seconds, audio_positions(50, unet.CONFIG.cross_attention_dim).to(device))
 
@@ -125,7 +126,7 @@ def learn_to_decode(
 def main() -> None:
     """Draw and encode the pairs, train, write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, help="default: 1000, with --decoder 250")
+    parser.add_argument("--steps", type=int, help="default: 1000, with --decoder 150")
     parser.add_argument("--pairs", type=int, default=2500, help="of the wide world")
     parser.add_argument("--drawn", type=int, default=2500)
     parser.add_argument("--decoder", action="store_true", help="train the decoder, after the UNet")
@@ -144,7 +145,7 @@ def main() -> None:
     common.load(autoencoder, "wide")
     for part in (autoencoder.encoder, autoencoder.quant_conv):
         part.requires_grad_(False)
-    training = common.Training("finished", autoencoder, options.steps or 250, 6e-4, seed=18)
+    training = common.Training("finished", autoencoder, options.steps or 150, 6e-4, seed=18)
     learn_to_decode(training, net.eval(), autoencoder, corpora, ears, device)
 
 

@@ -24,30 +24,13 @@ from musetalk.nets.unet import UNet, UNetConfig, audio_positions
 from musetalk.nets.vae import Vae
 from musetalk.nets.whisper import WhisperEncoder
 from training import common, data, speech, vae, whisper
+from training.moments import RATES, moments
 from training.presenter import Identity, Mouth
 
 CONFIG = UNetConfig(
     block_out_channels=(32, 64, 128), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     layers_per_block=1, attention_head_dim=4, cross_attention_dim=whisper.CONFIG.d_model, norm_num_groups=8)
-RATES = tuple(Fraction(r) for r in ("24", "25", "30000/1001", "30", "60"))
 VOICES_HEARD = 3  # copies of the training speech, two of them disguised
-
-
-def moments(count: int) -> NDArray[np.int64]:
-    """(count, 3): utterance, frame rate (index into RATES) and frame number of every pair."""
-    r, utterances = np.random.default_rng(11), speech.training_set()
-    out = np.empty((count, 3), np.int64)
-    for i in range(count):
-        u, rate = int(r.integers(len(utterances))), int(r.integers(len(RATES)))
-        out[i] = u, rate, int(r.integers(int(utterances[u].seconds * RATES[rate]) - 1))
-    return out
-
-
-def neighbours(count: int) -> NDArray[np.int64]:
-    """Like `moments`, for pictures in twos: each odd one is the frame after the even one before it."""
-    out = np.repeat(moments(-(-count // 2)), 2, axis=0)[:count]
-    out[1::2, 2] += 1
-    return out
 
 
 def pictures(seed: int, count: int) -> NDArray[np.uint8]:

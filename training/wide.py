@@ -18,6 +18,7 @@ from musetalk.imaging import lanczos4
 from training import data, render, speech
 from training.camera import Camera
 from training.light import Light
+from training.moments import RATES, neighbours
 from training.people import Person
 from training.presenter import Mouth, Pose
 
@@ -125,11 +126,9 @@ def pictures(seed: int, count: int) -> NDArray[np.uint8]:
 
 def pairs(seed: int, count: int) -> NDArray[np.uint8]:
     """Pairs number seed * count onwards, even ones with their neighbour: (count, 2, CROP, CROP, 3), source and target."""
-    from training import unet
-
     torch.set_num_threads(1)
     r, utterances = np.random.default_rng([seed, 88]), speech.training_set()
-    when = unet.neighbours((seed + 1) * count)[seed * count :]
+    when = neighbours((seed + 1) * count)[seed * count :]
     out = np.empty((count, 2, CROP, CROP, 3), np.uint8)
     for i, (u, rate, frame) in enumerate(when):
         if i % (2 * SCENES) == 0:
@@ -143,6 +142,6 @@ def pairs(seed: int, count: int) -> NDArray[np.uint8]:
             rest = replace(rest, open=float(np.clip(rest.open + r.normal(0, 0.05), 0, 1)) if rest.open > 0 else 0.0)
             errors = errors + r.normal(0, 0.006 * pose.scale, (68, 2))
         box = scene.box(pose, rest, errors)
-        spoken = utterances[u].mouth(float(frame / unet.RATES[rate]))
+        spoken = utterances[u].mouth(float(frame / RATES[rate]))
         out[i] = scene.crops(pose, box, [rest, spoken])
     return out

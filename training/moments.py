@@ -1,0 +1,29 @@
+"""Which moment of the training speech each pair of pictures is painted for."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training import speech
+
+RATES = tuple(Fraction(r) for r in ("24", "25", "30000/1001", "30", "60"))
+
+
+def moments(count: int) -> NDArray[np.int64]:
+    """(count, 3): utterance, frame rate (index into RATES) and frame number of every pair."""
+    r, utterances = np.random.default_rng(11), speech.training_set()
+    out = np.empty((count, 3), np.int64)
+    for i in range(count):
+        u, rate = int(r.integers(len(utterances))), int(r.integers(len(RATES)))
+        out[i] = u, rate, int(r.integers(int(utterances[u].seconds * RATES[rate]) - 1))
+    return out
+
+
+def neighbours(count: int) -> NDArray[np.int64]:
+    """Like `moments`, for pictures in twos: each odd one is the frame after the even one before it."""
+    out = np.repeat(moments(-(-count // 2)), 2, axis=0)[:count]
+    out[1::2, 2] += 1
+    return out
