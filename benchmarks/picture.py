@@ -242,10 +242,12 @@ def worst(figures: Figures, finish: Finish) -> dict[str, float]:
 
 
 def loss(name: str, value: float) -> float:
-    """The smaller the better: sharper than the truth is no better than as sharp, steadier no better than as steady."""
+    """The smaller the better. Sharper than the truth is no better than as sharp; a ratio of edges or of change in time under 1
+    has lost detail or grain that the truth has, so it counts by its distance from 1.
+    """
     if name.startswith("sharpness"):
         return max(1 - value, 0)
-    return max(value - 1, 0) if name.endswith("ratio") else -value if name in HIGHER else value
+    return abs(value - 1) if name.endswith("ratio") else -value if name in HIGHER else value
 
 
 def worse(figures: Figures) -> list[str]:
