@@ -32,7 +32,7 @@ test: install-dev
 	$(BIN)/python -m pytest -n 2
 
 test-full: install-dev  ## published-size networks, fault harness, image build
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "full or not full"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "full or not full"
 
 test-certificate: install  ## a certificate chain for trying out content credentials, in ./test-certificate
 	$(BIN)/python scripts/make_test_certificate.py test-certificate

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from pipeline.control import Control
 from pipeline.errors import SigningFailed
+from pipeline.leave import leaving
 from pipeline.settings import BadSetting, Settings
 
 # neither a source's credentials nor a certificate may make the worker call an address of their choice
@@ -27,7 +27,6 @@ OFFLINE = {"verify": {"remote_manifest_fetch": False, "ocsp_fetch": False},
            "core": {"backing_store_memory_threshold_in_mb": 4, "merkle_tree_chunk_size_in_kb": 4096}}
 TRUST = "signingCredential.untrusted"  # no list of trusted authorities is kept here; all else must be valid
 BUFFER = 1 << 20  # bytes; c2pa asks for 8 kB at a time
-POLL_SEC = 0.1
 TSA_SEC = 30.0  # of a time-stamp server that accepts and never answers
 CURVES = {"secp256r1": "es256", "secp384r1": "es384", "secp521r1": "es512"}
 PIXEL = base64.b64decode(
@@ -57,7 +56,8 @@ class Signer:
         """Write `source` with its credentials to `target`; returns whether they hold a time stamp. Raises SigningFailed."""
         if self.tsa_url:
             try:
-                _left_when_stopped(lambda: self._sign(source, target, manifest, ingredients, self.tsa_url), control)
+                # c2pa waits for a time-stamp server without limit
+                leaving(lambda: self._sign(source, target, manifest, ingredients, self.tsa_url), control, "sign", TSA_SEC)
                 return True
             except (C2paError, TimeoutError) as e:
                 if self.tsa_required:
@@ -206,18 +206,3 @@ def _key(pem: bytes) -> tuple[bytes, str]:
         raise BadSetting("C2PA_KEY must be an EC key (P-256, P-384, P-521), Ed25519 or RSA")
     pkcs8 = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     return pkcs8, algorithm
-
-
-def _left_when_stopped(call: Any, control: Control) -> None:
-    """Run in a thread that is left behind when the job has to stop: c2pa waits for a time-stamp server without limit."""
-    pool = ThreadPoolExecutor(1, thread_name_prefix="sign")
-    limit = Control(TSA_SEC)
-    try:
-        work = pool.submit(call)
-        while not wait([work], timeout=POLL_SEC).done:
-            control.check()
-            if not limit.remaining:
-                raise TimeoutError("the time-stamp server does not answer")
-        work.result()
-    finally:
-        pool.shutdown(wait=False)
