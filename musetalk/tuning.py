@@ -67,7 +67,7 @@ def keep_freed_memory(largest: int = 1 << 30, in_all: int = (1 << 31) - 1) -> No
             mallopt(option, value)
 
 
-def way(nets: Networks) -> str:
+def layout(nets: Networks) -> str:
     """How the networks run on their device, for reports."""
     if nets.device.type != "cpu":
         return "channels last, recorded"

@@ -24,7 +24,7 @@ from musetalk.errors import Interrupted, NoFastLane
 from musetalk.interruption import interruptible
 from musetalk.lipsync import Slot
 from musetalk.track import Found
-from musetalk.tuning import numerics, out_of_memory, way
+from musetalk.tuning import layout, numerics, out_of_memory
 from pipeline.errors import (
     BadMedia,
     BadOutput,
@@ -176,7 +176,7 @@ class Engine:
         nets = self.load().nets
         return {
             "device": (self.device.type == "cuda" and gpu_name()) or self.device.type,
-            "dtype": str(nets.dtype).removeprefix("torch."), "way": way(nets), "encoder": video_encoder()[1],
+            "dtype": str(nets.dtype).removeprefix("torch."), "layout": layout(nets), "encoder": video_encoder()[1],
             "weights_version": nets.version, "weights_sha256": digests(self.settings.model_dir, nets.version),
         }
 

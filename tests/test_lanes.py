@@ -98,6 +98,6 @@ def test_a_worker_that_is_fast_by_default_does_not_start_without_the_weights(set
 
 def test_a_report_says_how_the_networks_run(settings: Settings) -> None:
     engine = Service(settings).engine
-    way = engine.report()["way"]
-    assert "upsampling folded" in way
-    assert ("weights packed" in way) == can_pack(engine.load().nets.dtype)
+    layout = engine.report()["layout"]
+    assert "upsampling folded" in layout
+    assert ("weights packed" in layout) == can_pack(engine.load().nets.dtype)
