@@ -46,7 +46,6 @@ def fix_numerics() -> None:
 
 def fit_cpu(nets: Networks) -> None:
     """Lay loaded networks out for a CPU, in place; the way is chosen by capability alone, never by timing."""
-    keep_freed_memory()
     for net in (nets.unet, nets.vae.decoder, nets.tiny):
         if net is not None:
             fold_upsampling(net)
