@@ -5,8 +5,7 @@
 The limit is this machine's own matrix-product ceiling, measured in the same run at the same dtype. Work is counted as two
 operations a multiply-add of the networks as published: UNet 0.178, VAE decode 0.622, tiny decode 0.035 TFLOP a frame; folded
 upsampling takes fewer, so that a share may exceed 1. `fast_decode` is the tiny decoder on the rows that are shown,
-`tiny_decode` all of it; `fast_gain` the exact lane's time over the fast lane's. DTYPE says what ours run in; on a CPU
-diffusers' networks run with glibc's own limits on freed memory.
+`tiny_decode` all of it; `fast_gain` the exact lane's time over the fast lane's. DTYPE says what ours run in.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import torch
 from benchmarks import common
 from musetalk import generate, tuning
 from musetalk.checkpoints import default_dtype
-from musetalk.nets.layers import fold_upsampling, fuse_relu, pack
 from musetalk.nets.tiny import Tiny
 from musetalk.nets.unet import UNet
 from musetalk.nets.vae import Vae
@@ -54,10 +52,7 @@ def ours(device: torch.device, dtype: torch.dtype) -> tuple[UNet, Vae, Tiny]:
     plain: list[Any] = [unet, vae, tiny]
     nets = [net.requires_grad_(False).to(dtype=dtype, memory_format=torch.channels_last) for net in plain]
     if device.type == "cpu":
-        for net in nets:
-            fold_upsampling(net)
-        pack(nets[0])
-        fuse_relu(nets[2])
+        tuning.fit_cpu(*nets)
     return nets[0], nets[1], nets[2]
 
 
@@ -97,9 +92,7 @@ def measure(device: torch.device, batch: int, rounds: int) -> dict[str, float]:
         mine(), other()
     for _ in range(rounds):
         for name, (mine, other) in pairs.items():
-            tuning.keep_freed_memory()
             times[name][0].append(common.timed(mine))
-            tuning.keep_freed_memory(32 << 20, 64 << 20)
             times[name][1].append(common.timed(other))
     took = {name: tuple(common.median(t) / batch for t in both) for name, both in times.items()}
     for name, (a, b) in took.items():

@@ -58,13 +58,13 @@ class LipSync:
     ) -> LipSync:
         """Load the weights in `folder` (official or converted layout); raises BadCheckpoint.
 
-        For the process, this fixes on a GPU what chooses kernels, on a CPU what becomes of freed memory: see `tuning`.
+        On a GPU this fixes, for the process, what chooses kernels: see `tuning.fix_numerics`.
         """
         if torch.device(device).type == "cuda":
             tuning.fix_numerics()
         nets = checkpoints.load(folder, device, dtype)
         if nets.device.type == "cpu":
-            tuning.fit_cpu(nets)
+            tuning.fit_cpu(nets.unet, nets.vae, nets.tiny)
         return cls(nets)
 
     @property

@@ -6,7 +6,6 @@ choose by device model, data type, shape and version alone, so two workers of on
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from collections.abc import Callable
 
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from musetalk import generate
 from musetalk.checkpoints import Networks
-from musetalk.nets.layers import Doubling, Packed, at_once, fold_upsampling, fuse_relu, pack
+from musetalk.nets.layers import Doubling, Packed, fold_upsampling, fuse_relu, pack
+from musetalk.nets.tiny import Tiny
 from musetalk.nets.unet import UNet
 from musetalk.nets.vae import Vae
 
@@ -27,7 +27,6 @@ Record = Callable[[Callable[[], Made], object], tuple[Made, Callable[[], None]]]
 
 SIZES = (1, 4, 16)  # batches that are recorded, those under the worker's own and that one
 ROUNDS = 3  # runs before the capture, in which libraries load their kernels and take their workspaces
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # mallopt(3)
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
 
@@ -44,26 +43,14 @@ def fix_numerics() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def fit_cpu(nets: Networks) -> None:
+def fit_cpu(unet: UNet, vae: Vae, tiny: Tiny | None) -> None:
     """Lay loaded networks out for a CPU, in place; the way is chosen by capability alone, never by timing."""
-    for net in (nets.unet, nets.vae.decoder, nets.tiny):
+    for net in (unet, vae.decoder, tiny):
         if net is not None:
             fold_upsampling(net)
-    pack(nets.unet)
-    if nets.tiny is not None:
-        fuse_relu(nets.tiny)
-
-
-def keep_freed_memory(largest: int = 1 << 30, in_all: int = (1 << 31) - 1) -> None:
-    """Tell glibc, for the process, to keep freed maps of up to `largest` bytes for the next layer, until `malloc_trim`.
-
-    By default each large map gets fresh pages from the system; filling those with zeros took a fifth of the UNet's time.
-    glibc's own limits grow to 32 MB and twice that, and it opens a pool for each thread, whose maps never exceed 64 MB.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for option, value in ((M_MMAP_THRESHOLD, largest), (M_TRIM_THRESHOLD, in_all), (M_ARENA_MAX, 1)):
-            mallopt(option, value)
+    pack(unet)
+    if tiny is not None:
+        fuse_relu(tiny)
 
 
 def layout(nets: Networks) -> str:
@@ -72,10 +59,8 @@ def layout(nets: Networks) -> str:
         return "channels last, recorded"
     packed = any(isinstance(m, Packed) for m in nets.unet.modules())
     doubled = any(isinstance(m, Doubling) for m in nets.vae.decoder.modules())
-    side, width = nets.vae.cfg.crop_size, nets.vae.cfg.block_out_channels[min(1, len(nets.vae.cfg.block_out_channels) - 1)]
-    count = at_once(nets.device, side * side * width * nets.dtype.itemsize)
     return ", ".join(["channels last", f"UNet's weights {'packed' if packed else 'plain'}",
-                      f"upsampling {'folded' if doubled else 'plain'}", f"{count} decoded at once",
+                      f"upsampling {'folded' if doubled else 'plain'}", f"{nets.vae.decoded_at_once} decoded at once",
                       torch.backends.cpu.get_cpu_capability()])
 
 

@@ -5,7 +5,6 @@ Latents leave and enter in the UNet's scale: `encode` multiplies by the scaling 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -163,7 +162,7 @@ class Vae(nn.Module):
         The posterior mean, as in training, so that a job is reproducible; upstream samples it with an
         unseeded generator, which `noise` (same shape, standard normal) reproduces for parity.
         """
-        parts = [self.moments(part) for part in self._parts(image, self.cfg.block_out_channels[0])]
+        parts = [self.moments(part) for part in torch.split(image, self._at_once(self.cfg.block_out_channels[0]))]
         mean, logvar = (torch.cat(each) for each in zip(*parts, strict=True))
         if noise is not None:
             mean = mean + torch.exp(0.5 * logvar) * noise
@@ -172,10 +171,14 @@ class Vae(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (N, 4, h, w) in the UNet's scale -> image (N, 3, 8h, 8w), about [-1, 1], not clamped."""
         scaled = latents * (1 / self.cfg.scaling_factor)
-        widest = self.cfg.block_out_channels[min(1, len(self.cfg.block_out_channels) - 1)]
-        return torch.cat([self.decoder(self.post_quant_conv(part)) for part in self._parts(scaled, widest)])
+        return torch.cat([self.decoder(self.post_quant_conv(part)) for part in torch.split(scaled, self.decoded_at_once)])
 
-    def _parts(self, pictures: Tensor, widest: int) -> Sequence[Tensor]:
-        """So many pictures at a time that a map of the crop's size with `widest` channels stays under MAP_BYTES."""
-        one = self.cfg.crop_size**2 * widest * pictures.element_size()
-        return torch.split(pictures, at_once(pictures.device, one))
+    @property
+    def decoded_at_once(self) -> int:
+        """How many pictures `decode` works on at once."""
+        return self._at_once(self.cfg.block_out_channels[min(1, len(self.cfg.block_out_channels) - 1)])
+
+    def _at_once(self, widest: int) -> int:
+        """So many pictures that a map of the crop's size with `widest` channels stays under MAP_BYTES."""
+        weight = self.quant_conv.weight
+        return at_once(weight.device, self.cfg.crop_size**2 * widest * weight.element_size())
