@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from benchmarks import common
 from musetalk import LipSync, Options
 from musetalk.avatar import Avatar
-from musetalk.options import Quality
+from musetalk.options import Finish, Quality
 from pipeline.settings import REPOSITORY
 from training import data, speech
 from training.presenter import Head, Identity, Mouth, Pose, draw, idle
@@ -38,6 +38,7 @@ WIDTHS = np.linspace(-0.85, 0.7, 6)
 PATCH = (40, 52)  # rows, columns of a measured mouth
 LAGS = range(-6, 7)  # frames
 LANE: Quality = "exact"  # --quality
+FINISH: Finish = "official"  # --finish
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Case:
 
 def run_case(lipsync: LipSync, clip: Clip, ruler: Ruler, spoken: speech.Utterance, fps: Fraction) -> Case:
     """Speak and measure."""
-    frames = list(lipsync.speak(clip.avatar, spoken.pcm, fps, Options(batch_size=16, quality=LANE)))
+    frames = list(lipsync.speak(clip.avatar, spoken.pcm, fps, Options(batch_size=16, quality=LANE, finish=FINISH)))
     poses = [clip.poses[source(i)] for i in range(len(frames))]
     truth = np.stack([speech.sample(spoken.track, float(i / fps)) for i in range(len(frames))])
     return Case(fps, ruler.measure(frames, poses), truth, frames)
@@ -272,16 +273,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print only the JSON line")
     parser.add_argument("--quick", action="store_true", help="one face, one sentence, one rate")
     parser.add_argument("--quality", choices=("exact", "fast"), default="exact", help="the lane that is measured")
+    parser.add_argument("--finish", choices=("official", "natural"), default="official", help="how faces are pasted")
     parser.add_argument("--model-dir", default=str(REPOSITORY / "models" / "demo"))
     options = parser.parse_args()
-    global LANE
-    LANE = options.quality
+    global LANE, FINISH
+    LANE, FINISH = options.quality, options.finish
     lipsync = LipSync.load(options.model_dir)
     figures = {k: round(v, 4) if isinstance(v, float) else v for k, v in report(lipsync, options.quick).items()}
     if not options.json:
         for name, value in figures.items():
             print(f"{name:>34}  {value}")
-    common.emit("sync", **figures, dtype=str(lipsync.nets.dtype), batch=16, quality=LANE)
+    common.emit("sync", **figures, dtype=str(lipsync.nets.dtype), batch=16, quality=LANE, finish=FINISH)
 
 
 if __name__ == "__main__":

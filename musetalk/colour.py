@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from musetalk.imaging import kept
+from musetalk.parts import in_parts
 
 LUMA = {"bt709": (0.2126, 0.0722), "bt601": (0.299, 0.114), "bt2020": (0.2627, 0.0593)}  # Kr, Kb
+STRIPE = 40  # rows of chroma that are converted at once on a CPU: at 720p their maps stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,23 @@ class Planes(NamedTuple):
                       buffer[luma + chroma : luma + 2 * chroma].view(half))
 
 
-def _double(chroma: Tensor) -> Tensor:
-    """(h, w) -> (2h, 2w), nearest."""
-    return chroma.repeat_interleave(2, dim=0).repeat_interleave(2, dim=1)
-
-
 def to_rgb(planes: Planes, colour: Colour) -> Tensor:
     """4:2:0 planes -> RGB (H, W, 3) uint8, rounded and clamped."""
+    out = torch.empty(*planes.y.shape, 3, dtype=torch.uint8, device=planes.y.device)
+
+    def convert(part: slice) -> None:
+        step = STRIPE if out.device.type == "cpu" else part.stop - part.start
+        for first in range(part.start, part.stop, step):
+            rows = slice(first, min(first + step, part.stop))
+            wide = slice(2 * rows.start, 2 * rows.stop)
+            _to_rgb(Planes(planes.y[wide], planes.u[rows], planes.v[rows]), colour, out[wide])
+
+    in_parts(convert, len(planes.u), out.device)
+    return out
+
+
+def _to_rgb(planes: Planes, colour: Colour, out: Tensor) -> None:
+    """The same of some rows, into `out` (H, W, 3)."""
     black, span, chroma_span = colour.scales
     kr, kb = LUMA[colour.matrix]
     kg = 1 - kr - kb
@@ -62,11 +74,10 @@ def to_rgb(planes: Planes, colour: Colour) -> Tensor:
     scale = 255 / chroma_span
     red, blue = v * (2 * (1 - kr) * scale), u * (2 * (1 - kb) * scale)
     green = v * (-2 * kr * (1 - kr) / kg * scale) + u * (-2 * kb * (1 - kb) / kg * scale)
-    y = (planes.y.float() - black) * (255 / span)
-    out = torch.empty(*planes.y.shape, 3, dtype=torch.uint8, device=planes.y.device)
+    y = ((planes.y.float() - black) * (255 / span)).view(-1, 2, planes.y.shape[1])  # two rows to each of chroma
     for channel, term in enumerate((red, green, blue)):
-        out[..., channel] = (y + _double(term)).round_().clamp_(0, 255)
-    return out
+        level = (y + term.repeat_interleave(2, dim=1)[:, None]).round_().clamp_(0, 255)
+        out[..., channel] = level.view(planes.y.shape)
 
 
 @kept(12)

@@ -18,6 +18,7 @@ from musetalk.box import Box
 from musetalk.imaging import constants, lanczos4, scale_shift
 from musetalk.nets.rtmpose import RtmPose
 from musetalk.nets.s3fd import STRIDES, S3fd
+from musetalk.parts import in_parts
 
 FACE_SCORE = 0.5  # S3FD's threshold upstream
 NMS_IOU = 0.3
@@ -179,10 +180,16 @@ def landmarks(net: RtmPose, frames: list[Tensor], regions: list[PoseFrame] | Non
 
     `regions` says where to look in each frame; the whole picture by default, as upstream does.
     """
-    cfg, weight = net.cfg, net.head.cls_x.weight
     height, width = frames[0].shape[:2]
+    regions = regions or [PoseFrame.whole(width, height, net.cfg.input_width, net.cfg.input_height)] * len(frames)
+    made = in_parts(lambda part: _landmarks(net, frames[part], regions[part]), len(frames), net.head.cls_x.weight.device)
+    points, scores = (torch.cat(each) for each in zip(*made, strict=True))
+    return points, scores
+
+
+def _landmarks(net: RtmPose, frames: list[Tensor], regions: list[PoseFrame]) -> tuple[Tensor, Tensor]:
+    cfg, weight = net.cfg, net.head.cls_x.weight
     sizes = cfg.input_width, cfg.input_height
-    regions = regions or [PoseFrame.whole(width, height, *sizes)] * len(frames)
     pictures = torch.stack(
         [pose_picture(f.to(weight.device), where, *sizes) for f, where in zip(frames, regions, strict=True)])
     image = pose_input(pictures).to(weight.dtype).contiguous(memory_format=torch.channels_last)

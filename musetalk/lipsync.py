@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from musetalk.finish import lips_map, natural
 from musetalk.interruption import check
 from musetalk.options import Finish, Options
 from musetalk.order import source_index
+from musetalk.parts import in_parts
 from musetalk.track import Found, Tracker, steadied
 
 log = logging.getLogger("musetalk.lipsync")
@@ -115,22 +117,28 @@ class LipSync:
     def append(self, avatar: Avatar, group: list[tuple[Tensor, Found | None]], options: Options) -> None:
         """Crop, parse and encode the faces of a few frames."""
         present = [(frame, found.box) for frame, found in group if found is not None]
-        ready: Iterator[Face] = iter(())
-        if present:
-            device = self.nets.device
-            boxes = [box.lowered(options.extra_margin, frame.shape[0]) for frame, box in present]
-            pictures = [frame.to(device) for frame, _ in present]
-            crops = torch.stack([faces.crop(f, b, self.crop_size) for f, b in zip(pictures, boxes, strict=True)])
-            latents = generate.latents(self.nets.vae, crops, self._noise(options.seed, len(avatar), crops)).half().cpu()
-            squares = [blend.cut(f, blend.blend_square(b)) for f, b in zip(pictures, boxes, strict=True)]
-            labels = blend.parse(self.nets.parser, squares)
-            masks = blend.label_mask(labels, options.parsing_mode,
-                                     options.left_cheek_width, options.right_cheek_width)
-            regions = [self._region(m, b, f) for m, b, f in zip(masks, boxes, pictures, strict=True)]
-            lips = torch.stack([lips_map(k, blend.blend_square(b), b) for k, b in zip(labels, boxes, strict=True)]).cpu()
-            ready = iter([Face(*parts) for parts in zip(boxes, regions, latents, lips, strict=True)])
+        noise = self._noise(options.seed, len(avatar), len(present))
+        made = in_parts(lambda part: self._faces(present[part], None if noise is None else noise[:, part], options),
+                        len(present), self.nets.device)
+        ready = itertools.chain.from_iterable(made)
         for _, found in group:
             avatar.append(None if found is None else next(ready))
+
+    def _faces(self, present: list[tuple[Tensor, Box]], noise: Tensor | None, options: Options) -> list[Face]:
+        """The entries of frames with the boxes of their faces; `noise` (2, N, 4, h, w)."""
+        if not present:
+            return []
+        device = self.nets.device
+        boxes = [box.lowered(options.extra_margin, frame.shape[0]) for frame, box in present]
+        pictures = [frame.to(device) for frame, _ in present]
+        crops = torch.stack([faces.crop(f, b, self.crop_size) for f, b in zip(pictures, boxes, strict=True)])
+        latents = generate.latents(self.nets.vae, crops, None if noise is None else noise.flatten(0, 1)).half().cpu()
+        squares = [blend.cut(f, blend.blend_square(b)) for f, b in zip(pictures, boxes, strict=True)]
+        labels = blend.parse(self.nets.parser, squares)
+        masks = blend.label_mask(labels, options.parsing_mode, options.left_cheek_width, options.right_cheek_width)
+        regions = [self._region(m, b, f) for m, b, f in zip(masks, boxes, pictures, strict=True)]
+        lips = torch.stack([lips_map(k, blend.blend_square(b), b) for k, b in zip(labels, boxes, strict=True)]).cpu()
+        return [Face(*parts) for parts in zip(boxes, regions, latents, lips, strict=True)]
 
     @staticmethod
     def _region(mask512: Tensor, box: Box, frame: Tensor) -> Region:
@@ -139,13 +147,13 @@ class LipSync:
         mask = blend.within(blend.soft_mask(mask512, square, box).cpu(), square, box)  # trimming it needs its values
         return blend.region_of(mask, square, frame.shape[1], frame.shape[0])
 
-    def _noise(self, seed: int | None, first: int, crops: Tensor) -> Tensor | None:
-        """Standard normal noise (2N, 4, h, w) for the posteriors of crops from frame `first` on; None without a seed."""
+    def _noise(self, seed: int | None, first: int, count: int) -> Tensor | None:
+        """Standard normal noise (2, count, 4, h, w) for the posteriors of crops from frame `first` on; None without a seed."""
         if seed is None:
             return None
         cfg, side = self.nets.vae.cfg, self.crop_size // self.nets.vae.cfg.stride
         generator = torch.Generator().manual_seed((seed * 1_000_003 + first) % 2**63)
-        return torch.randn(2 * len(crops), cfg.latent_channels, side, side, generator=generator)
+        return torch.randn(2, count, cfg.latent_channels, side, side, generator=generator)
 
     # -- speaking ------------------------------------------------------------------------------------------------------
 
