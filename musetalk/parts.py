@@ -33,6 +33,7 @@ def threads() -> ThreadPoolExecutor | None:
     started = threading.Barrier(count)
 
     def start() -> None:
+        torch.get_num_threads()  # a thread's first call of torch takes the number for all: it must not come after this
         torch.set_num_threads(cores // count)
         started.wait()
 
