@@ -4,7 +4,8 @@
 
 It runs on what the worker would: the environment says which device, weights and batch; published weights need a clip of a
 real face. `added_ms` is everything of a warm job over loopback that is not network forward passes, decode or encode: the stages
-download, validation (less ffmpeg's own time) and upload, and parsing, bookkeeping and cleaning up.
+download, validation (less ffmpeg's own time) and upload, and parsing, bookkeeping and cleaning up. `prepare_*_ms` are
+milliseconds a frame of the fresh job's steps, added over the threads that work at once; the networks' with their resampling.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import contextlib
 import functools
 import http.server
+import inspect
 import os
 import socket
 import subprocess
@@ -27,9 +29,18 @@ from typing import Any
 import requests
 
 from benchmarks import common
+from musetalk import LipSync, blend, faces, generate, lipsync
+from musetalk.track import Tracker
+from pipeline import stages
 from pipeline.media import child
 from pipeline.run import Service
 from pipeline.settings import REPOSITORY, Settings
+
+STEPS: dict[str, tuple[tuple[Any, str], ...]] = {  # of preparing, and what they consist of
+    "rgb": ((stages, "to_rgb"),), "detection": ((faces, "detect"),), "landmarks": ((faces, "landmarks"),),
+    "crops": ((faces, "crop"),), "encoder": ((generate, "latents"),), "parser": ((blend, "parse"),),
+    "masks": ((blend, "label_mask"), (LipSync, "_region"), (lipsync, "lips_map")), "windows": ((Tracker, "_window"),),
+}
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -113,7 +124,8 @@ def measure(job: dict[str, str], folder: Path, rounds: int) -> dict[str, Any]:
     service = Service(Settings.from_env(loopback(folder)))
     service.engine.warm_up()
     spent = _count_ffmpeg()
-    fresh = run(service, job)
+    with counted_steps() as steps:
+        fresh = run(service, job)
     cached, added, looked_up = [], [], _count_cache(service)
     for _ in range(rounds):
         spent[0] = 0.0
@@ -129,6 +141,7 @@ def measure(job: dict[str, str], folder: Path, rounds: int) -> dict[str, Any]:
     return {
         "fresh_total_sec": fresh["total_time"], "fresh_stage_times": fresh["stage_times"],
         "generation_sec": generation, "cached_wall_sec": wall, "preparation_sec": round(preparation, 3),
+        **{f"prepare_{name}_ms": round(1000 * sec / fresh["frames"], 2) for name, sec in steps.items()},
         "cached_preparation_share": round(looked_up[0] / rounds / preparation, 5),
         "cached_preparation_share_from_disk": round(from_disk[0] / preparation, 5),
         "added_ms": round(1000 * common.median(added), 1), **health_ms(job, folder), "frames": fresh["frames"],
@@ -144,6 +157,35 @@ def run(service: Service, job: dict[str, str]) -> dict[str, Any]:
         sys.exit(f"{answer['error_message']} (stage {answer['stage']})")
     metrics: dict[str, Any] = answer["metrics"]
     return metrics
+
+
+@contextlib.contextmanager
+def counted_steps() -> Iterator[dict[str, float]]:
+    """Seconds of each of the STEPS while the context is open; at its end `track` is what windows take beside the networks."""
+    spent, lock = dict.fromkeys(STEPS, 0.0), threading.Lock()
+    originals = [(owner, name, inspect.getattr_static(owner, name), step)
+                 for step, consists in STEPS.items() for owner, name in consists]
+
+    def counting(step: str, work: Any) -> Any:
+        @functools.wraps(work)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return work(*args, **kwargs)
+            finally:
+                with lock:
+                    spent[step] += time.perf_counter() - began
+        return counted
+
+    for owner, name, original, step in originals:
+        made = counting(step, getattr(owner, name))
+        setattr(owner, name, staticmethod(made) if isinstance(original, staticmethod) else made)
+    try:
+        yield spent
+    finally:
+        for owner, name, original, _ in originals:
+            setattr(owner, name, original)
+        spent["track"] = spent.pop("windows") - spent["detection"] - spent["landmarks"]
 
 
 def _count_cache(service: Service) -> list[float]:
