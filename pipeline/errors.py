@@ -17,6 +17,7 @@ import errno
 from typing import Any, Literal
 
 Stage = Literal["download", "validation", "preprocessing", "inference", "postprocessing", "upload", "unknown"]
+StageKey = Literal["download", "validation", "inference", "upload"]  # those that are timed
 
 
 class JobError(Exception):

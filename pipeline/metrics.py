@@ -13,11 +13,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-StageKey = Literal["download", "validation", "inference", "upload"]
+from pipeline.errors import StageKey
+
 SAMPLE_SEC = 0.05
 PAGE_KB = os.sysconf("SC_PAGE_SIZE") // 1024
 
