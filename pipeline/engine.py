@@ -130,8 +130,7 @@ class Engine:
     def _picture() -> Planes:
         """The drawn face, decoded as a clip is."""
         info = probe(FACE, MAX_FACE_PIXELS)
-        assert info.video is not None
-        source = FrameSource(info, info.video.width, info.video.height, FPS, (), MAX_FACE_PIXELS)
+        source = FrameSource(info, info.picture.width, info.picture.height, FPS, (), MAX_FACE_PIXELS)
         pixels = np.empty(source.frame_bytes, np.uint8)
         with closing(FrameReader(source, 0, 1)) as reader:
             reader.read_into(pixels)

@@ -87,6 +87,13 @@ class MediaInfo:
     opener: Opener = UNKNOWN
     undecodable: str = ""  # why there is no video though the file has a video stream
 
+    @property
+    def picture(self) -> VideoInfo:
+        """Its video. Raises BadMedia where there is none."""
+        if self.video is None:
+            raise BadMedia("video_url: the file has no picture", field="video_url")
+        return self.video
+
 
 def probe(path: Path, max_pixels: int, check: Callable[[], None] = lambda: None) -> MediaInfo:
     """What the file holds. Raises BadMedia; FfmpegFailed when ffmpeg hangs or is killed."""
