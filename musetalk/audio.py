@@ -105,9 +105,7 @@ def windows(states: Tensor, frames: Sequence[int], fps: Fraction, steps: int, le
 class Prompts:
     """The speech of one job as audio tokens: `len()` video frames, `batch(frames)` the prompts of some."""
 
-    def __init__(
-        self, net: WhisperEncoder, pcm: np.ndarray | Tensor, fps: Fraction, left: int = 2, right: int = 2
-    ) -> None:
+    def __init__(self, net: WhisperEncoder, pcm: np.ndarray | Tensor, fps: Fraction, left: int = 2, right: int = 2) -> None:
         """pcm (S,) float32 mono at 16 kHz in [-1, 1]; fps exact; raises BadAudio when empty or not finite."""
         wave = torch.as_tensor(pcm, dtype=torch.float32).flatten()
         if not len(wave):

@@ -154,11 +154,7 @@ class _Inert(dict[Any, Any]):
     def __setstate__(self, _state: object) -> None:
         return
 
-    def append(self, _item: object) -> None:
-        """Ignore a list item."""
-
-    def extend(self, _items: object) -> None:
-        """Ignore list items."""
+    append = extend = __setstate__  # of lists
 
 
 _HARMLESS = {("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter")}
