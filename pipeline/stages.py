@@ -82,7 +82,6 @@ class Decode(Stage):
                 raise ProcessingError("the clip's frames could not be read again", stage="inference")
 
     def stop(self) -> None:
-        """End a read from ffmpeg."""
         if (reader := self._reader) is not None:
             reader.abort()
 
@@ -163,7 +162,6 @@ class Prepare(Stage):
         yield from items
 
     def stop(self) -> None:
-        """End a network's pass."""
         interrupt()
 
 
@@ -209,7 +207,6 @@ class Generate(Stage):
                 batch = []
 
     def stop(self) -> None:
-        """End a network's pass."""
         interrupt()
 
 
@@ -255,7 +252,6 @@ class Encode(Stage):
             writer.close()
 
     def stop(self) -> None:
-        """End a write to ffmpeg."""
         if (writer := self._writer) is not None:
             writer.abort()
 
