@@ -79,6 +79,29 @@ def test_files_put_one_after_the_other_are_one_clip(media: Make, tmp_path: Path,
         np.testing.assert_array_equal(frames(src, start, count), both[start : start + count])
 
 
+JOINED = {"flv": (), "wmv": (), "mp4": (), "mov": (), "3gp": ("-c:v", "libx264"), "webp": ("-c:v", "libwebp_anim")}
+
+
+@pytest.mark.parametrize("kind", JOINED)
+def test_files_put_one_after_the_other_that_are_read_to_the_joint_say_so(media: Make, tmp_path: Path, kind: str) -> None:
+    """ffmpeg takes the first one's end for the file's, and says nothing."""
+    once = media(f"once.{kind}", "-f", "lavfi", "-i", MOVING.format(rate=25), *JOINED[kind])
+    (tmp_path / f"both.{kind}").write_bytes(once.read_bytes() * 2)
+    assert len(frames(src := source(tmp_path / f"both.{kind}"))) == len(frames(source(once))) == 50
+    assert "another file" in src.info.opener.doubt
+    assert not source(once).info.opener.doubt
+
+
+@pytest.mark.parametrize("kind", ["m4a", "wma", "aiff", "caf", "flv"])
+def test_speeches_put_one_after_the_other_that_are_read_to_the_joint_say_so(media: Make, tmp_path: Path, kind: str) -> None:
+    once = media(f"said.{kind}", "-f", "lavfi", "-i", "sine=440:d=1:r=44100")
+    (tmp_path / f"both.{kind}").write_bytes(once.read_bytes() * 2)
+    both = speech(tmp_path / f"both.{kind}")
+    assert both.seconds == pytest.approx(1, abs=0.1)
+    assert both.damaged
+    assert not speech(once).damaged
+
+
 def test_a_size_that_changes_on_the_way_is_scaled_to_the_first(media: Make, tmp_path: Path) -> None:
     both = tmp_path / "both.ts"
     both.write_bytes(b"".join(
