@@ -23,7 +23,7 @@ from pipeline.errors import BadMedia, Cancelled, DeadlineExceeded, FfmpegFailed
 from pipeline.media import FrameReader, FrameSource, Mp4Writer, Speech, child, plan, read_speech
 from pipeline.settings import REPOSITORY
 from tests.conftest import SAMPLES
-from tests.faults.files import mutate
+from tests.faults.fuzz import mutate
 
 PIXELS = 8_847_360
 Make = Callable[..., Path]

@@ -32,6 +32,7 @@ PROBE_SEC = 20  # to describe a file
 CHECK_SEC = 0.2  # how often a child that is waited for is asked after
 END_SEC = 10.0  # from the end of a child's output to its own
 STARVED = re.compile(r"Cannot allocate memory|Resource temporarily unavailable|error while loading shared libraries")
+CROWDED = "exceeds max_streams parameter"  # a file's fault, for which ffmpeg has no error number of its own but ENOMEM's
 
 
 @functools.lru_cache(maxsize=1)
@@ -103,7 +104,7 @@ def check_exit(name: str, code: int, said: str) -> None:
         with contextlib.suppress(ValueError):
             raise FfmpegFailed(f"{name} was killed ({signal.Signals(-code).name})", exit_status=code)
         raise FfmpegFailed(f"{name} was killed (signal {-code})", exit_status=code)
-    if code and STARVED.search(said):
+    if code and STARVED.search(said) and CROWDED not in said:
         raise FfmpegFailed(f"{name} ran out of memory", exit_status=code, ffprobe_stderr=tail(said))
 
 
