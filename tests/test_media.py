@@ -19,7 +19,7 @@ import pytest
 
 from pipeline import media as m
 from pipeline.control import Control
-from pipeline.errors import BadMedia, Cancelled, DeadlineExceeded, FfmpegFailed
+from pipeline.errors import BadMedia, Cancelled, DeadlineExceeded, FfmpegFailed, JobError
 from pipeline.media import FrameReader, FrameSource, Mp4Writer, Speech, child, plan, read_speech
 from pipeline.settings import REPOSITORY
 from tests.conftest import SAMPLES
@@ -119,17 +119,21 @@ def test_a_frame_stream_of_another_size_than_planned_is_an_error(media: Make) ->
         frames(replace(src, width=180, height=320))
 
 
-def test_a_decoder_that_is_killed_is_not_the_end_of_the_clip(media: Make) -> None:
+@pytest.mark.parametrize(("number", "error", "retryable"), [("SIGKILL", FfmpegFailed, True), ("SIGSEGV", BadMedia, False)])
+def test_a_decoder_that_is_killed_is_not_the_end_of_the_clip(
+    media: Make, number: str, error: type[JobError], retryable: bool
+) -> None:
+    """Killed from outside is another's fault, a crash the file's."""
     src = source(media("long.mp4", "-f", "lavfi", "-i", "testsrc2=s=1280x720:r=25:d=8", "-c:v", "libx264",
                        "-preset", "ultrafast"))
     reader, buffer = FrameReader(src), np.empty(src.frame_bytes, np.uint8)
     assert reader.read_into(buffer)
-    os.kill(reader._child.pid, signal.SIGKILL)
-    with pytest.raises(FfmpegFailed, match="SIGKILL") as caught:
+    os.kill(reader._child.pid, signal.Signals[number])
+    with pytest.raises(error, match=number) as caught:
         while reader.read_into(buffer):
             pass
     reader.close()
-    assert caught.value.retryable
+    assert caught.value.retryable is retryable
 
 
 def test_a_clip_that_breaks_off_says_so(media: Make, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ class Mp4Writer(Child):
         if "No space left" in said:
             return OSError(28, "No space left on device")
         try:
-            child.check_exit("the encoder", code or 0, said)
+            child.check_exit("the encoder", code or 0, said, False)
         except FfmpegFailed as e:
             return e
         return FfmpegFailed(f"the encoder stopped (exit {code}): {said[-200:]}", ffprobe_stderr=said)

@@ -248,14 +248,15 @@ def _portrait(w: World, name: str) -> None:
     assert (video.width, video.height) == (270, 360), video
 
 
-def killed_decoder(which: str) -> Callable[[World], None]:
-    """The decoder of a running job is killed (really): retryable, and what was prepared so far is not taken for the clip."""
+def killed_decoder(which: str, expect: Expect, number: signal.Signals = signal.SIGKILL) -> Callable[[World], None]:
+    """The decoder of a running job ends by a signal (really): what was prepared so far is not taken for the clip."""
     def act(w: World) -> None:
         film, words = f"minutes-{which}.mp4", f"minutes-{which}.flac"
         make(w, film, "-stream_loop", "99", *FACE, "-frames:v", "200", *X264, "-g", "10", "-crf", "40")
         make(w, words, "-stream_loop", "999", "-i", "{speech}", "-t", "2" if which == "video" else "590", "-ar", "48000",
              "-ac", "2" if which == "video" else "8")
-        service, killed = w.another(max_download_mb=200.0), threading.Event()
+        service = w.another(max_download_mb=200.0, cache_dir=w.folder / f"cache-{number.name}")
+        killed = threading.Event()
         mark = f"/{which}".encode()
 
         def murder() -> None:
@@ -264,7 +265,7 @@ def killed_decoder(which: str) -> Callable[[World], None]:
                     line = _read(Path(f"/proc/{pid}/cmdline"))
                     if mark in line and (b"yuv4mpegpipe" in line or b"f32le" in line or b"rawvideo" in line):
                         killed.wait(0.3 if which == "video" else 0.1)
-                        os.kill(int(pid), signal.SIGKILL)
+                        os.kill(int(pid), number)
                         killed.set()
 
         thread = threading.Thread(target=murder)
@@ -272,8 +273,7 @@ def killed_decoder(which: str) -> Callable[[World], None]:
         body = w.job(service, Control(120.0), video=film if which == "video" else "clip.mp4", audio=words)
         killed.set()
         thread.join()
-        stage = "inference" if which == "video" else "validation"
-        assert (wrong := processing(stage, True, "SIGKILL").differs(body)) == "", wrong
+        assert (wrong := expect.differs(body)) == "", wrong
         if which == "video":
             again = w.job(service, Control(120.0), video=film, audio=words)
             assert again["status"] == "success", again
@@ -335,6 +335,12 @@ ROWS = [
     Row("files", "a portrait phone photo, EXIF 6", phone_photo(6)),
     Row("files", "a portrait phone photo, EXIF 8", phone_photo(8)),
     Row("files", "a portrait phone photo, HEIC in tiles", lambda w: _portrait(w, write(w, "photo.heic", phone_heic(w)))),
-    Row("files", "the clip's decoder is killed", killed_decoder("video"), limit_sec=120),
-    Row("files", "the speech's decoder is killed", killed_decoder("audio"), limit_sec=120),
+    Row("files", "the clip's decoder is killed", killed_decoder("video", processing("inference", True, "SIGKILL")),
+        limit_sec=120),
+    Row("files", "the clip's decoder crashes", killed_decoder(
+        "video", media("preprocessing", words="SIGSEGV"), signal.SIGSEGV), limit_sec=120),
+    Row("files", "the speech's decoder is killed", killed_decoder("audio", processing("validation", True, "SIGKILL")),
+        limit_sec=120),
+    Row("files", "the speech's decoder crashes", killed_decoder(
+        "audio", media("validation", words="SIGSEGV"), signal.SIGSEGV), limit_sec=120),
 ]
