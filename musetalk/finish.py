@@ -33,8 +33,10 @@ LIKE_SKIN = 60.0  # levels from the skin's colour at which the drawing is someth
 LIPS = 64  # side of the map of the source's lips
 LIPS_GROW = 0.03  # how far around them the drawing is shown, sides of the box
 CRISP = 0.4  # unsharp mask on the drawing for every time it is enlarged, within its own range: steeper edges without halos
-DETAIL = 36.0  # and more where drawing and source are alike: creases of lips that have not moved, a moustache
-GRAIN = 8.0  # levels of the source's detail that the drawing gets too: pores and grain, but no edge of a lip
+DETAIL = 36.0  # levels of the source's detail that the drawing gets where both are alike: creases of lips that have not moved
+GRAIN, EDGE = 12.0, 4.0  # and elsewhere; levels of contrast that end it, for what lies there is the edge of another mouth
+CONTRAST = 16.0  # levels of contrast that skin may have
+USUAL = 4.0  # and everywhere as much as the skin shown has on average: pores and the camera's grain
 
 
 def lips_map(labels: Tensor, square: Box, box: Box, size: int = LIPS) -> Tensor:
@@ -74,7 +76,10 @@ def natural(planes: Sequence[Tensor], face: Tensor, box: Box, region: Region, li
         for plane, coarse, levels in zip(planes[which], rest[: len(rest) // 2], rest[len(rest) // 2 :], strict=True):
             part = plane[area.y1 : area.y2, area.x1 : area.x2]
             pixel = part.to(face.device).float()
-            grain = torch.minimum(torch.maximum(pixel - coarse, -limit), limit)
+            grain = pixel - coarse
+            usual = ((grain.abs().sqrt() * share).sum() / share.sum().clamp(min=1)).square()  # roots: a few edges count little
+            most = limit + USUAL * usual
+            grain = torch.minimum(torch.maximum(grain, -most), most)
             changed = torch.lerp(levels.add_(grain), pixel, share)
             part.copy_(torch.lerp(pixel, changed, weight).add_(0.5).clamp_(0, 255))
 
@@ -91,11 +96,14 @@ def _mix(source: Tensor, face: Tensor, lips: Tensor, shown: Tensor, crisp: float
     difference = small - F.avg_pool2d(face, step)
     tint, skin = _tint(difference, free * shown), _mean(small - difference, free * shown)
     apart = _blur(difference - tint).square().sum(dim=1, keepdim=True)
-    busy = _blur((small - _blur(small)).square().sum(dim=1, keepdim=True)) * BUSY**2
+    contrast = (small - _blur(small)).square().sum(dim=1, keepdim=True)
     (tolerance,) = _tolerance(face.device, size // step)
-    alike = torch.exp(-apart / (tolerance[:, :, below] + busy))
-    own, alike = torch.split(_blur(-F.max_pool2d(-torch.cat([alike * free, alike], dim=1), 3, 1, 1)), 1, dim=1)
-    wide = F.interpolate(torch.cat([own, GRAIN + DETAIL * alike, tint], dim=1), size=(rows, size), mode="bilinear")
+    alike = torch.exp(-apart / (tolerance[:, :, below] + BUSY**2 * free * _blur(contrast * free)))
+    same = -F.max_pool2d(-torch.exp((difference - tint).square().sum(dim=1, keepdim=True) * (-1 / ALIKE**2)), 5, 1, 2)
+    own, same = torch.split(_blur(-F.max_pool2d(-torch.cat([alike * free, same], dim=1), 3, 1, 1)), 1, dim=1)
+    plain = 2 * _mean(contrast.clamp(max=CONTRAST**2), free * shown)  # a beard has contrast everywhere
+    limit = DETAIL * same + GRAIN * torch.exp(F.max_pool2d(contrast - plain, 3, 1, 1).clamp(min=0) * (-1 / EDGE**2))
+    wide = F.interpolate(torch.cat([own, limit, tint], dim=1), size=(rows, size), mode="bilinear")
     shares, tint = wide[:, :2], wide[:, 2:]
     like = torch.exp((face - skin).square().sum(dim=1, keepdim=True) * (-1 / LIKE_SKIN**2))  # teeth have no skin's tint
     low, mean, high = _around(face)
