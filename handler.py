@@ -23,26 +23,12 @@ from pipeline.settings import BadSetting, Settings
 log = logging.getLogger("musetalk.handler")
 LAST_PROGRESS = 0.95  # updates travel in unordered threads: none may overtake the result
 
-
-def read_settings() -> Settings:
-    """The settings, or exit 1 with one clear line."""
-    try:
-        return Settings.from_env()
-    except BadSetting as e:
-        sys.exit(f"musetalk-worker: {e}")
-
-
-def start() -> Service:
-    """The service, or exit 1 with one clear line."""
-    try:
-        return Service(settings)
-    except BadSetting as e:
-        sys.exit(f"musetalk-worker: {e}")
-
-
-settings = read_settings()
-logs.setup(settings.log_level)
-service = start()
+try:
+    settings = Settings.from_env()
+    logs.setup(settings.log_level)
+    service = Service(settings)
+except BadSetting as e:
+    sys.exit(f"musetalk-worker: {e}")
 executor = ThreadPoolExecutor(1, thread_name_prefix="job")
 
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import lru_cache
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -104,9 +105,7 @@ def windows(states: Tensor, frames: Sequence[int], fps: Fraction, steps: int, le
 class Prompts:
     """The speech of one job as audio tokens: `len()` video frames, `batch(frames)` the prompts of some."""
 
-    def __init__(
-        self, net: WhisperEncoder, pcm: np.ndarray | Tensor, fps: Fraction, left: int = 2, right: int = 2
-    ) -> None:
+    def __init__(self, net: WhisperEncoder, pcm: np.ndarray | Tensor, fps: Fraction, left: int = 2, right: int = 2) -> None:
         """pcm (S,) float32 mono at 16 kHz in [-1, 1]; fps exact; raises BadAudio when empty or not finite."""
         wave = torch.as_tensor(pcm, dtype=torch.float32).flatten()
         if not len(wave):
@@ -135,11 +134,9 @@ def silent_frames(pcm: np.ndarray, fps: Fraction, count: int, floor_db: float = 
     blocks = np.pad(pcm.astype(np.float32), (0, -len(pcm) % hop)).reshape(-1, hop)
     level = np.sqrt(np.convolve((blocks**2).mean(1), np.ones(2) / 2, mode="same"))
     quiet = level <= max(float(level.max()) * 10 ** (floor_db / 20), 1e-5)
-    run, long_quiet = 0, np.zeros(len(quiet), bool)
-    for i, q in enumerate([*quiet, False]):
-        run = run + 1 if q else 0
-        if not q and i:
-            length = next((k for k in range(1, i + 1) if not quiet[i - k]), i + 1) - 1
-            long_quiet[i - length : i] = length >= 10
-    index = [min(int(i * 50 / fps), len(quiet) - 1) for i in range(count)]
-    return [bool(long_quiet[i]) for i in index]
+    begin = 0
+    for is_quiet, blocks_alike in groupby(quiet.tolist()):
+        end = begin + len(list(blocks_alike))
+        quiet[begin:end] = is_quiet and end - begin >= 10
+        begin = end
+    return [bool(quiet[min(int(i * 50 / fps), len(quiet) - 1)]) for i in range(count)]

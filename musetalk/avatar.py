@@ -16,7 +16,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -54,9 +54,7 @@ class Avatar:
     the index's own sha256 (32 bytes) and length (8).
     """
 
-    def __init__(
-        self, file: BinaryIO, index: list[tuple[int, int, str]], count: int, complete: bool = False
-    ) -> None:
+    def __init__(self, file: BinaryIO, index: list[tuple[int, int, str]], count: int, complete: bool = False) -> None:
         self._file, self._index, self._count = file, index, count
         self.faces = 0  # frames that hold a face
         self.frames: list[Tensor] = []  # the clip itself, where the library holds it; the streaming worker does not
@@ -139,8 +137,8 @@ class Avatar:
 
     def write(self, out: BinaryIO, key: str) -> None:
         """Write the finished avatar into a file."""
-        self._file.seek(0)
-        _copy(self._file, out, self.size)
+        for start, length, _ in self._index:
+            out.write(_read(self._file, start, length))
         index = json.dumps({
             "format": FORMAT, "key": key, "count": self._count, "faces": self.faces,
             "complete": self.complete, "chunks": self._index,
@@ -153,17 +151,12 @@ class Avatar:
         return self._index[-1][0] + self._index[-1][1] if self._index else 0
 
     @classmethod
-    def open(cls, path: Path, key: str) -> Avatar | None:
-        """The avatar at `path` when it is whole and really of `key`; None otherwise."""
+    def open(cls, source: Path | BytesIO, key: str) -> Avatar | None:
+        """The avatar in a file, or in one kept in memory; None when there is none, or it is damaged or not of `key`."""
         try:
-            file = path.open("rb")
+            file = source.open("rb") if isinstance(source, Path) else source
         except OSError:
             return None
-        return cls.read(file, key)
-
-    @classmethod
-    def read(cls, file: BinaryIO, key: str) -> Avatar | None:
-        """The avatar in an open file, which it closes; None, and closed, when it is damaged or foreign."""
         try:
             size = file.seek(0, os.SEEK_END)
             digest, length = _read(file, size - 40, 32), int.from_bytes(file.read(8), "little")
@@ -190,12 +183,6 @@ def _read(file: BinaryIO, start: int, length: int) -> bytes:
     return file.read(length)
 
 
-def _copy(source: BinaryIO, target: BinaryIO, length: int) -> None:
-    while length > 0 and (data := source.read(min(length, 1 << 20))):
-        target.write(data)
-        length -= len(data)
-
-
 def _pack(faces: list[Face | None]) -> bytes:
     """Boxes and regions (K, 4) int32 of the K frames with a face, their masks' bytes end to end, latents
     (K, 8, h, w), lips (K, L, L) uint8.
@@ -203,16 +190,12 @@ def _pack(faces: list[Face | None]) -> bytes:
     present = [f for f in faces if f is not None]
     tensors = {"present": torch.tensor([f is not None for f in faces])}
     if present:
-        tensors["boxes"] = torch.tensor([_corners(f.box) for f in present], dtype=torch.int32)
-        tensors["regions"] = torch.tensor([_corners(f.region.box) for f in present], dtype=torch.int32)
+        tensors["boxes"] = torch.tensor([astuple(f.box) for f in present], dtype=torch.int32)
+        tensors["regions"] = torch.tensor([astuple(f.region.box) for f in present], dtype=torch.int32)
         tensors["masks"] = torch.cat([f.region.mask.cpu().flatten() for f in present])
         tensors["latents"] = torch.stack([f.latents.half().cpu().contiguous() for f in present])
         tensors["lips"] = torch.stack([f.lips.cpu() for f in present])
     return save_bytes(tensors)
-
-
-def _corners(box: Box) -> list[int]:
-    return [box.x1, box.y1, box.x2, box.y2]
 
 
 def _unpack(blob: bytes) -> list[Face | None]:
@@ -251,14 +234,15 @@ class AvatarCache:
         path = self.path(key)
         if path is None:
             return None
-        avatar = Avatar.read(BytesIO(self._recent[key]), key) if key in self._recent else Avatar.open(path, key)
-        if avatar and not avatar.complete and len(avatar) < frames:
+        avatar = Avatar.open(BytesIO(self._recent[key]) if key in self._recent else path, key)
+        if avatar is None:
+            return None
+        if not avatar.complete and len(avatar) < frames:
             avatar.close()
-            avatar = None
-        if avatar:
-            self._remember(key, avatar)
-            with contextlib.suppress(OSError):
-                os.utime(path)
+            return None
+        self._remember(key, avatar)
+        with contextlib.suppress(OSError):
+            os.utime(path)
         return avatar
 
     def put(self, key: str, avatar: Avatar) -> bool:

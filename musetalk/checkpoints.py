@@ -44,8 +44,13 @@ from musetalk.nets.whisper import WhisperConfig, WhisperEncoder
 
 State = dict[str, Tensor]
 Net = TypeVar("Net", bound=nn.Module)
-HELP = "fetch the weights again: python -m pipeline.weights fetch --dir DIR"
 MANIFEST = "manifest.json"
+
+
+def bad(path: Path, what: str, key: str = "") -> BadCheckpoint:
+    """The error about a file of weights, with the remedy."""
+    return BadCheckpoint(f"{path}: {what}; fetch the weights again: python -m pipeline.weights fetch --dir DIR",
+                         file=str(path), key=key)
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,7 @@ def _tiny_names(state: State) -> State:
 
 def _mmengine(state: Mapping[str, Any]) -> State:
     """The `state_dict` of an mmengine checkpoint."""
-    inner = state.get("state_dict", state)
-    return dict(inner)
+    return dict(state.get("state_dict", state))
 
 
 SAFE = "model.safetensors"
@@ -150,11 +154,7 @@ class _Inert(dict[Any, Any]):
     def __setstate__(self, _state: object) -> None:
         return
 
-    def append(self, _item: object) -> None:
-        """Ignore a list item."""
-
-    def extend(self, _items: object) -> None:
-        """Ignore list items."""
+    append = extend = __setstate__  # of lists
 
 
 _HARMLESS = {("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter")}
@@ -189,19 +189,16 @@ def read_state(path: Path) -> Mapping[str, Any]:
     are read with those classes made inert.
     """
     if not path.is_file():
-        raise BadCheckpoint(f"{path}: no such file; {HELP}", file=str(path))
+        raise bad(path, "no such file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = _read_torch(path)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError,
             AttributeError, TypeError, IndexError) as e:
-        raise BadCheckpoint(
-            f"{path}: damaged or not a weight file ({type(e).__name__}, {path.stat().st_size} bytes); {HELP}",
-            file=str(path),
-        ) from e
+        raise bad(path, f"damaged or not a weight file ({type(e).__name__}, {path.stat().st_size} bytes)") from e
     if not isinstance(state, Mapping):
-        raise BadCheckpoint(f"{path}: holds a {type(state).__name__}, expected named tensors; {HELP}", file=str(path))
+        raise bad(path, f"holds a {type(state).__name__}, expected named tensors")
     return state
 
 
@@ -220,17 +217,17 @@ def find(folder: Path, names: tuple[str, ...]) -> Path | None:
 
 def read_config(folder: Path, part: Part) -> tuple[dict[str, Any], str]:
     """A part's config (empty when it may be absent) and its path for messages."""
-    path = find(folder, part.configs)
-    if path is None:
+    path = find(folder, part.configs) or folder / part.configs[0]
+    if not path.is_file():
         if part.needs_config:
-            raise BadCheckpoint(f"{folder / part.configs[0]}: no such file; {HELP}", file=str(folder / part.configs[0]))
-        return {}, str(folder / part.configs[0])
+            raise bad(path, "no such file")
+        return {}, str(path)
     try:
         value = json.loads(path.read_text())
     except ValueError as e:
-        raise BadCheckpoint(f"{path}: not JSON ({e}); {HELP}", file=str(path)) from e
+        raise bad(path, f"not JSON ({e})") from e
     if not isinstance(value, dict):
-        raise BadCheckpoint(f"{path}: expected a JSON object; {HELP}", file=str(path))
+        raise bad(path, "expected a JSON object")
     return value, str(path)
 
 
@@ -243,26 +240,23 @@ def check_state(net: nn.Module, state: Mapping[str, Any], path: Path) -> State:
         if got is None and key.endswith("num_batches_tracked"):
             state[key] = torch.zeros((), dtype=torch.int64)
         elif not isinstance(got, Tensor):
-            raise BadCheckpoint(f"{path}: key '{key}' is missing; {HELP}", file=str(path), key=key)
+            raise bad(path, f"key '{key}' is missing", key)
         elif got.shape != value.shape:
-            raise BadCheckpoint(
-                f"{path}: key '{key}' has shape {tuple(got.shape)}, expected {tuple(value.shape)}: "
-                f"another network or version; {HELP}", file=str(path), key=key)
+            raise bad(path, f"key '{key}' has shape {tuple(got.shape)}, expected {tuple(value.shape)}: "
+                            "another network or version", key)
     extra = next((k for k in state if k not in want), None)
     if extra is not None:
-        raise BadCheckpoint(f"{path}: unknown key '{extra}': another network or version; {HELP}", file=str(path), key=extra)
+        raise bad(path, f"unknown key '{extra}': another network or version", extra)
     return dict(state)
 
 
 def load_part(folder: Path, part: Part, build: Callable[[], Net]) -> Net:
     """Find, read and check a part's weights and put them into a network built without memory."""
-    path = find(folder, part.files)
-    if path is None:
-        raise BadCheckpoint(f"{folder / part.files[-1]}: no such file; {HELP}", file=str(folder / part.files[-1]))
+    path = find(folder, part.files) or folder / part.files[-1]
+    state = part.rename(dict(read_state(path)))
     with torch.device("meta"):
         net = build()
-    state = check_state(net, part.rename(dict(read_state(path))), path)
-    net.load_state_dict(state, strict=True, assign=True)
+    net.load_state_dict(check_state(net, state, path), strict=True, assign=True)
     return net.eval().requires_grad_(False)
 
 
@@ -306,7 +300,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
     """
     folder, device = Path(folder), torch.device(device)
     if not folder.is_dir():
-        raise BadCheckpoint(f"{folder}: no such folder of weights; {HELP}", file=str(folder))
+        raise bad(folder, "no such folder of weights")
     dtype = dtype or default_dtype(device)
     version = version_of(folder)
     identity = verify(folder)
@@ -329,9 +323,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dt
 def _check_latents(folder: Path, full: VaeConfig, tiny: Tiny | None) -> None:
     """Both decoders must take the same latents to pictures of the same size."""
     if tiny is not None and (tiny.cfg.latent_channels, tiny.cfg.stride) != (full.latent_channels, full.stride):
-        raise BadCheckpoint(
-            f"{folder / TINY.configs[0]}: {tiny.cfg.latent_channels} channels of latents at {tiny.cfg.stride} pixels a cell, "
-            f"where the VAE has {full.latent_channels} at {full.stride}; {HELP}", file=str(folder / TINY.configs[0]))
+        raise bad(folder / TINY.configs[0], f"{tiny.cfg.latent_channels} channels of latents at {tiny.cfg.stride} pixels a "
+                                            f"cell, where the VAE has {full.latent_channels} at {full.stride}")
 
 
 # -- manifest --------------------------------------------------------------------------------------------------------
@@ -343,10 +336,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def used_files(folder: Path, version: str) -> set[str]:
+    """Relative names of the folder's weight and config files that a version uses."""
+    return {n for part in PARTS[version] for n in (*part.files, *part.configs) if (folder / n).is_file()}
+
+
 def digests(folder: Path, version: str) -> dict[str, str]:
     """sha256 of every weight and config file of the folder that is used, by relative name."""
-    names = {n for part in PARTS[version] for n in (*part.files, *part.configs) if (folder / n).is_file()}
-    return {name: sha256(folder / name) for name in sorted(names)}
+    return {name: sha256(folder / name) for name in sorted(used_files(folder, version))}
 
 
 def write_manifest(folder: Path, version: str) -> None:
@@ -366,17 +363,16 @@ def verify(folder: Path) -> str:
         listed = json.loads((folder / MANIFEST).read_text())["files"]
         wanted = {str(n): (int(e["bytes"]), str(e["sha256"])) for n, e in listed.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise BadCheckpoint(f"{folder / MANIFEST}: not a manifest ({e}); {HELP}", file=str(folder / MANIFEST)) from e
+        raise bad(folder / MANIFEST, f"not a manifest ({e})") from e
 
     def check(item: tuple[str, tuple[int, str]]) -> None:
         path, (size, digest) = folder / item[0], item[1]
         if not path.is_file():
-            raise BadCheckpoint(f"{path}: no such file, though the manifest lists it; {HELP}", file=str(path))
+            raise bad(path, "no such file, though the manifest lists it")
         if path.stat().st_size != size:
-            raise BadCheckpoint(f"{path}: {path.stat().st_size} bytes, expected {size}; {HELP}", file=str(path))
+            raise bad(path, f"{path.stat().st_size} bytes, expected {size}")
         if sha256(path) != digest:
-            raise BadCheckpoint(f"{path}: its sha256 is not the manifest's: changed since it was fetched; {HELP}",
-                                file=str(path))
+            raise bad(path, "its sha256 is not the manifest's: changed since it was fetched")
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(check, wanted.items()))
@@ -385,14 +381,12 @@ def verify(folder: Path) -> str:
 
 def _fingerprint(folder: Path) -> str:
     total = hashlib.sha256()
-    for name in sorted({n for parts in PARTS.values() for part in parts for n in (*part.files, *part.configs)}):
-        path = folder / name
-        if path.is_file():
-            size = path.stat().st_size
-            with path.open("rb") as file:
-                head = file.read(1 << 16)
-                file.seek(max(0, size - (1 << 16)))
-                total.update(f"{name}|{size}|".encode() + head + file.read())
+    for name in sorted({n for version in PARTS for n in used_files(folder, version)}):
+        size = (folder / name).stat().st_size
+        with (folder / name).open("rb") as file:
+            head = file.read(1 << 16)
+            file.seek(max(0, size - (1 << 16)))
+            total.update(f"{name}|{size}|".encode() + head + file.read())
     return total.hexdigest()
 
 

@@ -1,13 +1,4 @@
-"""What can go wrong inside the library.
-
-MuseTalkError
- |-- NoFace              no frame of the clip holds a usable face
- |-- BadCheckpoint       a weight or config file is missing, damaged, foreign or of another shape (file, key)
- |-- BadAudio            the speech cannot be used (empty, not finite)
- |-- NonFiniteOutput     the networks produced NaN or infinity (frame)
- |-- NoFastLane          the weights have no tiny decoder
- `-- Interrupted         another thread asked for it
-"""
+"""What can go wrong inside the library."""
 
 from __future__ import annotations
 
@@ -21,7 +12,7 @@ class NoFace(MuseTalkError):
 
 
 class BadCheckpoint(MuseTalkError):
-    """A weight or config file cannot be used; `file` and `key` say where."""
+    """A weight or config file is missing, damaged, foreign or of another shape; `file` and `key` say where."""
 
     def __init__(self, message: str, *, file: str = "", key: str = "") -> None:
         super().__init__(message)
@@ -29,7 +20,7 @@ class BadCheckpoint(MuseTalkError):
 
 
 class BadAudio(MuseTalkError):
-    """The speech cannot be used."""
+    """The speech cannot be used: empty, or not finite."""
 
 
 class NonFiniteOutput(MuseTalkError):

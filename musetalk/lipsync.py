@@ -53,9 +53,7 @@ class LipSync:
             self.fast = tuning.plain(self.nets.unet, self.lower)
 
     @classmethod
-    def load(
-        cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-    ) -> LipSync:
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> LipSync:
         """Load the weights in `folder` (official or converted layout); raises BadCheckpoint.
 
         On a GPU this fixes, for the process, what chooses kernels: see `tuning.fix_numerics`.
@@ -201,11 +199,7 @@ class LipSync:
                     generator.keep(largest)
 
     def speak(
-        self,
-        avatar: Avatar,
-        pcm: np.ndarray,
-        fps: Fraction = Fraction(25),
-        options: Options | None = None,
+        self, avatar: Avatar, pcm: np.ndarray, fps: Fraction = Fraction(25), options: Options | None = None
     ) -> Iterator[np.ndarray]:
         """Yield one RGB frame (H, W, 3) uint8 for every 1/fps of the speech, in order.
 

@@ -42,7 +42,7 @@ class Options:
                                ge=0, le=2**63 - 1, avatar=True)
     batch_size: int = _option(8, "frames generated at once", ge=1, le=64)
     quality: Quality = _option("exact", "fast: the tiny decoder")
-    finish: Finish = _option("official", "natural: give the source's detail and colour back, steady the box", avatar=True)
+    finish: Finish = _option("natural", "official: each pixel as upstream's, without the source's detail", avatar=True)
 
     @classmethod
     def for_version(cls, version: str, **given: Any) -> Options:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 from urllib.parse import unquote, urlsplit
 
 from pipeline import __version__, bar, logs
+from pipeline.control import Control
 from pipeline.schema import Params
 from pipeline.settings import BadSetting, Settings
 
@@ -143,7 +144,8 @@ def _film(service: Service, film: Film, arguments: argparse.Namespace) -> int:
     job = {"musetalk_job_id": "cli", "video_url": _source(film.video), "audio_url": _source(film.audio),
            "aspect_ratio": arguments.aspect_ratio, "resolution": arguments.resolution, "params": params}
     progress: Callable[[str, float], None] | None = bar.draw if bar.shown() and not arguments.quiet else None
-    body = service.run_job(job, progress=progress, preview=arguments.preview)
+    control = Control(service.settings.job_deadline_sec, progress)
+    body = service.run_job(job, control=control, preview=arguments.preview)
     if body["status"] == "success":
         Path(unquote(urlsplit(body["output_url"]).path)).replace(film.output)
         body["output_url"] = film.output.resolve().as_uri()

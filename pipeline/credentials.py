@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,17 +40,20 @@ BRANDS = {b"heic": "image/heic", b"heix": "image/heic", b"mif1": "image/heif", b
           b"qt  ": "video/quicktime", b"M4A ": "audio/mp4"}
 
 
+@dataclass(frozen=True)
 class Signer:
-    """The operator's certificate and key."""
+    """The operator's certificate chain and key (PEM, PKCS#8), the leaf's fingerprint and the time-stamp server."""
 
-    def __init__(self, chain: bytes, key: bytes, algorithm: str, tsa_url: str | None, tsa_required: bool) -> None:
-        self.chain, self._key, self.algorithm = chain, key, algorithm
-        self.tsa_url, self.tsa_required = tsa_url, tsa_required
-        self.fingerprint = x509.load_pem_x509_certificates(chain)[0].fingerprint(hashes.SHA256()).hex()
+    chain: bytes
+    key: bytes = field(repr=False)
+    algorithm: str
+    fingerprint: str
+    tsa_url: str | None
+    tsa_required: bool
 
     def native(self, tsa_url: str | None) -> c2pa.Signer:
-        """c2pa's signer; an empty URL would fail there, None means no time-stamp server."""
-        return c2pa.Signer.from_info(c2pa.C2paSignerInfo(self.algorithm, self.chain, self._key, tsa_url or None))
+        """c2pa's signer; None means no time-stamp server."""
+        return c2pa.Signer.from_info(c2pa.C2paSignerInfo(self.algorithm, self.chain, self.key, tsa_url))
 
     def sign(self, source: Path, target: Path, manifest: dict[str, Any], ingredients: list[Ingredient],
              control: Control) -> bool:
@@ -110,13 +114,15 @@ class Ingredient:
 
 
 def state_of(reader: c2pa.Reader) -> str:
-    """valid, or invalid with c2pa's codes; that nobody vouches for the signer is no fault of the file."""
-    results = reader.get_validation_results() or {}
-    failures = [f["code"] for f in results.get("activeManifest", {}).get("failure", [])]
-    failures = sorted({code for code in failures if code != TRUST})
-    if failures:
-        return f"invalid: {', '.join(failures)}"
-    return "valid" if reader.get_validation_state() in ("Valid", "Trusted") else "invalid"
+    """valid, or invalid with c2pa's codes."""
+    state = judged(reader.get_validation_results() or {})
+    return state if state != "valid" or reader.get_validation_state() in ("Valid", "Trusted") else "invalid"
+
+
+def judged(results: dict[str, Any]) -> str:
+    """The same of a manifest's validation results; that nobody vouches for the signer is no fault of the file."""
+    codes = sorted({f["code"] for f in results.get("activeManifest", {}).get("failure", [])} - {TRUST})
+    return f"invalid: {', '.join(codes)}" if codes else "valid"
 
 
 def media_type(path: Path) -> str:
@@ -132,22 +138,20 @@ def media_type(path: Path) -> str:
 
 def check_signer(settings: Settings) -> Signer | None:
     """The signer the settings name, proven on a picture of one pixel; None where none is named. Raises BadSetting."""
-    if not (settings.c2pa_cert or settings.c2pa_key):
+    if not (settings.c2pa_cert and settings.c2pa_key):  # the settings take both or none
         if settings.c2pa_tsa_url:
             raise BadSetting("C2PA_TSA_URL is set without C2PA_CERT and C2PA_KEY: set all, or none")
         return None
-    if not (settings.c2pa_cert and settings.c2pa_key):
-        missing = "C2PA_KEY" if settings.c2pa_cert else "C2PA_CERT"
-        raise BadSetting(f"{missing} is not set: a signer needs C2PA_CERT and C2PA_KEY (PEM text or path)")
     if settings.ai_label == "off":
         raise BadSetting("AI_LABEL=off with C2PA_CERT set: signed credentials state how the film was made; unset one")
-    chain, (key, algorithm) = _chain(_pem("C2PA_CERT", settings.c2pa_cert)), _key(_pem("C2PA_KEY", settings.c2pa_key))
-    leaf = x509.load_pem_x509_certificates(chain)[0]
-    public = serialization.load_pem_private_key(key, None).public_key()
-    spki = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    if public.public_bytes(*spki) != leaf.public_key().public_bytes(*spki):
+    chain = _pem("C2PA_CERT", settings.c2pa_cert)
+    leaf, (key, algorithm) = _leaf(chain), _key(_pem("C2PA_KEY", settings.c2pa_key))
+    if key.public_key() != leaf.public_key():
         raise BadSetting("C2PA_KEY does not belong to the first certificate of C2PA_CERT")
-    signer = Signer(chain, key, algorithm, settings.c2pa_tsa_url, settings.c2pa_tsa_required)
+    # c2pa reads PKCS#8 alone
+    pkcs8 = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    signer = Signer(chain, pkcs8, algorithm, leaf.fingerprint(hashes.SHA256()).hex(),
+                    settings.c2pa_tsa_url, settings.c2pa_tsa_required)
     _prove(signer)
     return signer
 
@@ -174,12 +178,12 @@ def _pem(name: str, value: str) -> bytes:
         return value.replace("\\n", "\n").encode()  # as some consoles pass line breaks
     try:
         return Path(value).read_bytes()
-    except (OSError, ValueError) as e:
-        reason = getattr(e, "strerror", None) or "not a path"
-        raise BadSetting(f"{name} is neither PEM text nor a file that can be read ({reason})") from None
+    except OSError as e:
+        raise BadSetting(f"{name} is neither PEM text nor a file that can be read ({e.strerror})") from None
 
 
-def _chain(pem: bytes) -> bytes:
+def _leaf(pem: bytes) -> x509.Certificate:
+    """The chain's first certificate, valid today."""
     try:
         leaf = x509.load_pem_x509_certificates(pem)[0]
     except (ValueError, IndexError):
@@ -188,21 +192,19 @@ def _chain(pem: bytes) -> bytes:
     if not leaf.not_valid_before_utc <= now <= leaf.not_valid_after_utc:
         raise BadSetting(f"C2PA_CERT is valid from {leaf.not_valid_before_utc:%Y-%m-%d} to "
                          f"{leaf.not_valid_after_utc:%Y-%m-%d} only, and today is {now:%Y-%m-%d}")
-    return pem
+    return leaf
 
 
-def _key(pem: bytes) -> tuple[bytes, str]:
-    """The key as PKCS#8 (all that c2pa reads) and the name of its algorithm."""
+def _key(pem: bytes) -> tuple[ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey | rsa.RSAPrivateKey, str]:
+    """The key and the name of its algorithm."""
     try:
         key = serialization.load_pem_private_key(pem, None)
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise BadSetting("C2PA_KEY holds no private key in PEM form, or an encrypted one; give it unencrypted") from None
-    if isinstance(key, ec.EllipticCurvePrivateKey):
-        algorithm = CURVES.get(key.curve.name, "")
-    else:
-        algorithm = {ed25519.Ed25519PrivateKey: "ed25519", rsa.RSAPrivateKey: "ps256"}.get(
-            next((t for t in (ed25519.Ed25519PrivateKey, rsa.RSAPrivateKey) if isinstance(key, t)), object), "")
-    if not algorithm:
-        raise BadSetting("C2PA_KEY must be an EC key (P-256, P-384, P-521), Ed25519 or RSA")
-    pkcs8 = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    return pkcs8, algorithm
+    if isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name in CURVES:
+        return key, CURVES[key.curve.name]
+    if isinstance(key, ed25519.Ed25519PrivateKey):
+        return key, "ed25519"
+    if isinstance(key, rsa.RSAPrivateKey):
+        return key, "ps256"
+    raise BadSetting("C2PA_KEY must be an EC key (P-256, P-384, P-521), Ed25519 or RSA")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import requests
@@ -53,32 +54,27 @@ class Downloader:
 
     def fetch(self, url: str, target: Path, field: str, control: Control) -> Source:
         """Bring `url` (or a path under LOCAL_INPUT_ROOT) to a local file; raises a MediaError naming `field`."""
-        shown = redact.url(url)
         if "://" not in url and not url.lower().startswith(("data:", "file:")) and self.root is not None:
-            return self._local(url, field)
+            return self._local(self.root.resolve(), url, field)
         retrying = Retrying(stop=stop_after_attempt(TRIES), wait=_wait, retry=retry_if_exception_type(SourceUnavailable),
                             sleep=control.sleep, before=lambda _: control.check(), reraise=True)
-        return Source(target, retrying(self._try, url, target, field, control), shown)
+        return Source(target, retrying(self._try, url, target, field, control), redact.url(url))
 
-    def _local(self, path: str, field: str) -> Source:
+    def _local(self, root: Path, path: str, field: str) -> Source:
         """A plain path, which must lie under LOCAL_INPUT_ROOT once all links are resolved."""
-        root = self.root.resolve() if self.root else Path()
         try:
-            given = Path(path) if Path(path).is_absolute() else root / path
+            given = root / path
             if not given.exists() and Path(path).exists():
                 given = Path(path)  # relative to the working folder, as people type it
             file = given.resolve()
-            inside = file.is_relative_to(root)
-            found = inside and file.is_file()
+            if not file.is_relative_to(root):
+                raise BadRequest(f"{field}: paths must lie under LOCAL_INPUT_ROOT; use a URL", stage="download", field=field)
+            if not file.is_file():
+                raise BadRequest(f"{field}: no such file: {path[:200]}", stage="download", field=field)
         except (ValueError, OSError):
             raise BadRequest(f"{field}: not a usable path", stage="download", field=field) from None
-        if not inside:
-            raise BadRequest(f"{field}: paths must lie under LOCAL_INPUT_ROOT; use a URL", stage="download", field=field)
-        if not found:
-            raise BadRequest(f"{field}: no such file: {path[:200]}", stage="download", field=field)
-        size = file.stat().st_size
-        if size > self.limit:
-            raise _too_large(field, path, size, self.limit)
+        if (size := file.stat().st_size) > self.limit:
+            raise _too_large(size, self.limit, _where(field, path))
         with file.open("rb") as f:
             return Source(file, hashlib.file_digest(f, "sha256").hexdigest(), path)
 
@@ -113,44 +109,49 @@ class Downloader:
 
     def _get(self, url: str, target: Path, field: str, reach: Reach, control: Control) -> str:
         """The file behind `url`, redirects followed by hand so that each hop is checked; returns the sha256."""
-        shown = redact.url(url)
+        where = _where(field, redact.url(url))
         for hop in range(REDIRECTS + 1):
             redact.hide_in_job(*_signatures(url))
-            host = _host(url, field, hop > 0)
+            here = {**where, "url": redact.url(url)}
+            host = _host(url, here, hop > 0)
             with (
-                _translated(field, redact.url(url), True), self._session(host, reach) as session,
+                _translated(here, True), self._session(host, reach) as session,
                 session.get(url, stream=True, headers={"Accept-Encoding": "identity"}) as response,
             ):
                 if response.status_code in REDIRECT_STATUS and "location" in response.headers:
                     url = urljoin(url, response.headers["location"].strip())
                     continue
-                _check_status(response, field, shown)
-                return self._save(response, target, field, shown, control)
-        raise SourceRefused(f"{field}: more than {REDIRECTS} redirects", stage="download", field=field, url=shown,
-                            limit=REDIRECTS)
+                _check_status(response, where)
+                return self._save(response, target, where, control)
+        raise SourceRefused(f"{field}: more than {REDIRECTS} redirects", limit=REDIRECTS, **where)
 
-    def _save(self, response: requests.Response, target: Path, field: str, shown: str, control: Control) -> str:
+    def _save(self, response: requests.Response, target: Path, where: dict[str, Any], control: Control) -> str:
         announced = _number(response.headers.get("content-length", ""))
         if announced > self.limit:
-            raise _too_large(field, shown, announced, self.limit)
+            raise _too_large(announced, self.limit, where)
         digest, size, began = hashlib.sha256(), 0, time.monotonic()
         with target.open("wb") as file:
             for chunk in _chunks(response):
                 size += len(chunk)
                 if size > self.limit:
-                    raise _too_large(field, shown, size, self.limit)
+                    raise _too_large(size, self.limit, where)
                 digest.update(chunk)
                 file.write(chunk)
                 control.check()
                 if time.monotonic() - began > IDLE_SEC and size < 1000 * (time.monotonic() - began):
-                    raise SourceUnavailable(f"{field}: the source sends less than 1 kB/s", stage="download",
-                                            field=field, url=shown, timeout_seconds=IDLE_SEC)
+                    raise SourceUnavailable(f"{where['field']}: the source sends less than 1 kB/s",
+                                            timeout_seconds=IDLE_SEC, **where)
         if announced and response.raw.length_remaining:
-            raise SourceUnavailable(f"{field}: the source broke off after {size} of {announced} bytes", stage="download",
-                                    field=field, url=shown, size=size)
+            raise SourceUnavailable(f"{where['field']}: the source broke off after {size} of {announced} bytes",
+                                    size=size, **where)
         if not size:
-            raise BadMedia(f"{field}: the file is empty", stage="download", field=field, url=shown, size=0)
+            raise BadMedia(f"{where['field']}: the file is empty", size=0, **where)
         return digest.hexdigest()
+
+
+def _where(field: str, shown: str) -> dict[str, Any]:
+    """What every error about a source states."""
+    return {"stage": "download", "url": shown, "field": field}
 
 
 def _chunks(response: requests.Response) -> Iterator[bytes]:
@@ -167,9 +168,9 @@ def _number(header: str) -> int:
     return int(header) if header.isascii() and header.isdigit() and len(header) < 19 else 0
 
 
-def _too_large(field: str, shown: str, size: int, limit: int) -> BadMedia:
-    return BadMedia(f"{field}: the file has more than MAX_DOWNLOAD_MB={limit / 1e6:g}", stage="download", field=field,
-                    url=shown, size=size, limit=limit)
+def _too_large(size: int, limit: int, where: dict[str, Any]) -> BadMedia:
+    return BadMedia(f"{where['field']}: the file has more than MAX_DOWNLOAD_MB={limit / 1e6:g}",
+                    size=size, limit=limit, **where)
 
 
 def _signatures(url: str) -> list[str]:
@@ -182,21 +183,21 @@ def _signatures(url: str) -> list[str]:
         return []
 
 
-def _check_status(response: requests.Response, field: str, shown: str) -> None:
+def _check_status(response: requests.Response, where: dict[str, Any]) -> None:
     code = response.status_code
     if 200 <= code < 300:
         return
     message = f"Download failed: {code} {redact.text(response.reason or '')}".strip()
-    if code in RETRYABLE_STATUS:
-        after = _number(response.headers.get("retry-after", ""))
-        extra = {"retry_after": after} if after else {}
-        raise SourceUnavailable(message, stage="download", url=shown, status_code=code, field=field, **extra)
-    raise SourceRefused(message, stage="download", url=shown, status_code=code, field=field)
+    if code not in RETRYABLE_STATUS:
+        raise SourceRefused(message, status_code=code, **where)
+    if after := _number(response.headers.get("retry-after", "")):
+        where = {**where, "retry_after": after}
+    raise SourceUnavailable(message, status_code=code, **where)
 
 
-def _host(url: str, field: str, redirected: bool) -> str:
+def _host(url: str, where: dict[str, Any], redirected: bool) -> str:
     """The host of an http(s) URL; raises the 422 of one that cannot be asked."""
-    with _translated(field, redact.url(url), redirected):
+    with _translated(where, redirected):
         parts = urlsplit(url)
         port = parts.port
         if parts.scheme not in ("http", "https"):
@@ -209,15 +210,14 @@ def _host(url: str, field: str, redirected: bool) -> str:
             parts.hostname.encode("idna")
             requests.Request("GET", url).prepare()  # from here on, what cannot be parsed is what the source answers
             return parts.hostname
-    raise _bad_url(field, redact.url(url), what, redirected)
+    raise _bad_url(what, where, redirected)
 
 
-def _bad_url(field: str, shown: str, what: str, redirected: bool) -> MediaError:
+def _bad_url(what: str, where: dict[str, Any], redirected: bool) -> MediaError:
     """A URL at fault: the request's, or the source's that redirected to it."""
     if redirected:
-        return SourceRefused(f"{field}: the source redirected to a URL that cannot be fetched: {what}", stage="download",
-                             field=field, url=shown)
-    return BadRequest(f"{field}: {what}", stage="download", field=field, url=shown)
+        return SourceRefused(f"{where['field']}: the source redirected to a URL that cannot be fetched: {what}", **where)
+    return BadRequest(f"{where['field']}: {what}", **where)
 
 
 def _wait(state: RetryCallState) -> float:
@@ -228,21 +228,21 @@ def _wait(state: RetryCallState) -> float:
 
 
 @contextmanager
-def _translated(field: str, shown: str, redirected: bool) -> Iterator[None]:
+def _translated(where: dict[str, Any], redirected: bool) -> Iterator[None]:
     """requests', urllib3's and the disk's exceptions -> the tree."""
-    where = {"stage": "download", "field": field, "url": shown}
+    field = where["field"]
     try:
         yield
     except InvalidIPAddress as e:
-        raise SourceRefused(f"{field}: the host has no public address", reason="private_address", **where) from e  # type: ignore[arg-type]
+        raise SourceRefused(f"{field}: the host has no public address", reason="private_address", **where) from e
     except ValueError as e:  # of the standard library, requests and urllib3: a URL or a redirect that cannot be parsed
-        raise _bad_url(field, shown, "not a valid URL", redirected) from e
+        raise _bad_url("not a valid URL", where, redirected) from e
     except (requests.exceptions.Timeout, TimeoutError) as e:
-        raise SourceUnavailable(f"{field}: the source timed out", timeout_seconds=IDLE_SEC, **where) from e  # type: ignore[arg-type]
+        raise SourceUnavailable(f"{field}: the source timed out", timeout_seconds=IDLE_SEC, **where) from e
     except requests.exceptions.SSLError as e:
-        raise SourceRefused(f"{field}: the source's TLS certificate is not valid", reason="tls", **where) from e  # type: ignore[arg-type]
+        raise SourceRefused(f"{field}: the source's TLS certificate is not valid", reason="tls", **where) from e
     except (requests.exceptions.RequestException, HTTPError) as e:
-        raise SourceUnavailable(f"{field}: the connection to the source failed ({type(e).__name__})", **where) from e  # type: ignore[arg-type]
+        raise SourceUnavailable(f"{field}: the connection to the source failed ({type(e).__name__})", **where) from e
     except OSError as e:
         if disk_is_full(e):
             raise DiskFull("no space left for temporary files", stage="download") from e

@@ -62,7 +62,8 @@ class Engine:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.device = _device(settings.device)
+        name = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(name)
         folder = settings.cache_dir if settings.cache_max_gb > 0 else None
         self.cache = AvatarCache(folder, int(settings.cache_max_gb * 1e9))
         if folder is not None:
@@ -115,22 +116,21 @@ class Engine:
         with self.job(), self.beside("generate"):
             prompts = lipsync.prompts(np.zeros(int(16000 * self.batch_size / FPS), np.float32), FPS, options)
             lipsync.tune(self.batch_size, prompts.batch(range(1)).shape[1])
-            frame = to_rgb(self._picture(), Colour())
+            planes = self._picture()
             with self.beside("prepare"):
-                avatar = self._warm_avatar(lipsync, frame.to(self.device), options)
+                avatar = self._warm_avatar(lipsync, to_rgb(planes, Colour()).to(self.device), options)
             slots = [Slot(i, 0) for i in range(self.batch_size)]
             painted = lipsync.generate_batch(avatar, prompts, slots, options)[0]
             assert painted is not None
             with self.beside("blend"):
-                painted.paste(self._picture(), from_rgb(painted.face[None], Colour())[0])
+                painted.paste(planes, from_rgb(painted.face[None], Colour())[0])
             avatar.close()
 
     @staticmethod
     def _picture() -> Planes:
         """The drawn face, decoded as a clip is."""
         info = probe(FACE, MAX_FACE_PIXELS)
-        assert info.video is not None
-        source = FrameSource(info, info.video.width, info.video.height, FPS, (), MAX_FACE_PIXELS)
+        source = FrameSource(info, info.picture.width, info.picture.height, FPS, (), MAX_FACE_PIXELS)
         pixels = np.empty(source.frame_bytes, np.uint8)
         with closing(FrameReader(source, 0, 1)) as reader:
             reader.read_into(pixels)
@@ -221,12 +221,6 @@ def batch_for(device: torch.device) -> int:
     return max((size for size in BATCHES if size <= fits), default=1)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
-
-
 def check_device(setting: str, device: torch.device, on_runpod: bool) -> None:
     """Raise NoDevice where a GPU was asked for or is paid for and cannot be used: driver found, driver needed."""
     if device.type == "cuda" and torch.cuda.is_available():
@@ -236,53 +230,40 @@ def check_device(setting: str, device: torch.device, on_runpod: bool) -> None:
         return
     found = f"{name}, driver {driver}" if name else "no NVIDIA driver"
     major = (torch.version.cuda or "").partition(".")[0]
-    if not major:
-        needed = f"torch {torch.__version__} is built without CUDA"
-    else:
-        needed = f"torch {torch.__version__} needs driver {DRIVERS.get(major, 'of CUDA ' + major)} or newer"
-    raise NoDevice(f"DEVICE={setting}: the GPU cannot be used: found {found}; {needed}. DEVICE=cpu runs without a GPU",
-                   stage="inference", driver=driver, gpu=name)
+    needed = f"needs driver {DRIVERS.get(major, f'of CUDA {major}')} or newer" if major else "is built without CUDA"
+    raise NoDevice(f"DEVICE={setting}: the GPU cannot be used: found {found}; torch {torch.__version__} {needed}. DEVICE=cpu "
+                   "runs without a GPU", stage="inference", driver=driver, gpu=name)
 
 
-def _out_of_memory(_: BaseException, stage: Stage) -> JobError:
+def _out_of_memory(_: Exception, stage: Stage) -> JobError:
     used = torch.cuda.memory_allocated() if torch.cuda.is_available() else None
     return OutOfMemory("Inference failed: CUDA out of memory", stage=stage, is_oom=True, gpu_memory_allocated=used)
 
 
-def _accelerator(error: BaseException, stage: Stage) -> JobError:
+def _accelerator(error: Exception, stage: Stage) -> JobError:
     if out_of_memory(error):
         return _out_of_memory(error, stage)
     return DeviceLost(f"Inference failed: the GPU is lost ({str(error).partition(chr(10))[0]})", stage=stage)
 
 
-def _runtime(error: BaseException, stage: Stage) -> JobError | None:
-    if type(error) is RuntimeError and "DefaultCPUAllocator" in str(error):  # torch has no type for it on the CPU
-        return OutOfMemory("Inference failed: out of memory", stage=stage, is_oom=True)
-    return None
-
-
-def _checkpoint(error: BaseException, stage: Stage) -> JobError:
-    assert isinstance(error, BadCheckpoint)
-    return ModelBroken(str(error), stage=stage, file_name=error.file, key=error.key)
-
-
-def _not_finite(error: BaseException, stage: Stage) -> JobError:
-    assert isinstance(error, NonFiniteOutput)
-    return BadOutput(f"Inference failed: {error}", stage=stage, frame_number=error.frame)
+def _host_memory(error: Exception, stage: Stage) -> JobError | None:
+    if type(error) is RuntimeError and "DefaultCPUAllocator" not in str(error):  # torch has no type for it on the CPU
+        return None
+    return OutOfMemory("Inference failed: out of memory", stage=stage, is_oom=True)
 
 
 # Foreign exceptions -> leaves of the tree, by type: the most specific entry decides. None: not foreseen, it goes on as it is.
-FOREIGN: dict[type[BaseException], Callable[[BaseException, Stage], JobError | None]] = {
+FOREIGN: dict[type[Exception], Callable[[Any, Stage], JobError | None]] = {
     NoFace: lambda e, _: NoFaceFound(f"video_url: {e}", stage="preprocessing", field="video_url", reason="no_face"),
     BadAudio: lambda e, _: BadMedia(f"audio_url: {e}", stage="preprocessing", field="audio_url"),
-    BadCheckpoint: _checkpoint,
-    NonFiniteOutput: _not_finite,
+    BadCheckpoint: lambda e, stage: ModelBroken(str(e), stage=stage, file_name=e.file, key=e.key),
+    NonFiniteOutput: lambda e, stage: BadOutput(f"Inference failed: {e}", stage=stage, frame_number=e.frame),
     NoFastLane: lambda e, _: BadRequest(f"params.quality: {e}", stage="validation", field="params.quality"),
     Interrupted: lambda e, stage: Cancelled(str(e), stage=stage),
     torch.OutOfMemoryError: _out_of_memory,
     torch.AcceleratorError: _accelerator,
-    MemoryError: lambda _, stage: OutOfMemory("Inference failed: out of memory", stage=stage, is_oom=True),
-    RuntimeError: _runtime,
+    MemoryError: _host_memory,
+    RuntimeError: _host_memory,
 }
 
 

@@ -1,28 +1,14 @@
 """The failure tree. Every failure a caller sees is a leaf of it, translated once where the foreign error arises.
 
 JobError
- |-- MediaError        422 media_error       the request or its media are at fault
- |    |-- BadRequest         a field is missing or wrong           not retryable
- |    |-- SourceRefused      address, scheme or status says no     not retryable
- |    |-- SourceUnavailable  timeout, reset, 429, 5xx              retryable
- |    |-- BadMedia           not media, damaged, too long          not retryable
- |    `-- NoFaceFound        no frame holds a face                 not retryable
- |-- ProcessingError   500 processing_error  the worker or its surroundings
- |    |-- OutOfMemory        CUDA or host memory                   retryable
- |    |-- DeviceLost         the GPU's context is gone             retryable
- |    |-- NoDevice           the GPU that is asked for cannot be used  not retryable
- |    |-- ModelBroken        weights missing, damaged or foreign   not retryable
- |    |-- FfmpegFailed       ffmpeg crashed or hung                retryable
- |    |-- BadOutput          the networks produced NaN             retryable
- |    |-- SigningFailed      the film could not be signed           retryable
- |    |-- DiskFull           no room for temporary files           retryable
- |    |-- StorageRejected    credentials, bucket, cap              not retryable
- |    |-- StorageUnavailable outage, timeout, throttling           retryable
- |    |-- DeadlineExceeded   the job took too long                 retryable
- |    |-- Cancelled          the caller or the platform stopped it retryable
- |    |-- Busy               too many jobs wait at the HTTP door   retryable
- |    `-- Unfit              the worker must be replaced           retryable
- `-- UnknownError      500 unknown_error     anything not foreseen  retryable
+ |-- MediaError        422 media_error: the request or its media are at fault
+ |    |-- BadRequest, SourceRefused, BadMedia, NoFaceFound
+ |    `-- SourceUnavailable: retryable
+ |-- ProcessingError   500 processing_error: the worker or its surroundings; retryable
+ |    |-- OutOfMemory, DeviceLost, FfmpegFailed, BadOutput, SigningFailed, DiskFull, StorageUnavailable, DeadlineExceeded,
+ |    |   Cancelled, Busy, Unfit
+ |    `-- NoDevice, ModelBroken, StorageRejected: not retryable
+ `-- UnknownError      500 unknown_error: anything not foreseen; retryable
 """
 
 from __future__ import annotations
@@ -31,6 +17,7 @@ import errno
 from typing import Any, Literal
 
 Stage = Literal["download", "validation", "preprocessing", "inference", "postprocessing", "upload", "unknown"]
+StageKey = Literal["download", "validation", "inference", "upload"]  # those that are timed
 
 
 class JobError(Exception):

@@ -13,11 +13,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-StageKey = Literal["download", "validation", "inference", "upload"]
+from pipeline.errors import StageKey
+
 SAMPLE_SEC = 0.05
 PAGE_KB = os.sysconf("SC_PAGE_SIZE") // 1024
 
@@ -126,11 +126,7 @@ def _nvml() -> tuple[str | None, str | None]:
         driver = pynvml.nvmlSystemGetDriverVersion()
         name = pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0))
         pynvml.nvmlShutdown()
-    return _text(name), _text(driver)
-
-
-def _text(value: str | bytes | None) -> str | None:
-    return value.decode() if isinstance(value, bytes) else value
+    return name, driver
 
 
 def normalise(name: str) -> str:
@@ -139,7 +135,6 @@ def normalise(name: str) -> str:
     return "-".join(name.split()) or "unknown"
 
 
-def gpu_class(override: str | None, on_gpu: bool = True) -> str:
+def gpu_class(override: str | None, on_gpu: bool) -> str:
     """The metric's value: the override, else the GPU that runs the jobs, else `unknown`."""
-    name = override or (gpu_name() if on_gpu else None)
-    return (override or normalise(name)) if name else "unknown"
+    return override or normalise((on_gpu and gpu_name()) or "")

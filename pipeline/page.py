@@ -190,7 +190,7 @@ def show(session: Session, clip: str | None, webcam: str | None, speech: str | N
         return None, None, failed(failure(e)), *request, gr.skip()
     note = "" if shown.region is not None else "No mouth is painted here: this frame shows no face, or a silence."
     pictures = session.pictures(shown.source, shown.outlined() if outline else shown.film)
-    return *pictures, note, *request, gr.update(maximum=round(preview.seconds, 2))
+    return *pictures, note, *request, gr.update(maximum=round(preview.inputs.speech.seconds, 2))
 
 
 def render(session: Session, clip: str | None, webcam: str | None, speech: str | None,

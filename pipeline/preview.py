@@ -59,11 +59,6 @@ class Preview:
         self._pixels = lru_cache(4)(self._decoded)
         self._faces: dict[tuple[str, int], Face | None] = {}
 
-    @property
-    def seconds(self) -> float:
-        """Length of the film."""
-        return len(self.inputs.speech.pcm) / 16_000
-
     def frame(self, request: JobRequest, second: float) -> Shown:
         """What the film shows at a moment. Raises what a job would."""
         with self.engine.job() as lipsync:

@@ -26,7 +26,7 @@ import c2pa
 from c2pa import C2paError
 
 from pipeline.control import Control
-from pipeline.credentials import OFFLINE, Ingredient, check_signer, media_type, state_of
+from pipeline.credentials import OFFLINE, Ingredient, check_signer, judged, media_type, state_of
 from pipeline.settings import Settings
 
 SYSTEM = "MuseTalk"
@@ -188,16 +188,10 @@ def _read_c2pa(path: Path) -> dict[str, Any] | None:
         "actions": [a["action"] for a in actions],
         "digital_source_types": [a["digitalSourceType"] for a in actions if "digitalSourceType" in a],
         "job": next((x["data"] for x in active.get("assertions", []) if x["label"] == "org.musetalk.job"), None),
-        "ingredients": [{"title": i.get("title"), "format": i.get("format"), "relationship": i.get("relationship"),
-                         "credentials": _ingredient_state(i)} for i in active.get("ingredients", [])]}
-
-
-def _ingredient_state(ingredient: dict[str, Any]) -> str:
-    if "active_manifest" not in ingredient:
-        return "none"
-    results = ingredient.get("validation_results", {}).get("activeManifest", {})
-    codes = sorted({f["code"] for f in results.get("failure", [])} - {"signingCredential.untrusted"})
-    return f"invalid: {', '.join(codes)}" if codes else "valid"
+        "ingredients": [{
+            **{name: i.get(name) for name in ("title", "format", "relationship")},
+            "credentials": judged(i.get("validation_results", {})) if "active_manifest" in i else "none",
+        } for i in active.get("ingredients", [])]}
 
 
 def words(found: dict[str, Any]) -> str:

@@ -10,16 +10,16 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pipeline import errors, redact, stream
 from pipeline.control import Control
 from pipeline.download import Downloader, Source
 from pipeline.engine import Engine, check_writable
-from pipeline.errors import JobError, Stage
-from pipeline.metrics import PeakMemory, StageKey, StageTimer, give_back_memory, gpu_class, versions
+from pipeline.errors import JobError, Stage, StageKey
+from pipeline.metrics import PeakMemory, StageTimer, give_back_memory, gpu_class, versions
 from pipeline.preview import Preview
 from pipeline.provenance import Making, Mark, Marker
 from pipeline.schema import Failure, JobRequest, Metrics, SelfTest, StageTimes, Success, parse
@@ -31,7 +31,7 @@ from pipeline.validate import validate
 log = logging.getLogger("musetalk.job")
 
 TEMPORARY = "musetalk-job-"
-NEXT: dict[int, Stage] = {0: "download", 1: "validation", 2: "inference", 3: "upload", 4: "unknown"}
+NEXT: tuple[Stage, ...] = (*get_args(StageKey), "unknown")  # by how many stages have finished
 
 
 class Service:
@@ -51,12 +51,11 @@ class Service:
         remove_stale()
 
     def run_job(
-        self, job_input: Any, *, job_id: str | None = None, control: Control | None = None,
-        progress: Callable[[str, float], None] | None = None, preview: bool = False,
+        self, job_input: Any, *, job_id: str | None = None, control: Control | None = None, preview: bool = False,
     ) -> dict[str, Any]:
         """Run one job to a success or failure body; never raises for anything the job does."""
         timer = StageTimer()
-        control = control or Control(self.settings.job_deadline_sec, progress)
+        control = control or Control(self.settings.job_deadline_sec)
         with redact.job():
             try:
                 with contextlib.ExitStack() as cleanup:
@@ -94,7 +93,7 @@ class Service:
             mark = self._mark(folder / "output.mp4", request, video, audio, control)
         with self._stage("upload", request, timer, control):
             url = self.storage.upload(folder / "output.mp4", request.musetalk_job_id, control, mark.digest)
-            report = self._report() if test else None
+            report = {"worker": self.settings.revision, **versions(), **self.engine.report()} if test else None
             cleanup.close()
         return self._success(request, url, result, mark, timer, memory, report)
 
@@ -111,10 +110,6 @@ class Service:
         making = Making(request.musetalk_job_id, nets.version, nets.identity,
                         video.path, video.sha256, audio.path, audio.sha256)
         return self.marker.finish(film, making, control)
-
-    def _report(self) -> dict[str, Any]:
-        """A self-test's findings."""
-        return {"worker": self.settings.revision, **versions(), **self.engine.report()}
 
     def _success(
         self, request: JobRequest, url: str, result: Result, mark: Mark, timer: StageTimer, memory: PeakMemory,

@@ -41,21 +41,38 @@ class Stopped(Exception):
     """The stream has ended for this thread: what it would have made, nobody waits for."""
 
 
-class Queue:
+class Shared:
+    """What threads wait at until it is closed."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def _wait_for(self, ready: Callable[[], Any]) -> None:
+        """With the condition held, wait until it is `ready`; raises Stopped once it is closed."""
+        self._changed.wait_for(lambda: self._closed or ready())
+        if self._closed:
+            raise Stopped
+
+    def close(self) -> None:
+        """Nobody gives or takes any more: who waits gets Stopped raised."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+class Queue(Shared):
     """A bounded queue between two threads that either side can end."""
 
     def __init__(self, room: int) -> None:
+        super().__init__()
         self._items: deque[Any] = deque()
-        self._room = room
-        self._changed = threading.Condition()
-        self._ended = self._closed = False
+        self._room, self._ended = room, False
 
     def put(self, item: Any) -> None:
-        """Add an item when there is room; raises Stopped when nobody will take it."""
+        """Add an item when there is room."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or len(self._items) < self._room)
-            if self._closed:
-                raise Stopped
+            self._wait_for(lambda: len(self._items) < self._room)
             self._items.append(item)
             self._changed.notify_all()
 
@@ -65,20 +82,11 @@ class Queue:
             self._ended = True
             self._changed.notify_all()
 
-    def close(self) -> None:
-        """Nobody gives or takes any more."""
-        with self._changed:
-            self._closed = True
-            self._items.clear()
-            self._changed.notify_all()
-
     def __iter__(self) -> Iterator[Any]:
-        """Item after item; raises Stopped when the stream is stopped before its end."""
+        """Item after item."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._items or self._ended or self._closed)
-                if self._closed:
-                    raise Stopped
+                self._wait_for(lambda: self._items or self._ended)
                 if not self._items:
                     return
                 item = self._items.popleft()
@@ -86,7 +94,7 @@ class Queue:
             yield item
 
 
-class Buffers(Generic[T]):
+class Buffers(Shared, Generic[T]):
     """A fixed number of buffers that items travel in, so that memory does not grow with the stream.
 
     The stage that holds an item owns its buffer; the one that passes nothing on gives it back. There must be more of them
@@ -95,10 +103,9 @@ class Buffers(Generic[T]):
     """
 
     def __init__(self, make: Callable[[], T], count: int) -> None:
+        super().__init__()
         self.count = count
         self._free = [make() for _ in range(count)]
-        self._changed = threading.Condition()
-        self._closed = False
 
     @property
     def free(self) -> int:
@@ -106,24 +113,15 @@ class Buffers(Generic[T]):
         return len(self._free)
 
     def take(self) -> T:
-        """A free buffer, the one used last since it may still be in the cache; raises Stopped once the stream has ended."""
+        """A free buffer, the one used last since it may still be in the cache."""
         with self._changed:
-            self._changed.wait_for(lambda: self._free or self._closed)
-            if self._closed:
-                raise Stopped
+            self._wait_for(lambda: self._free)
             return self._free.pop()
 
     def give_back(self, buffer: T) -> None:
-        """Make a buffer free again."""
         with self._changed:
             self._free.append(buffer)
             self._changed.notify()
-
-    def close(self) -> None:
-        """Nobody gets one any more."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
 
 
 class Together(Stage):
@@ -134,13 +132,11 @@ class Together(Stage):
         self.name, self.room = "+".join(s.name for s in stages), stages[0].room
 
     def run(self, items: Iterator[Any]) -> Generator[Any, None, None]:
-        """The last stage's items."""
         for stage in self.stages:
             items = stage.run(items)
         yield from items
 
     def stop(self) -> None:
-        """Stop each."""
         for stage in self.stages:
             stage.stop()
 

@@ -26,8 +26,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pipeline import logs, redact
 from pipeline.control import Control
-from pipeline.errors import BadRequest, Busy, JobError
-from pipeline.metrics import StageKey
+from pipeline.errors import BadRequest, Busy, JobError, StageKey
 from pipeline.run import Service, failure, status_of
 from pipeline.schema import Failure, JobRequest, SelfTest, Success
 from pipeline.settings import BadSetting, Settings
@@ -238,10 +237,9 @@ def main() -> int:
         print(f"musetalk-worker: {e}", file=sys.stderr)
         return 1
     ports = dict.fromkeys((settings.port, settings.port if settings.port_health is None else settings.port_health))
-    config = server_config(service)
+    config, family = server_config(service), socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
-        sockets = [socket.create_server((settings.host, port), family=_family(settings.host), backlog=config.backlog)
-                   for port in ports]
+        sockets = [socket.create_server((settings.host, port), family=family, backlog=config.backlog) for port in ports]
     except OSError as e:
         print(f"musetalk-worker: HOST={settings.host} PORT, PORT_HEALTH={list(ports)}: {e.strerror or e}", file=sys.stderr)
         return 1
@@ -254,10 +252,6 @@ def server_config(service: Service) -> uvicorn.Config:
     return uvicorn.Config(
         create_app(service), http=TimedProtocol, log_config=None, access_log=False,
         timeout_graceful_shutdown=int(service.settings.job_deadline_sec) + 30)
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 if __name__ == "__main__":

@@ -189,15 +189,10 @@ def child_environment() -> dict[str, str]:
 
 def table() -> str:
     """The README's configuration table in Markdown."""
+    places = {"model_dir": "models/demo", "cache_dir": "temporary folder", "local_input_root": "samples"}
     rows = ["| variable | default | meaning |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
-        default = field.default
-        if name == "model_dir":
-            default = "models/demo"
-        elif name == "cache_dir":
-            default = "temporary folder"
-        elif name == "local_input_root":
-            default = "samples"
+        default = places.get(name, field.default)
         default = {True: "on", False: "off"}[default] if isinstance(default, bool) else default
         shown = "none" if default is None or default == () else f"`{default}`"
         rows.append(f"| `{name.upper()}` | {shown} | {field.description} |")

@@ -82,7 +82,6 @@ class Decode(Stage):
                 raise ProcessingError("the clip's frames could not be read again", stage="inference")
 
     def stop(self) -> None:
-        """End a read from ffmpeg."""
         if (reader := self._reader) is not None:
             reader.abort()
 
@@ -165,7 +164,6 @@ class Prepare(Stage):
         yield from items
 
     def stop(self) -> None:
-        """End a network's pass."""
         interrupt()
 
 
@@ -211,7 +209,6 @@ class Generate(Stage):
                 batch = []
 
     def stop(self) -> None:
-        """End a network's pass."""
         interrupt()
 
 
@@ -257,7 +254,6 @@ class Encode(Stage):
             writer.close()
 
     def stop(self) -> None:
-        """End a write to ffmpeg."""
         if (writer := self._writer) is not None:
             writer.abort()
 

@@ -26,7 +26,7 @@ from musetalk.track import HELD
 from pipeline import runner
 from pipeline.control import Control
 from pipeline.engine import Engine
-from pipeline.errors import BadMedia, Cancelled, DeadlineExceeded
+from pipeline.errors import Cancelled, DeadlineExceeded
 from pipeline.leave import leaving
 from pipeline.media import FrameSource, MediaInfo, Mp4Writer, plan
 from pipeline.provenance import tags
@@ -124,9 +124,7 @@ def clip_of(
     engine: Engine, lipsync: LipSync, request: JobRequest, options: Options, clip: MediaInfo, content: str
 ) -> tuple[FrameSource, Colour, str]:
     """How the clip is decoded, its colours, and its prepared avatar's key in the cache."""
-    video, limit = clip.video, engine.settings.max_pixels
-    if video is None:
-        raise BadMedia("video_url: the file has no picture", stage="validation", field="video_url")
+    video, limit = clip.picture, engine.settings.max_pixels
     geometry = plan(video.width, video.height, request.aspect_ratio, request.resolution, request.params.fit,
                     request.params.upscale, limit)
     source = FrameSource(clip, *geometry.output, request.params.rate, tuple(geometry.filters()), limit)

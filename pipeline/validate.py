@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from pipeline import media
 from pipeline.control import Control
 from pipeline.download import Source
 from pipeline.errors import BadMedia, JobError
-from pipeline.media import MediaInfo, Speech, VideoInfo
+from pipeline.media import MediaInfo, Speech
 from pipeline.media.formats import ACCEPTED
 from pipeline.settings import Settings
 
@@ -30,27 +32,30 @@ def validate(
 ) -> Inputs:
     """Probe both files and decode the speech (only its `first_seconds`, if given) into the job's folder; raises BadMedia."""
     pixels, longest = settings.max_pixels, settings.max_audio_sec
-    clip = _named(video, "video_url", lambda: media.probe(video.path, pixels, control.check))
-    video_stream = _check_clip(clip, settings)
-    _check_length(clip, video_stream.index, "video_url", settings.max_video_sec, "MAX_VIDEO_SEC", pixels, control)
+    with _named(video, "video_url"):
+        clip = media.probe(video.path, pixels, control.check)
+    _check_clip(clip, settings)
+    _check_length(clip, clip.picture.index, "video_url", settings.max_video_sec, "MAX_VIDEO_SEC", pixels, control)
     control.check()
-    info = _named(audio, "audio_url", lambda: media.probe(audio.path, pixels, control.check))
+    with _named(audio, "audio_url"):
+        info = media.probe(audio.path, pixels, control.check)
     if info.audio is None:
         raise BadMedia(f"audio_url: the file has no sound track (taken: {ACCEPTED['audio']})", field="audio_url",
                        reason="no_audio")
     _check_length(info, info.audio.index, "audio_url", longest, "MAX_AUDIO_SEC", pixels, control)
     control.check()
-    speech = _named(audio, "audio_url", lambda: media.read_speech(
-        info, folder / "speech.wav", longest, DECODE_SEC, pixels, first_seconds, control.check))
+    with _named(audio, "audio_url"):
+        speech = media.read_speech(info, folder / "speech.wav", longest, DECODE_SEC, pixels, first_seconds, control.check)
     if speech.seconds > longest + 0.5:
         raise _too_long("audio_url", speech.seconds, longest, "MAX_AUDIO_SEC")
     return Inputs(clip, speech)
 
 
-def _named(source: Source, field: str, work):  # type: ignore[no-untyped-def]
-    """Run `work`, putting the field's name before its complaint."""
+@contextmanager
+def _named(source: Source, field: str) -> Iterator[None]:
+    """Put the field's name before what is complained of."""
     try:
-        return work()
+        yield
     except BadMedia as e:
         raise BadMedia(f"{field}: {e.message}", **{"field": field, "url": source.shown, **e.details}) from e
     except JobError as e:
@@ -58,12 +63,11 @@ def _named(source: Source, field: str, work):  # type: ignore[no-untyped-def]
         raise
 
 
-def _check_clip(clip: MediaInfo, settings: Settings) -> VideoInfo:
-    video = clip.video
-    if video is None and clip.undecodable:
+def _check_clip(clip: MediaInfo, settings: Settings) -> None:
+    if clip.undecodable:
         raise BadMedia(f"video_url: no frame can be decoded: {clip.undecodable}", field="video_url",
                        ffprobe_stderr=clip.undecodable)
-    if video is None:
+    if (video := clip.video) is None:
         raise BadMedia("video_url: the file has no picture (cover art does not count)", field="video_url", reason="no_video")
     pixels = video.width * video.height
     if pixels > settings.max_pixels:
@@ -72,7 +76,6 @@ def _check_clip(clip: MediaInfo, settings: Settings) -> VideoInfo:
     if min(video.width, video.height) < SMALLEST_SIDE:
         raise BadMedia(f"video_url: {video.width}x{video.height} is smaller than {SMALLEST_SIDE} pixels",
                        field="video_url", size=min(video.width, video.height), limit=SMALLEST_SIDE)
-    return video
 
 
 def _check_length(

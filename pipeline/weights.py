@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import requests
@@ -23,7 +23,7 @@ from torch import Tensor
 from urllib3.exceptions import HTTPError
 
 from musetalk import checkpoints
-from musetalk.checkpoints import PARTS, Part, find, read_state, sha256, write_manifest
+from musetalk.checkpoints import PARTS, find, read_state, sha256, write_manifest
 from musetalk.errors import BadCheckpoint
 
 HUB = "https://huggingface.co"
@@ -42,44 +42,39 @@ class Published:
     sha256: str
 
 
-def _hub(repo: str, name: str, base: str) -> str:
-    return f"{base}/{repo}/resolve/main/{name}"
+FILES = (  # where size or digest are not pinned (0, ""), strict loading checks names and shapes
+    Published("musetalkV15/musetalk.json", f"{HUB}/TMElyralab/MuseTalk/resolve/main/musetalkV15/musetalk.json", 748,
+              "5b6923aee04d71692e0e9846c471e0a4ea07a4f686d39545e472bd4ba17e1b47"),
+    Published("musetalkV15/unet.pth", f"{HUB}/TMElyralab/MuseTalk/resolve/main/musetalkV15/unet.pth", 3400074924,
+              "7ebf6c98c181e20838e4c0054e96e944ac60d5d692cc01db42839fe11b787007"),
+    Published("musetalk/musetalk.json", f"{HUB}/TMElyralab/MuseTalk/resolve/main/musetalk/musetalk.json", 0, ""),
+    Published("musetalk/pytorch_model.bin", f"{HUB}/TMElyralab/MuseTalk/resolve/main/musetalk/pytorch_model.bin", 0, ""),
+    Published("sd-vae/config.json", f"{HUB}/stabilityai/sd-vae-ft-mse/resolve/main/config.json", 547,
+              "92d3dfb746fca211a2c9e019e285f8597412211728dce3c5bcf4eda0f2d62e7e"),
+    Published("sd-vae/diffusion_pytorch_model.bin",
+              f"{HUB}/stabilityai/sd-vae-ft-mse/resolve/main/diffusion_pytorch_model.bin", 334707217,
+              "1b4889b6b1d4ce7ae320a02dedaeff1780ad77d415ea0d744b476155c6377ddc"),
+    Published("whisper/config.json", f"{HUB}/openai/whisper-tiny/resolve/main/config.json", 1983,
+              "ffdccec4f3211f4c63310f2b7098f309fe70f3952cedc5e4d11e43f5b2379b98"),
+    Published("whisper/pytorch_model.bin", f"{HUB}/openai/whisper-tiny/resolve/main/pytorch_model.bin", 151095027,
+              "9607f98a2b22d9e229ae43c52ecea79dcede9e0c5cfae67e8da6eda86d8aac1d"),
+    Published("dwpose/dw-ll_ucoco_384.pth", f"{HUB}/yzd-v/DWPose/resolve/main/dw-ll_ucoco_384.pth", 406878486,
+              "0d9408b13cd863c4e95a149dd31232f88f2a12aa6cf8964ed74d7d97748c7a07"),
+    Published("face-parse-bisent/79999_iter.pth",
+              f"{HUB}/ManyOtherFunctions/face-parse-bisent/resolve/main/79999_iter.pth", 53289463,
+              "468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567"),
+    Published("taesd/diffusion_pytorch_model.safetensors",
+              f"{HUB}/madebyollin/taesd/resolve/main/diffusion_pytorch_model.safetensors", 0, ""),
+    Published("s3fd-619a316812.pth",
+              "https://www.adrianbulat.com/downloads/python-fan/s3fd-619a316812.pth", 89843225, "619a316812"),
+)
+OF_ANOTHER = {"v15": "musetalk/", "v1": "musetalkV15/"}  # the folder that a version does without
 
 
 def published(version: str, mirrors: Mapping[str, str] | None = None) -> list[Published]:
     """The files of a version. `mirrors` maps the start of a URL to its replacement."""
-    v15 = [
-        Published("musetalkV15/musetalk.json", _hub("TMElyralab/MuseTalk", "musetalkV15/musetalk.json", HUB), 748,
-                  "5b6923aee04d71692e0e9846c471e0a4ea07a4f686d39545e472bd4ba17e1b47"),
-        Published("musetalkV15/unet.pth", _hub("TMElyralab/MuseTalk", "musetalkV15/unet.pth", HUB), 3400074924,
-                  "7ebf6c98c181e20838e4c0054e96e944ac60d5d692cc01db42839fe11b787007"),
-    ]
-    v1 = [  # sizes and digests of MuseTalk 1.0 are not pinned: strict loading checks names and shapes
-        Published("musetalk/musetalk.json", _hub("TMElyralab/MuseTalk", "musetalk/musetalk.json", HUB), 0, ""),
-        Published("musetalk/pytorch_model.bin", _hub("TMElyralab/MuseTalk", "musetalk/pytorch_model.bin", HUB), 0, ""),
-    ]
-    common = [
-        Published("sd-vae/config.json", _hub("stabilityai/sd-vae-ft-mse", "config.json", HUB), 547,
-                  "92d3dfb746fca211a2c9e019e285f8597412211728dce3c5bcf4eda0f2d62e7e"),
-        Published("sd-vae/diffusion_pytorch_model.bin",
-                  _hub("stabilityai/sd-vae-ft-mse", "diffusion_pytorch_model.bin", HUB), 334707217,
-                  "1b4889b6b1d4ce7ae320a02dedaeff1780ad77d415ea0d744b476155c6377ddc"),
-        Published("whisper/config.json", _hub("openai/whisper-tiny", "config.json", HUB), 1983,
-                  "ffdccec4f3211f4c63310f2b7098f309fe70f3952cedc5e4d11e43f5b2379b98"),
-        Published("whisper/pytorch_model.bin", _hub("openai/whisper-tiny", "pytorch_model.bin", HUB), 151095027,
-                  "9607f98a2b22d9e229ae43c52ecea79dcede9e0c5cfae67e8da6eda86d8aac1d"),
-        Published("dwpose/dw-ll_ucoco_384.pth", _hub("yzd-v/DWPose", "dw-ll_ucoco_384.pth", HUB), 406878486,
-                  "0d9408b13cd863c4e95a149dd31232f88f2a12aa6cf8964ed74d7d97748c7a07"),
-        Published("face-parse-bisent/79999_iter.pth",
-                  _hub("ManyOtherFunctions/face-parse-bisent", "79999_iter.pth", HUB), 53289463,
-                  "468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567"),
-        Published("taesd/diffusion_pytorch_model.safetensors",  # not pinned: strict loading checks names and shapes
-                  _hub("madebyollin/taesd", "diffusion_pytorch_model.safetensors", HUB), 0, ""),
-        Published("s3fd-619a316812.pth",
-                  "https://www.adrianbulat.com/downloads/python-fan/s3fd-619a316812.pth", 89843225, "619a316812"),
-    ]
-    files = [*(v15 if version == "v15" else v1), *common]
-    return [Published(f.path, _mirrored(f.url, mirrors or {}), f.size, f.sha256) for f in files]
+    wanted = [f for f in FILES if not f.path.startswith(OF_ANOTHER[version])]
+    return [replace(f, url=_mirrored(f.url, mirrors or {})) for f in wanted]
 
 
 def _mirrored(url: str, mirrors: Mapping[str, str]) -> str:
@@ -110,19 +105,17 @@ def download(file: Published, folder: Path, tell: Callable[[int], None]) -> None
         tell(file.size)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    problem = "no answer"
+    problem: str | None = "no answer"
     for attempt in range(TRIES):
         try:
             _resume(file, partial, tell)
         except (requests.RequestException, HTTPError, OSError) as e:
-            problem = f"{type(e).__name__}"
+            problem = type(e).__name__
             time.sleep(min(0.5 * 2**attempt, 10))
             continue
-        wrong = check(partial, file)
-        if wrong is None:
+        if (problem := check(partial, file)) is None:
             partial.replace(target)
             return
-        problem = wrong
         if not file.size or partial.stat().st_size >= file.size:
             partial.unlink()  # whole but wrong: start again
     raise BadCheckpoint(f"{file.url}: {problem}; try again, or set a mirror", file=str(target))
@@ -170,8 +163,7 @@ def convert(folder: Path, version: str, keep: bool = False) -> None:
 
     The official weight files are removed unless `keep`.
     """
-    builders = checkpoints.builders(folder, version)
-    for part, build in builders:
+    for part, build in checkpoints.builders(folder, version):
         source = find(folder, part.files)
         if source is None:
             raise BadCheckpoint(f"{folder / part.files[-1]}: no such file; run fetch first", file=str(folder / part.files[-1]))
@@ -180,7 +172,7 @@ def convert(folder: Path, version: str, keep: bool = False) -> None:
         with torch.device("meta"):
             net = build()
         state = checkpoints.check_state(net, part.rename(dict(read_state(source))), source)
-        target = folder / _converted_name(part, source.relative_to(folder))
+        target = next(f for n in part.files if (f := folder / n).suffix == ".safetensors" and f.parent == source.parent)
         save_file(halved(state), target.with_suffix(".part"))
         target.with_suffix(".part").replace(target)
         if not keep:
@@ -188,16 +180,12 @@ def convert(folder: Path, version: str, keep: bool = False) -> None:
     write_manifest(folder, version)
 
 
-def _converted_name(part: Part, source: Path) -> str:
-    return next(n for n in part.files if n.endswith(".safetensors") and Path(n).parent == source.parent)
-
-
 def fetch(folder: Path, version: str, mirrors: Mapping[str, str], keep: bool = False) -> None:
     """Download, check and convert everything a version needs."""
-    if not missing(folder, version) and (folder / checkpoints.MANIFEST).is_file():
+    if (folder / checkpoints.MANIFEST).is_file() and all(find(folder, part.files) for part in PARTS[version]):
         checkpoints.verify(folder)
         return
-    files = [f for f in published(version, mirrors) if not _is_converted(folder, version, f.path)]
+    files = [f for f in published(version, mirrors) if not is_converted(folder, version, f.path)]
     bar = Bar(sum(f.size for f in files))
     with ThreadPoolExecutor(WORKERS) as pool:
         for done in [pool.submit(download, f, folder, bar) for f in files]:
@@ -206,17 +194,10 @@ def fetch(folder: Path, version: str, mirrors: Mapping[str, str], keep: bool = F
     convert(folder, version, keep)
 
 
-def _is_converted(folder: Path, version: str, path: str) -> bool:
-    """Whether a published weight file's converted form is there already."""
-    for part in PARTS[version]:
-        if path in part.files:
-            return any((folder / n).is_file() for n in part.files if n.endswith(".safetensors"))
-    return False
-
-
-def missing(folder: Path, version: str) -> list[str]:
-    """Parts whose weights are not in the folder."""
-    return [part.name for part in PARTS[version] if find(folder, part.files) is None]
+def is_converted(folder: Path, version: str, path: str) -> bool:
+    """Whether the folder holds the converted form of a published weight file."""
+    forms = next((part.files for part in PARTS[version] if path in part.files), ())
+    return any(name.endswith(".safetensors") and (folder / name).is_file() for name in forms)
 
 
 def main(argv: list[str] | None = None) -> int:

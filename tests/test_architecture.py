@@ -22,7 +22,7 @@ MUSETALK = {
     "lipsync": "audio avatar blend box checkpoints errors faces finish generate interruption nets options order track tuning",
 }
 PIPELINE = {
-    "errors": "", "settings": "", "redact": "", "metrics": "",
+    "errors": "", "settings": "", "redact": "", "metrics": "errors",
     "control": "errors", "logs": "redact", "bar": "", "schema": "errors", "health": "settings", "runner": "control",
     "media": "errors redact settings", "leave": "control",
     "download": "control errors leave redact settings", "validate": "control download errors media settings",
@@ -34,7 +34,7 @@ PIPELINE = {
     "stream": "control engine errors leave media provenance runner schema stages validate",
     "preview": "engine errors media schema stream validate",
     "run": "control download engine errors metrics preview provenance redact schema settings storage stream validate",
-    "server": "control errors logs metrics redact run schema settings", "__main__": "bar logs media run schema settings",
+    "server": "control errors logs metrics redact run schema settings", "__main__": "bar control logs run schema settings",
     "weights": "",
     "page": "control errors logs preview run schema settings", "handler": "bar control logs run settings",
 }

@@ -60,10 +60,10 @@ def test_probe(media: Make) -> None:
     info = m.probe(tagged, PIXELS)
     assert info.video
     assert info.audio
-    assert (info.video.width, info.video.height, info.video.codec) == (320, 180, "h264")
+    assert (info.video.width, info.video.height) == (320, 180)
     assert info.video.fps == pytest.approx(29.97, abs=0.01)
     assert (info.video.color_space, info.video.color_range, info.video.matrix) == ("bt709", "tv", "bt709")
-    assert (info.audio.channels, info.audio.codec) == (2, "aac")
+    assert info.audio.channels == 2
     assert info.duration == pytest.approx(2.0, abs=0.1)
 
 

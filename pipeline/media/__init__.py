@@ -4,11 +4,9 @@ from pipeline.media.child import ffmpeg
 from pipeline.media.encoder import Mp4Writer, video_encoder
 from pipeline.media.formats import ACCEPTED
 from pipeline.media.frames import FrameReader, FrameSource
-from pipeline.media.geometry import Geometry, plan
-from pipeline.media.probe import AudioInfo, MediaInfo, VideoInfo, packet_seconds, probe
+from pipeline.media.geometry import plan
+from pipeline.media.probe import MediaInfo, packet_seconds, probe
 from pipeline.media.sound import SAMPLE_RATE, Speech, read_speech
 
-__all__ = [
-    "ACCEPTED", "SAMPLE_RATE", "AudioInfo", "FrameReader", "FrameSource", "Geometry", "MediaInfo", "Mp4Writer", "Speech",
-    "VideoInfo", "ffmpeg", "packet_seconds", "plan", "probe", "read_speech", "video_encoder",
-]
+__all__ = ["ACCEPTED", "SAMPLE_RATE", "FrameReader", "FrameSource", "MediaInfo", "Mp4Writer", "Speech", "ffmpeg",
+           "packet_seconds", "plan", "probe", "read_speech", "video_encoder"]

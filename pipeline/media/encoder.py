@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import BadMedia, FfmpegFailed
+from pipeline.errors import FfmpegFailed
 from pipeline.media import child
 from pipeline.media.child import Child
 from pipeline.media.frames import FrameSource
@@ -55,14 +55,11 @@ class Mp4Writer(Child):
         tags: tuple[str, ...] = (),
     ) -> None:
         """`seconds` is the length of the sound at most, `tags` are options that write metadata."""
-        video = source.info.video
-        if video is None:
-            raise BadMedia("no video stream")
         command = [
             child.ffmpeg(), "-nostdin", "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "yuv420p",
             "-s", f"{source.width}x{source.height}", "-r", f"{source.fps.numerator}/{source.fps.denominator}", "-i", "pipe:0",
             "-f", "wav", "-i", f"file:{speech.path}", "-map", "0:v", "-map", "1:a", "-map_metadata", "-1", *tags,
-            *(encoder or video_encoder()), *colour_tags(video), "-pix_fmt", "yuv420p",
+            *(encoder or video_encoder()), *colour_tags(source.info.picture), "-pix_fmt", "yuv420p",
             "-af", f"atrim=end={seconds:.6f}", "-c:a", "aac", "-b:a", "160k", "-movflags", "+faststart", "-f", "mp4",
             f"file:{path}",
         ]

@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.errors import BadMedia, FfmpegFailed
+from pipeline.errors import FfmpegFailed
 from pipeline.media import child
 from pipeline.media.child import END_SEC, Child
 from pipeline.media.formats import guarded
@@ -49,9 +49,7 @@ class FrameSource:
         and on the microsecond, and every timestamp is moved by 7 us, so that no frame lies exactly between two output
         frames, where rounding could go either way.
         """
-        info, video = self.info, self.info.video
-        if video is None:
-            raise BadMedia("no video stream")
+        info, video = self.info, self.info.picture
         a, b = self.fps.numerator, self.fps.denominator
         unit = Fraction(b, 1000) if b > 1 and a % 1000 == 0 else Fraction(b)  # seconds that are whole frames
         # of joined files a moment is no place: they are read from the beginning

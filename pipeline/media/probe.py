@@ -27,7 +27,6 @@ class VideoInfo:
     """The first real video stream; sizes in square pixels after rotation, the rest as its first picture was decoded."""
 
     index: int
-    codec: str
     width: int
     height: int
     pix_fmt: str
@@ -70,7 +69,6 @@ class AudioInfo:
     """The first audio stream."""
 
     index: int
-    codec: str
     rate: int
     channels: int
 
@@ -86,6 +84,13 @@ class MediaInfo:
     audio: AudioInfo | None
     opener: Opener = UNKNOWN
     undecodable: str = ""  # why there is no video though the file has a video stream
+
+    @property
+    def picture(self) -> VideoInfo:
+        """Its video. Raises BadMedia where there is none."""
+        if self.video is None:
+            raise BadMedia("video_url: the file has no picture", field="video_url")
+        return self.video
 
 
 def probe(path: Path, max_pixels: int, check: Callable[[], None] = lambda: None) -> MediaInfo:
@@ -206,7 +211,7 @@ def _video(index: int, text: str, log: str) -> VideoInfo | None:
     fps = re.search(r"([\d.]+) fps", text)
     space, primaries, transfer = colours[2], colours[3], colours[4]
     return VideoInfo(
-        index, text.split()[0].rstrip(","), *shown, picture[1], (float(fps[1]) or None) if fps else None, sar, space,
+        index, *shown, picture[1], (float(fps[1]) or None) if fps else None, sar, space,
         colours[1], primaries, transfer, picture[6] in "TB" or bool(re.search(r"\b(top|bottom) (coded )?first", text)),
         (width, height))
 
@@ -218,4 +223,4 @@ def _audio(index: int, text: str) -> AudioInfo | None:
     named = layout[1] if layout else ""
     count = re.match(r"(\d+) channels", named)
     channels = int(count[1]) if count else _CHANNELS.get(named.split("(")[0].strip(), 2)
-    return AudioInfo(index, text.split()[0].rstrip(","), int(rate[1]), channels)
+    return AudioInfo(index, int(rate[1]), channels)
