@@ -127,6 +127,8 @@ class Decode(Stage):
         try:
             yield reader
             self.damaged = self.damaged or reader.damaged
+        except BadMedia as e:
+            raise BadMedia(f"video_url: {e.message}", stage="preprocessing", field="video_url", **e.details) from e
         finally:
             self._reader = None
             reader.close()

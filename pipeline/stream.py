@@ -103,7 +103,8 @@ def options_of(engine: Engine, lipsync: LipSync, request: JobRequest, batch_size
 
 def _damaged(decode: Decode, inputs: Inputs) -> str | None:
     """What to state of sources that could be decoded in part only."""
-    said = [f"video_url: {decode.count} frames were decoded: {decode.damaged}"] if decode.damaged else []
+    damaged = decode.damaged or inputs.clip.opener.doubt
+    said = [f"video_url: {decode.count} frames were decoded: {damaged}"] if damaged else []
     if inputs.speech.damaged:
         said.append(f"audio_url: {inputs.speech.seconds:.2f} s were decoded: {inputs.speech.damaged}")
     return "; ".join(said) or None

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import logging
 import os
 import subprocess
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve what the tests wait for
 import torch
+from torch import nn
 
-from musetalk import generate
-from pipeline.media import ffmpeg
+from pipeline.media import Mp4Writer, ffmpeg
 from pipeline.run import Service
 from pipeline.settings import REPOSITORY, Settings
 
@@ -33,17 +36,46 @@ def make_media(path: Path, *arguments: str) -> Path:
     return path
 
 
-def faces_within(limit: int) -> tuple[Callable[..., Any], list[int]]:
-    """A stand-in for generate.faces whose memory holds `limit` frames, and the sizes of the batches it was asked for."""
-    original, seen = generate.faces, []
+@contextlib.contextmanager
+def failing(net: nn.Module, error: BaseException, above: int = 0) -> Iterator[list[int]]:
+    """A network raises, as torch does in the middle of it, for batches of more than `above`; yields the sizes it was given."""
+    seen: list[int] = []
 
-    def faces(unet: Any, vae: Any, latent: torch.Tensor, prompts: torch.Tensor) -> Any:
-        seen.append(len(latent))
-        if len(latent) > limit:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(unet, vae, latent, prompts)
+    def before(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen.append(len(inputs[0]))
+        if len(inputs[0]) > above:
+            raise error
 
-    return faces, seen
+    hook = net.register_forward_pre_hook(before)
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def temporary_files(folder: Path) -> Iterator[None]:
+    """This process's temporary files go to a folder."""
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
+@contextlib.contextmanager
+def encoded() -> Iterator[list[np.ndarray]]:
+    """Every frame as it reaches the encoder."""
+    frames: list[np.ndarray] = []
+    original = Mp4Writer.write
+
+    def write(self: Mp4Writer, frame: np.ndarray) -> None:
+        frames.append(frame.copy())
+        original(self, frame)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Mp4Writer, "write", write)
+        yield frames
 
 
 @pytest.fixture(autouse=True)

@@ -28,10 +28,11 @@ def _find(data: bytes, name: bytes) -> bytes:
 
 
 def picture(kind: str, films: Sequence[Path], columns: int, tile: tuple[int, int], size: tuple[int, int], orientation: int = 1,
-            ) -> bytes:
+            exif: bytes = b"") -> bytes:
     """A still of `films`, MP4 files of one coded frame each: the tiles, row by row, cut to `size` (width, height).
 
-    One film makes a plain picture. `orientation` is EXIF's number, written as irot and imir.
+    One film makes a plain picture. `orientation` is EXIF's number, written as irot and imir. `exif` is a TIFF block that
+    describes the picture: of a turn in it viewers take no notice.
     """
     codec, config = KINDS[kind]
     data = [film.read_bytes() for film in films]
@@ -48,13 +49,19 @@ def picture(kind: str, films: Sequence[Path], columns: int, tile: tuple[int, int
         rows = len(films) // columns
         payloads.append(struct.pack(">BBBBHH", 0, 0, rows - 1, columns - 1, *size))
         items.append((len(films) + 1, "grid", [3, *turns]))
-        references = _full("iref", _box("dimg", struct.pack(f">HH{len(ids)}H", len(films) + 1, len(ids), *ids)))
+        references = _box("dimg", struct.pack(f">HH{len(ids)}H", len(films) + 1, len(ids), *ids))
+    photo = items[-1][0]
+    if exif:
+        payloads.append(bytes(4) + exif)
+        items.append((photo + 1, "Exif", []))
+        references += _box("cdsc", struct.pack(">HHH", photo + 1, 1, photo))
+    references = references and _full("iref", references)
     head = _box("ftyp", kind.encode(), bytes(4), b"mif1", kind.encode())
-    meta = _meta(items, payloads, references, properties, 0)
-    return head + _meta(items, payloads, references, properties, len(head) + len(meta) + 8) + _box("mdat", *payloads)
+    meta = _meta(photo, items, payloads, references, properties, 0)
+    return head + _meta(photo, items, payloads, references, properties, len(head) + len(meta) + 8) + _box("mdat", *payloads)
 
 
-def _meta(items: Sequence[tuple[int, str, list[int]]], payloads: Sequence[bytes], references: bytes,
+def _meta(photo: int, items: Sequence[tuple[int, str, list[int]]], payloads: Sequence[bytes], references: bytes,
           properties: Sequence[bytes], at: int) -> bytes:
     """The meta box of a file whose payloads begin at byte `at`; items are (number, type, its properties)."""
     places = b""
@@ -62,9 +69,10 @@ def _meta(items: Sequence[tuple[int, str, list[int]]], payloads: Sequence[bytes]
         places += struct.pack(">HHHII", number, 0, 1, at, len(payload))
         at += len(payload)
     infos = [_full("infe", struct.pack(">HH", n, 0), kind.encode(), b"\0", version=2) for n, kind, _ in items]
-    joined = b"".join(struct.pack(">HB", n, len(own)) + bytes(own) for n, _, own in items)
+    owners = [(n, own) for n, _, own in items if own]
+    joined = b"".join(struct.pack(">HB", n, len(own)) + bytes(own) for n, own in owners)
     return _full(
-        "meta", _full("hdlr", bytes(4), b"pict", bytes(13)), _full("pitm", struct.pack(">H", items[-1][0])),
+        "meta", _full("hdlr", bytes(4), b"pict", bytes(13)), _full("pitm", struct.pack(">H", photo)),
         _full("iloc", b"\x44\0", struct.pack(">H", len(items)), places),
         _full("iinf", struct.pack(">H", len(items)), *infos), references,
-        _box("iprp", _box("ipco", *properties), _full("ipma", struct.pack(">I", len(items)), joined)))
+        _box("iprp", _box("ipco", *properties), _full("ipma", struct.pack(">I", len(owners)), joined)))

@@ -248,7 +248,6 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Files]]:
         return [weights.Published(n, f"{base}/{n}", (DEMO / n).stat().st_size, checkpoints.sha256(DEMO / n)) for n in names]
 
     monkeypatch.setattr(weights, "published", published)
-    monkeypatch.setattr(weights.time, "sleep", lambda _: None)
     yield Files
     server.shutdown()
     server.server_close()

@@ -17,7 +17,6 @@ import pytest
 
 from pipeline import __main__ as cli
 from pipeline import media as m
-from pipeline.run import Service
 from pipeline.schema import Params
 from pipeline.settings import REPOSITORY
 from tests.conftest import make_media
@@ -78,10 +77,9 @@ def test_a_folder_reports_its_file_and_quiet_says_nothing(
     ("films/", ["CLIP", "SPEECH"], "twice"), ("o.mp4", ["--model-dir", "/no/such"], "MODEL_DIR"),
 ])
 def test_outputs_that_cannot_be_are_noticed_before_any_work(
-    short_clip: Path, short_speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
-    output: str, more: list[str], words: str,
+    short_clip: Path, short_speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], output: str, more: list[str],
+    words: str,
 ) -> None:
-    monkeypatch.setattr(Service, "__init__", lambda *_: pytest.fail("work was begun"))
     (tmp_path / "there.mp4").write_bytes(b"precious")
     names = {"EXISTS": str(tmp_path / "there.mp4"), "CLIP": str(short_clip), "SPEECH": str(short_speech)}
     target = names.get(output) or (output if output.startswith("/") else f"{tmp_path}/{output}")
@@ -91,6 +89,7 @@ def test_outputs_that_cannot_be_are_noticed_before_any_work(
     assert len(said.splitlines()) == 1
     assert words in said
     assert (tmp_path / "there.mp4").read_bytes() == b"precious"
+    assert not (tmp_path / "cache").exists(), "a service was made, which makes its cache's folder"
 
 
 def test_ctrl_c_is_one_line(short_clip: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from musetalk import LipSync, MuseTalkError, NonFiniteOutput, faces
+from musetalk import Avatar, LipSync, MuseTalkError, NonFiniteOutput, faces
 from musetalk.checkpoints import default_dtype
 from musetalk.lipsync import Painted
 from pipeline import engine, logs, media
@@ -28,6 +28,7 @@ from pipeline.errors import DeviceLost, JobError, NoDevice, OutOfMemory
 from pipeline.media import encoder
 from pipeline.run import Service
 from pipeline.settings import Settings
+from tests.conftest import encoded
 from tests.fakes import cuda
 from tests.fakes.b2 import B2
 from tests.fakes.platform import Platform
@@ -52,15 +53,7 @@ def speak(service: Service, video: Path, audio: Path) -> dict[str, Any]:
 
 def frames_of(settings: Settings, folder: Path, video: Path, audio: Path) -> list[np.ndarray]:
     """What reaches the encoder in a fresh and then a cached job of a new worker with the cache in `folder`."""
-    seen: list[np.ndarray] = []
-    original = media.Mp4Writer.write
-
-    def write(self: media.Mp4Writer, frame: np.ndarray) -> None:
-        seen.append(frame.copy())
-        original(self, frame)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(media.Mp4Writer, "write", write)
+    with encoded() as seen:
         service = Service(settings.model_copy(update={"cache_dir": folder}))
         service.engine.warm_up()
         for cached in (False, True):
@@ -115,24 +108,26 @@ def test_five_stages_run_at_once(
 ) -> None:
     """Preparing goes on only once a first batch is generated, and blending only once a second one is."""
     generated, waited = [threading.Event(), threading.Event()], []
-    generate, append, paste = LipSync.generate_batch, LipSync.append, Painted.paste
 
-    def counted(*arguments: Any) -> Any:
-        made = generate(*arguments)
-        next(event for event in generated if not event.is_set()).set() if not generated[1].is_set() else None
-        return made
+    class Slow(LipSync):
+        def generate_batch(self, *arguments: Any) -> Any:
+            made = super().generate_batch(*arguments)
+            next((event for event in generated if not event.is_set()), generated[1]).set()
+            return made
 
-    def after(event: threading.Event, work: Callable[..., Any], *arguments: Any) -> Any:
-        waited.append(event.wait(20))
-        return work(*arguments)
+        def append(self, avatar: Avatar, *arguments: Any) -> None:
+            if len(avatar):
+                waited.append(generated[0].wait(20))
+            super().append(avatar, *arguments)
 
-    def prepared(*arguments: Any) -> Any:
-        return after(generated[0], append, *arguments) if len(arguments[1]) else append(*arguments)
+    def pasted(*arguments: Any) -> Any:
+        waited.append(generated[1].wait(20))
+        return paste(*arguments)
 
-    monkeypatch.setattr(LipSync, "generate_batch", counted)
-    monkeypatch.setattr(LipSync, "append", prepared)
-    monkeypatch.setattr(Painted, "paste", lambda *arguments: after(generated[1], paste, *arguments))
+    paste = Painted.paste
+    monkeypatch.setattr(Painted, "paste", pasted)
     service = Service(settings.model_copy(update={"cache_dir": tmp_path, "device": "cuda", "dtype": FAST, "batch_size": 5}))
+    service.engine._lipsync = Slow(service.engine.load().nets)
     speak(service, short_clip, short_speech)
     assert len(waited) > 10
     assert all(waited)
@@ -147,8 +142,9 @@ def test_five_stages_run_at_once(
 def test_a_gpu_that_cannot_be_used_is_said_in_one_line(
     monkeypatch: pytest.MonkeyPatch, settings: Settings, setting: str, on_runpod: bool, gpu: str | None, fits: bool,
 ) -> None:
-    """What NVML reports is simulated; that torch finds no GPU is this machine's truth or torch's answer to an old driver."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    """What NVML reports is simulated; that torch finds no GPU is this machine's truth, as it is torch's with an old driver."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(engine, "gpu_name", lambda: gpu)
     monkeypatch.setattr(engine, "gpu_driver", lambda: gpu and "570.86")
@@ -243,15 +239,12 @@ def test_a_worker_whose_gpu_cannot_be_used_takes_no_job(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("device", "reason"), [("/nowhere", "no NVIDIA device"), ("/dev/null", "libcuda")])
-def test_which_encoder_runs_and_why_is_logged(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, device: str, reason: str
-) -> None:
+def test_which_encoder_runs_and_why_is_logged(caplog: pytest.LogCaptureFixture, device: str, reason: str) -> None:
     """Without a device, and with one whose driver ffmpeg cannot load: its own words from a real trial."""
     if Path("/dev/nvidiactl").exists():
         pytest.skip("this machine has a GPU")
-    monkeypatch.setattr(encoder, "NVIDIA", Path(device))
     with caplog.at_level(logging.INFO, "musetalk.media"):
-        assert encoder.video_encoder.__wrapped__() == encoder.X264
+        assert encoder.video_encoder(Path(device)) == encoder.X264
     assert caplog.messages[-1].startswith("video encoder: libx264 (")
     assert reason in caplog.messages[-1]
 

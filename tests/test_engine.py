@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from pipeline.engine import Engine
 from pipeline.media import FrameReader, FrameSource
 from pipeline.run import Service, job_folder, remove_stale
 from pipeline.settings import Settings
-from tests.conftest import SAMPLES, faces_within
+from tests.conftest import SAMPLES, encoded, failing, temporary_files
 
 Make = Callable[..., Path]
 
@@ -51,17 +50,17 @@ def output(body: dict[str, Any]) -> Path:
 
 
 @pytest.fixture
-def written(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
+def written() -> Iterator[list[np.ndarray]]:
     """Every frame as it reaches the encoder."""
-    frames: list[np.ndarray] = []
-    original = media.Mp4Writer.write
+    with encoded() as frames:
+        yield frames
 
-    def write(self: media.Mp4Writer, frame: np.ndarray) -> None:
-        frames.append(frame.copy())
-        original(self, frame)
 
-    monkeypatch.setattr(media.Mp4Writer, "write", write)
-    return frames
+def beside(service: Service, **changes: Any) -> Service:
+    """Another service on the same networks, whose cache, batch or lost device does not stay with the others."""
+    other = Service(service.settings.model_copy(update=changes))
+    other.engine._lipsync = LipSync(service.engine.load().nets)
+    return other
 
 
 def test_output_is_as_long_as_the_speech(service: Service, short_clip: Path, short_speech: Path) -> None:
@@ -136,10 +135,10 @@ def test_no_face_at_all_is_named(service: Service, short_speech: Path, media: Ma
 
 
 def test_the_second_job_prepares_nothing_and_gives_the_same_bytes(
-    service: Service, short_clip: Path, short_speech: Path, written: list[np.ndarray], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    service: Service, short_clip: Path, short_speech: Path, written: list[np.ndarray], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(service.engine, "cache", AvatarCache(tmp_path, 10**9, memory=0))
+    service = beside(service)
+    service.engine.cache = AvatarCache(tmp_path, 10**9, memory=0)
     first = run(service, short_clip, short_speech)
     fresh, written[:] = list(written), []
     second = run(service, short_clip, short_speech)
@@ -226,10 +225,10 @@ def test_blending_planes_equals_blending_rgb(service: Service) -> None:
 
 
 @pytest.fixture
-def no_leftovers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def no_leftovers(tmp_path: Path) -> Iterator[None]:
     before = {t.ident for t in threading.enumerate()}
-    yield
+    with temporary_files(tmp_path):
+        yield
     time.sleep(0.3)
     left = [t for t in threading.enumerate() if t.ident not in before and t.name in ("decode", "encode", "peak-memory")]
     assert not left
@@ -288,15 +287,11 @@ def test_deadline(service: Service, media: Make) -> None:
 # -- model and device --------------------------------------------------------------------------------------------------
 
 
-def test_out_of_memory_halves_the_batch(
-    service: Service, short_clip: Path, short_speech: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_halves_the_batch(service: Service, short_clip: Path, short_speech: Path) -> None:
     """Injects the exception torch raises; the batch is halved until it fits."""
-    lipsync = service.engine.load()
-    faces, seen = faces_within(2)
-    monkeypatch.setattr("musetalk.generate.faces", faces)
-    monkeypatch.setattr(lipsync, "largest_batch", 1 << 30)
-    assert run(service, short_clip, short_speech)["status"] == "success"
+    fresh = beside(service)
+    with failing(fresh.engine.load().nets.unet, torch.OutOfMemoryError("CUDA out of memory"), above=2) as seen:
+        assert run(fresh, short_clip, short_speech)["status"] == "success"
     assert max(seen) == 8
     assert seen[-1] <= 2
 
@@ -307,17 +302,10 @@ def test_out_of_memory_halves_the_batch(
     (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "processing_error", True),
 ])
 def test_device_errors_injected(
-    settings: Settings, service: Service, short_clip: Path, short_speech: Path, monkeypatch: pytest.MonkeyPatch,
-    error: BaseException, leaf: str, retryable: bool,
+    service: Service, short_clip: Path, short_speech: Path, error: BaseException, leaf: str, retryable: bool
 ) -> None:
-    fresh = Service(settings)
-    fresh.engine._lipsync = LipSync(service.engine.load().nets)
-
-    def faces(*_: Any) -> Any:
-        raise error
-
-    with monkeypatch.context() as patch:
-        patch.setattr("musetalk.generate.faces", faces)
+    fresh = beside(service)
+    with failing(fresh.engine.load().nets.unet, error):
         body = run(fresh, short_clip, short_speech)
     assert (body["error_type"], body["retryable"]) == (leaf, retryable)
     if isinstance(error, torch.OutOfMemoryError):
@@ -330,9 +318,7 @@ def test_device_errors_injected(
         assert again["status"] == "success"
 
 
-def test_nan_is_an_error_not_a_black_video(
-    service: Service, short_clip: Path, short_speech: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nan_is_an_error_not_a_black_video(service: Service, short_clip: Path, short_speech: Path) -> None:
     weight = service.engine.load().nets.vae.decoder.conv_out.bias
     saved = weight.clone()
     try:
@@ -349,11 +335,10 @@ def test_broken_weights_are_named(settings: Settings, tmp_path: Path, short_clip
     assert "musetalk" in body["error_message"]
 
 
-def test_stale_folders_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_stale_folders_are_removed(tmp_path: Path) -> None:
     (tmp_path / "musetalk-job-old").mkdir()
     (tmp_path / "musetalk-job-old" / "video").write_bytes(b"x")
-    with job_folder() as mine:
+    with temporary_files(tmp_path), job_folder() as mine:
         assert remove_stale() == 1, "the one that nobody holds"
         assert list(tmp_path.iterdir()) == [mine]
     assert not list(tmp_path.iterdir())

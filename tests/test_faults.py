@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.faults import world as faults
+from tests.faults.device import without_gpu
 from tests.faults.rows import ROWS
 from tests.faults.world import SUCCESS, Row, World, media
 
@@ -24,9 +25,9 @@ def test_row(world: World, row: Row) -> None:
     assert not wrong, wrong
 
 
-def test_the_harness_can_fail(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_harness_can_fail(world: World) -> None:
     """A wrong body, a file left behind, a secret said and a worker that is broken afterwards are each seen."""
-    monkeypatch.setattr(faults, "SETTLE_SEC", 0.2)
+    world.settle = 0.2
     assert "expected success" in world.run(Row("self", "body", lambda w: w.job(video="/status/404"), SUCCESS))
     assert "expected (422" in world.run(Row("self", "stage", lambda w: w.job(video="/page"), media("download")))
 
@@ -36,6 +37,6 @@ def test_the_harness_can_fail(world: World, monkeypatch: pytest.MonkeyPatch) -> 
     assert "temporary files ['left']" in world.run(Row("self", "file", leaves_a_file))
     (world.temporary / "left").unlink()
     assert "a secret was said" in world.run(Row("self", "secret", lambda w: w.said.append(faults.CANARY)))
-    monkeypatch.setattr(world.service.engine, "lost", True)
+    world.service, _ = without_gpu(world)
     assert "the healthy job" in world.run(Row("self", "unfit", lambda w: None))
     world.said.clear()

@@ -41,7 +41,7 @@ def test_tiny_report(tmp_path: Path) -> None:
 def test_what_a_gpu_alone_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, records: bool) -> None:
     """On a simulated card: the generator's rows for plain and recorded, and a FAIL where nothing could be recorded."""
     monkeypatch.setattr(gpu.nets, "ceiling", lambda *_: 1.0)
-    monkeypatch.setattr(gpu.shutil, "which", lambda _: None)
+    monkeypatch.setenv("PATH", str(tmp_path))  # where no compiler is
     with cuda.device(), pytest.MonkeyPatch.context() as patch:
         if records:
             patch.setattr(tuning.Recorded.__init__, "__defaults__", (Graphs(), object))

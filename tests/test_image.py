@@ -83,10 +83,12 @@ def image() -> Iterator[tuple[Buildah, str]]:
         yield buildah, buildah("from", "localhost/worker")
 
 
-def run(image: tuple[Buildah, str], *command: str, **environment: str) -> subprocess.Popen[str]:
+def run(
+    image: tuple[Buildah, str], *command: str, options: tuple[str, ...] = (), **environment: str
+) -> subprocess.Popen[str]:
     buildah, container = image
     variables = [a for k, v in environment.items() for a in ("--env", f"{k}={v}")]
-    return subprocess.Popen(buildah.command("run", "--isolation", "chroot", *variables, container, "--", *command),
+    return subprocess.Popen(buildah.command("run", "--isolation", "chroot", *options, *variables, container, "--", *command),
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
@@ -108,10 +110,16 @@ def test_lean_and_safe(image: tuple[Buildah, str]) -> None:
 
 
 def test_sample_job_inside(image: tuple[Buildah, str]) -> None:
-    """`python handler.py`, the image's own command, as its default user."""
-    out, _ = run(image, "python", "handler.py").communicate(timeout=300)
+    """`python handler.py`, the image's own command, as its default user, who is told that root's volume is not writable."""
+    with tempfile.TemporaryDirectory() as volume:
+        Path(volume).chmod(0o755)
+        mount = ("--volume", f"{volume}:/runpod-volume")
+        out, _ = run(image, "python", "handler.py", options=mount, CACHE_DIR="/runpod-volume/cache").communicate(timeout=300)
     assert '"status": "success"' in out, out[-2000:]
     assert '"output_url": "file:///app/outputs/' in out
+    said = [json.loads(line) for line in out.splitlines() if "CACHE_DIR cannot be written" in line]
+    assert [(line["folder"], line["uid"], line["reason"]) for line in said] == [
+        ("/runpod-volume/cache", 10001, "Permission denied")], out[-2000:]
 
 
 def test_http_door_inside(image: tuple[Buildah, str]) -> None:

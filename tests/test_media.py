@@ -19,11 +19,11 @@ import pytest
 
 from pipeline import media as m
 from pipeline.control import Control
-from pipeline.errors import BadMedia, Cancelled, DeadlineExceeded, FfmpegFailed
+from pipeline.errors import BadMedia, Cancelled, DeadlineExceeded, FfmpegFailed, JobError
 from pipeline.media import FrameReader, FrameSource, Mp4Writer, Speech, child, plan, read_speech
 from pipeline.settings import REPOSITORY
 from tests.conftest import SAMPLES
-from tests.faults.files import mutate
+from tests.faults.fuzz import mutate
 
 PIXELS = 8_847_360
 Make = Callable[..., Path]
@@ -79,6 +79,29 @@ def test_files_put_one_after_the_other_are_one_clip(media: Make, tmp_path: Path,
         np.testing.assert_array_equal(frames(src, start, count), both[start : start + count])
 
 
+JOINED = {"flv": (), "wmv": (), "mp4": (), "mov": (), "3gp": ("-c:v", "libx264"), "webp": ("-c:v", "libwebp_anim")}
+
+
+@pytest.mark.parametrize("kind", JOINED)
+def test_files_put_one_after_the_other_that_are_read_to_the_joint_say_so(media: Make, tmp_path: Path, kind: str) -> None:
+    """ffmpeg takes the first one's end for the file's, and says nothing."""
+    once = media(f"once.{kind}", "-f", "lavfi", "-i", MOVING.format(rate=25), *JOINED[kind])
+    (tmp_path / f"both.{kind}").write_bytes(once.read_bytes() * 2)
+    assert len(frames(src := source(tmp_path / f"both.{kind}"))) == len(frames(source(once))) == 50
+    assert "another file" in src.info.opener.doubt
+    assert not source(once).info.opener.doubt
+
+
+@pytest.mark.parametrize("kind", ["m4a", "wma", "aiff", "caf", "flv"])
+def test_speeches_put_one_after_the_other_that_are_read_to_the_joint_say_so(media: Make, tmp_path: Path, kind: str) -> None:
+    once = media(f"said.{kind}", "-f", "lavfi", "-i", "sine=440:d=1:r=44100")
+    (tmp_path / f"both.{kind}").write_bytes(once.read_bytes() * 2)
+    both = speech(tmp_path / f"both.{kind}")
+    assert both.seconds == pytest.approx(1, abs=0.1)
+    assert both.damaged
+    assert not speech(once).damaged
+
+
 def test_a_size_that_changes_on_the_way_is_scaled_to_the_first(media: Make, tmp_path: Path) -> None:
     both = tmp_path / "both.ts"
     both.write_bytes(b"".join(
@@ -96,17 +119,21 @@ def test_a_frame_stream_of_another_size_than_planned_is_an_error(media: Make) ->
         frames(replace(src, width=180, height=320))
 
 
-def test_a_decoder_that_is_killed_is_not_the_end_of_the_clip(media: Make) -> None:
+@pytest.mark.parametrize(("number", "error", "retryable"), [("SIGKILL", FfmpegFailed, True), ("SIGSEGV", BadMedia, False)])
+def test_a_decoder_that_is_killed_is_not_the_end_of_the_clip(
+    media: Make, number: str, error: type[JobError], retryable: bool
+) -> None:
+    """Killed from outside is another's fault, a crash the file's."""
     src = source(media("long.mp4", "-f", "lavfi", "-i", "testsrc2=s=1280x720:r=25:d=8", "-c:v", "libx264",
                        "-preset", "ultrafast"))
     reader, buffer = FrameReader(src), np.empty(src.frame_bytes, np.uint8)
     assert reader.read_into(buffer)
-    os.kill(reader._child.pid, signal.SIGKILL)
-    with pytest.raises(FfmpegFailed, match="SIGKILL") as caught:
+    os.kill(reader._child.pid, signal.Signals[number])
+    with pytest.raises(error, match=number) as caught:
         while reader.read_into(buffer):
             pass
     reader.close()
-    assert caught.value.retryable
+    assert caught.value.retryable is retryable
 
 
 def test_a_clip_that_breaks_off_says_so(media: Make, tmp_path: Path) -> None:

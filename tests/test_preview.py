@@ -10,9 +10,9 @@ import torch
 
 from musetalk.colour import Colour, Planes, to_rgb
 from pipeline import preview as module
-from pipeline.media import Mp4Writer
 from pipeline.run import Service
 from pipeline.schema import parse
+from tests.conftest import encoded
 
 
 @pytest.fixture(scope="module")
@@ -21,23 +21,20 @@ def job(short_clip: Path, short_speech: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("finish", ["official", "natural"])
-def test_a_frame_is_the_films(service: Service, job: dict[str, str], monkeypatch: pytest.MonkeyPatch, finish: str) -> None:
+def test_a_frame_is_the_films(service: Service, job: dict[str, str], finish: str) -> None:
     """Bit for bit what the job hands to the encoder once the clip is prepared; before, in the official finish, whose boxes
     are not steadied by their neighbours'.
     """
-    written: list[bytes] = []
-    write = Mp4Writer.write
-    monkeypatch.setattr(Mp4Writer, "write", lambda self, pixels: (written.append(bytes(pixels)), write(self, pixels))[1])
     params = {"extra_margin": 20, "batch_size": 1, "finish": finish}
     request = parse({**job, "params": params})
-    with service.preview(job) as preview:
+    with service.preview(job) as preview, encoded() as written:
         before = preview.frame(request, 0.64)
         assert service.run_job({**job, "params": params})["status"] == "success"
     with service.preview(job) as preview:
         after = preview.frame(request, 0.64)
         video = preview.inputs.clip.video
     assert video is not None
-    made = Planes.of(torch.from_numpy(np.frombuffer(written[16], np.uint8).copy()), 640, 360)
+    made = Planes.of(torch.from_numpy(written[16]), 640, 360)
     film = to_rgb(made, Colour(video.matrix, video.full_range)).numpy()
     assert np.array_equal(after.film, film)
     assert finish == "natural" or np.array_equal(before.film, film)

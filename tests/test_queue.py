@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ import requests
 from examples import orchestrator
 from pipeline.run import job_folder, remove_stale
 from pipeline.settings import REPOSITORY
-from tests.conftest import make_media
+from tests.conftest import make_media, temporary_files
 from tests.fakes.b2 import B2
 from tests.fakes.platform import API_KEY, Platform
 from tests.fakes.workers import QueueWorker
@@ -166,16 +165,15 @@ def test_even_a_broken_job_function_ends_in_failed(tmp_path: Path) -> None:
         b2.close()
 
 
-def test_a_worker_that_starts_takes_no_running_jobs_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_starts_takes_no_running_jobs_folder(tmp_path: Path) -> None:
     """Whatever moment of another worker's start a job's folder is made in."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     done = threading.Event()
 
     def starting() -> None:
         while not done.is_set():
             remove_stale()
 
-    with ThreadPoolExecutor(2) as pool:
+    with temporary_files(tmp_path), ThreadPoolExecutor(2) as pool:
         others = [pool.submit(starting) for _ in range(2)]
         try:
             for _ in range(500):

@@ -252,7 +252,7 @@ def test_a_client_that_hangs_up_ends_its_job(door: str, samples_url: str, place:
     try:
         silent = job(samples_url, video_url=f"{sources.url}/silent/15")
         if place == "waiting":
-            blocking.submit(requests.post, f"{door}/generate", json=silent, timeout=60)
+            blocking.submit(requests.post, f"{door}/generate", json=silent, timeout=9)  # then it hangs up, too
             wait_for(lambda: inside(door) == 1)
         with pytest.raises(requests.Timeout):
             requests.post(f"{door}/generate", json=silent, timeout=2)

@@ -15,9 +15,8 @@ from urllib.request import urlopen
 
 import pytest
 
-from pipeline import storage
 from pipeline.control import Control
-from pipeline.errors import Cancelled, DeadlineExceeded, JobError, StorageRejected, StorageUnavailable
+from pipeline.errors import Cancelled, DeadlineExceeded, JobError, StorageRejected
 from pipeline.settings import Settings
 from pipeline.storage import B2Storage, LocalStorage
 from tests.fakes import b2 as fakes
@@ -70,15 +69,6 @@ def test_passing_faults_are_survived(b2: fakes.B2, movie: Path, faults: list[fak
     b2.faults.extend(faults)
     assert client(b2).upload(movie, "job-1", Control(60)).endswith("job-1.mp4")
     assert b2.objects["avatar/outputs/job-1.mp4"][-1] == movie.read_bytes()
-
-
-def test_outage_is_retryable_within_the_limit(b2: fakes.B2, movie: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "UPLOAD_SEC", 3.0)
-    b2.faults.extend([fakes.status(503, "service_unavailable")] * 1000)
-    with pytest.raises(StorageUnavailable) as e:
-        client(b2).upload(movie, "job-1", Control(60))
-    assert e.value.retryable
-    assert e.value.details["file_name"] == "avatar/outputs/job-1.mp4"
 
 
 def stopped_after(b2: fakes.B2, path: Path, control: Control, began: Callable[[], None]) -> tuple[JobError, float]:

@@ -26,11 +26,17 @@ def espeak() -> bool:
     return True
 
 
+class Often(common.Training):
+    """Keeps its state every five steps."""
+
+    SAVE = 5
+
+
 def learn(count: int, stop: int | None = None) -> nn.Module:
     """A few steps of a small network on random data."""
     torch.manual_seed(1)
     net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1))
-    training = common.Training("toy", net, count, 1e-2, seed=3)
+    training = Often("toy", net, count, 1e-2, seed=3)
     for step in training.steps():
         if step == stop:
             break
@@ -41,7 +47,6 @@ def learn(count: int, stop: int | None = None) -> nn.Module:
 
 def test_an_interrupted_training_ends_in_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "WORK", tmp_path)
-    monkeypatch.setattr(common.Training, "SAVE", 5)
     want = learn(20).state_dict()
     for file in tmp_path.iterdir():
         file.unlink()

@@ -44,9 +44,9 @@ class Graphs:
         return made, replay
 
 
-def recorded(nets: checkpoints.Networks, graphs: Graphs) -> Recorded:
+def recorded(nets: checkpoints.Networks, graphs: Graphs, kind: type[Recorded] = Recorded) -> Recorded:
     plain = tuning.plain(nets.unet, nets.vae)
-    return Recorded(plain, *tuning.examples(nets.unet, nets.vae, BATCH, TOKENS), record=graphs, pool=object)
+    return kind(plain, *tuning.examples(nets.unet, nets.vae, BATCH, TOKENS), record=graphs, pool=object)
 
 
 def inputs(nets: checkpoints.Networks, batch: int, seed: int, tokens: int = TOKENS) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,24 +88,23 @@ def test_what_does_not_fit_is_recorded_smaller(nets: checkpoints.Networks, caplo
     assert sorted(way.graphs) == [1, 2]
 
 
-class Scarce:
-    """A recorded generator on a device whose memory another thread holds for `spells` calls, or that fits `room` faces."""
+class Scarce(Recorded):
+    """On a device whose memory another thread holds for `spells` calls, or that fits `room` faces."""
 
-    def __init__(self, way: Recorded, spells: int, room: int = 1 << 30, error: BaseException | None = None) -> None:
-        self.way, self.spells, self.room = way, spells, room
-        self.error = error or torch.OutOfMemoryError("CUDA out of memory")
+    spells, room = 0, 1 << 30
+    error: BaseException = torch.OutOfMemoryError("CUDA out of memory")
 
     def __call__(self, latents: torch.Tensor, prompts: torch.Tensor) -> Made:
         self.spells -= 1
         if self.spells >= 0 or len(latents) > self.room:
             raise self.error
-        return self.way.generator(latents, prompts)
+        return self.generator(latents, prompts)
 
 
-def scarce(nets: checkpoints.Networks, monkeypatch: pytest.MonkeyPatch, **how: Any) -> tuple[LipSync, Recorded]:
+def scarce(nets: checkpoints.Networks, **how: Any) -> tuple[LipSync, Recorded]:
     lipsync = LipSync(nets)
-    way = recorded(nets, Graphs())
-    monkeypatch.setattr(Recorded, "__call__", Scarce(way, **how).__call__)
+    way = recorded(nets, Graphs(), Scarce)
+    vars(way).update(how)
     lipsync.generator, lipsync.largest_batch = way, BATCH
     return lipsync, way
 
@@ -119,18 +118,18 @@ def accelerator_error(code: int) -> torch.AcceleratorError:
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), accelerator_error(tuning.OUT_OF_MEMORY)])
 def test_memory_that_another_thread_held_costs_nothing(
-    nets: checkpoints.Networks, monkeypatch: pytest.MonkeyPatch, error: BaseException
+    nets: checkpoints.Networks, error: BaseException
 ) -> None:
-    lipsync, way = scarce(nets, monkeypatch, spells=1, error=error)
+    lipsync, way = scarce(nets, spells=1, error=error)
     assert len(lipsync.generate(*inputs(nets, BATCH, 1))) == BATCH
     assert lipsync.largest_batch == BATCH
     assert sorted(way.graphs) == [1, 4, 6]
 
 
 def test_out_of_memory_records_a_smaller_batch_and_says_so(
-    nets: checkpoints.Networks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    nets: checkpoints.Networks, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lipsync, way = scarce(nets, monkeypatch, spells=0, room=4)
+    lipsync, way = scarce(nets, spells=0, room=4)
     with caplog.at_level(logging.WARNING):
         assert len(lipsync.generate(*inputs(nets, BATCH, 1))) == BATCH
     assert lipsync.largest_batch == 3
@@ -138,8 +137,8 @@ def test_out_of_memory_records_a_smaller_batch_and_says_so(
     assert [r.next_batch for r in caplog.records if hasattr(r, "next_batch")] == [6, 3]
 
 
-def test_a_lost_device_is_no_lack_of_memory(nets: checkpoints.Networks, monkeypatch: pytest.MonkeyPatch) -> None:
-    lipsync, _ = scarce(nets, monkeypatch, spells=1, error=accelerator_error(700))  # cudaErrorIllegalAddress
+def test_a_lost_device_is_no_lack_of_memory(nets: checkpoints.Networks) -> None:
+    lipsync, _ = scarce(nets, spells=1, error=accelerator_error(700))  # cudaErrorIllegalAddress
     with pytest.raises(torch.AcceleratorError):
         lipsync.generate(*inputs(nets, 1, 1))
 

@@ -23,7 +23,7 @@ from typing import Any
 import imageio_ffmpeg
 
 from pipeline import redact
-from pipeline.errors import FfmpegFailed
+from pipeline.errors import BadMedia, FfmpegFailed
 from pipeline.settings import child_environment
 
 PIPE_BYTES = 1 << 20
@@ -32,6 +32,8 @@ PROBE_SEC = 20  # to describe a file
 CHECK_SEC = 0.2  # how often a child that is waited for is asked after
 END_SEC = 10.0  # from the end of a child's output to its own
 STARVED = re.compile(r"Cannot allocate memory|Resource temporarily unavailable|error while loading shared libraries")
+CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGTRAP}  # nobody sends them
+CROWDED = "exceeds max_streams parameter"  # a file's fault, for which ffmpeg has no error number of its own but ENOMEM's
 
 
 @functools.lru_cache(maxsize=1)
@@ -70,7 +72,8 @@ def kill(child: subprocess.Popen[bytes]) -> None:
 def run(
     command: Sequence[str], timeout: float, limited: bool = True, check: Callable[[], None] = lambda: None
 ) -> tuple[int, bytes, str]:
-    """Run to the end: exit code, stdout, stderr. Raises FfmpegFailed when it hangs, is killed or lacks memory.
+    """Run to the end: exit code, stdout, stderr. Raises FfmpegFailed when it hangs, is killed or lacks memory; BadMedia when
+    it crashes on a stranger's file, which is what a `limited` child reads.
 
     `check` is called several times a second and may raise: the job was cancelled or is out of time.
     """
@@ -88,22 +91,23 @@ def run(
                     raise FfmpegFailed(f"{Path(command[0]).name} took more than {timeout:g} s",
                                        timeout_seconds=timeout) from None
         said = err.decode(errors="replace")
-        check_exit(Path(command[0]).name, child.returncode, said)
+        check_exit(Path(command[0]).name, child.returncode, said, limited)
         return child.returncode, out, said
     finally:
         kill(child)
 
 
-def check_exit(name: str, code: int, said: str) -> None:
+def check_exit(name: str, code: int, said: str, foreign: bool) -> None:
     """Raise FfmpegFailed for an end that says nothing about the file: by a signal, or for lack of memory.
 
-    At the pipe such an end looks like the end of the file.
+    At the pipe such an end looks like the end of the file. BadMedia where a `foreign` file, a stranger's, made it crash.
     """
     if code < 0:
-        with contextlib.suppress(ValueError):
-            raise FfmpegFailed(f"{name} was killed ({signal.Signals(-code).name})", exit_status=code)
-        raise FfmpegFailed(f"{name} was killed (signal {-code})", exit_status=code)
-    if code and STARVED.search(said):
+        name_of = {s.value: s.name for s in signal.Signals}.get(-code, f"signal {-code}")
+        if foreign and -code in CRASHES:
+            raise BadMedia(f"the file is damaged: {name} crashed on it ({name_of})", exit_status=code)
+        raise FfmpegFailed(f"{name} was killed ({name_of})", exit_status=code)
+    if code and STARVED.search(said) and CROWDED not in said:
         raise FfmpegFailed(f"{name} ran out of memory", exit_status=code, ffprobe_stderr=tail(said))
 
 

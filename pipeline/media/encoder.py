@@ -24,18 +24,18 @@ X264 = ("-c:v", "libx264", "-preset", "veryfast", "-crf", "18")
 NVIDIA = Path("/dev/nvidiactl")  # there where a driver is
 
 
-@functools.lru_cache(maxsize=1)
-def video_encoder() -> tuple[str, ...]:
+@functools.cache
+def video_encoder(driver: Path = NVIDIA) -> tuple[str, ...]:
     """Encoder options: NVENC when a trial encode works here, else x264 with a preset that keeps up. Logged with the reason."""
-    reason = _nvenc_refused()
+    reason = _nvenc_refused(driver)
     chosen = X264 if reason else NVENC
     log.info("video encoder: %s (%s)", chosen[1], reason or "its trial encode worked")
     return chosen
 
 
-def _nvenc_refused() -> str:
+def _nvenc_refused(driver: Path) -> str:
     """Why NVENC cannot be used; empty when it can."""
-    if not NVIDIA.exists():
+    if not driver.exists():
         return "no NVIDIA device"
     trial = [child.ffmpeg(), "-nostdin", "-v", "error", "-f", "lavfi", "-i", "color=black:s=256x256:r=25:d=0.2", *NVENC,
              "-f", "null", "-"]
@@ -94,7 +94,7 @@ class Mp4Writer(Child):
         if "No space left" in said:
             return OSError(28, "No space left on device")
         try:
-            child.check_exit("the encoder", code or 0, said)
+            child.check_exit("the encoder", code or 0, said, False)
         except FfmpegFailed as e:
             return e
         return FfmpegFailed(f"the encoder stopped (exit {code}): {said[-200:]}", ffprobe_stderr=said)

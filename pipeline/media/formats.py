@@ -6,9 +6,11 @@ files and other hosts. Pictures are told by their first bytes and opened with th
 
 from __future__ import annotations
 
-import struct
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO, Literal
 
 CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,"
               "wav,mp3,flac,ogg,aac,amr,aiff,caf")
@@ -45,12 +47,43 @@ PICTURES = {
     b"GIF87a": Opener("gif"), b"GIF89a": Opener("gif"),
 }
 UNSTATED = "the header states fewer samples than the file holds"
-# files of sound that are a chain of chunks: first bytes, where the chain begins, how it states sizes, how ffmpeg opens a file
-# with more in it than its chain states
+JOINED = "another file is put after the first, and is not read"
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A file whose parts, from byte `begin` on, each have their name and length in front."""
+
+    first: bytes  # what the file begins with, read as a part's name: no part, but the joint where another file is put after
+    form: bytes  # at byte 8
+    begin: int
+    part: Callable[[bytes], tuple[bytes, int]]  # its first 24 bytes -> its name and whole length; not positive: to the end
+    more: Opener | None = None  # how to open a file that goes on after its last part; parts' names are printable
+
+
+def _riff(order: Literal["little", "big"]) -> Callable[[bytes], tuple[bytes, int]]:
+    def part(head: bytes) -> tuple[bytes, int]:
+        size = int.from_bytes(head[4:8], order)
+        return head[:4], 8 + size + size % 2
+    return part
+
+
+def _atom(head: bytes) -> tuple[bytes, int]:
+    size = int.from_bytes(head[:4])
+    return head[4:8], int.from_bytes(head[8:16]) if size == 1 else size
+
+
+ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+PARTS = 1_000_000  # that are looked at: ten minutes of FLV have less than a tenth
 CHAINS = (
-    (b"RIFF", b"WAVE", 12, "<I", Opener("wav", more=("-ignore_length", "1"))),
-    (b"FORM", b"AIFF", 12, ">I", Opener(doubt=UNSTATED)), (b"FORM", b"AIFC", 12, ">I", Opener(doubt=UNSTATED)),
-    (b"caff", b"", 8, ">q", Opener(doubt=UNSTATED)),
+    Chain(b"RIFF", b"WAVE", 12, _riff("little"), Opener("wav", more=("-ignore_length", "1"))),
+    Chain(b"FORM", b"AIFF", 12, _riff("big"), Opener(doubt=UNSTATED)),
+    Chain(b"FORM", b"AIFC", 12, _riff("big"), Opener(doubt=UNSTATED)),
+    Chain(b"caff", b"", 8, lambda h: (h[:4], 12 + int.from_bytes(h[4:12], signed=True)), Opener(doubt=UNSTATED)),
+    Chain(b"RIFF", b"WEBP", 12, _riff("little")),
+    Chain(b"FLV", b"", 13, lambda h: (h[:3], 15 + int.from_bytes(h[1:4]))),
+    Chain(ASF, b"", 0, lambda h: (h[:16], int.from_bytes(h[16:24], "little"))),
+    Chain(b"ftyp", b"", 0, _atom),
 )
 
 
@@ -58,34 +91,42 @@ def opener(path: Path) -> Opener:
     """How to open a file, told by its first bytes."""
     with path.open("rb") as file:
         head = file.read(64)
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        animated = head[12:16] == b"VP8X" and len(head) > 20 and head[20] & 2
-        return Opener("webp_anim") if animated else Opener("webp_pipe", True)
+        if how := _picture(head):
+            return how
+        chain = next((c for c in CHAINS if c.part(head)[0] == c.first and head[8:].startswith(c.form)), None)
+        how = _after(file, chain) if chain else UNKNOWN
+    return replace(how, demuxer="webp_anim") if head[8:12] == b"WEBP" else how
+
+
+def _picture(head: bytes) -> Opener | None:
+    """How to open a still or a GIF."""
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP" and not (head[12:16] == b"VP8X" and len(head) > 20 and head[20] & 2):
+        return Opener("webp_pipe", True)
     if head[:2] == b"BM" and head[6:10] == b"\0\0\0\0":
         return Opener("bmp_pipe", True)
     if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"mif1", b"heic", b"heix"):
         return Opener("mov", True)
-    for kind, form, at, size, how in CHAINS:
-        if head[:4] == kind and head[8 : 8 + len(form)] == form and _more_than_chunks(path, at, size):
-            return how
-    return next((how for magic, how in PICTURES.items() if head.startswith(magic)), UNKNOWN)
+    return next((how for magic, how in PICTURES.items() if head.startswith(magic)), None)
 
 
-def _more_than_chunks(path: Path, at: int, size: str) -> bool:
-    """Whether a chain of chunks from byte `at` ends before the file does, at something that is no chunk."""
-    end, head = path.stat().st_size, 4 + struct.calcsize(size)
-    with path.open("rb") as file:
-        while end - at >= head:
-            file.seek(at)
-            name, length = struct.unpack(f"{size[0]}4s{size[1]}", file.read(head))
-            if not name.strip(b"\0"):
-                return False  # padding
-            if not (name.isascii() and name.decode().isprintable()) or name == b"RIFF":
-                return True
-            if length < 0:
-                return False  # to the end
-            at += head + length + (length % 2 if size != ">q" else 0)  # CAF does not pad
-    return False
+def _after(file: BinaryIO, chain: Chain) -> Opener:
+    """How to open a file that may go on where its chain ends."""
+    end, at = file.seek(0, os.SEEK_END), chain.begin
+    for _ in range(PARTS):
+        if end - at < 12:
+            break
+        file.seek(at)
+        name, length = chain.part(file.read(24))
+        if name == chain.first and at > 0:
+            return chain.more or Opener(doubt=JOINED)
+        if not name.strip(b"\0"):
+            break  # padding
+        if chain.more and not (name.isascii() and name.decode().isprintable()):
+            return chain.more
+        if length <= 0:
+            break
+        at += length
+    return UNKNOWN
 
 
 def guarded(path: Path, max_pixels: int, how: Opener) -> list[str]:

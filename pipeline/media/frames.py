@@ -99,7 +99,8 @@ class FrameReader(Child):
     def read_into(self, buffer: NDArray[np.uint8]) -> bool:
         """Fill `buffer` with the next frame; False at the end of what can be decoded, or once aborted.
 
-        Raises FfmpegFailed when the decoder was killed, lacked memory, or its frames are not of the planned size.
+        Raises FfmpegFailed when the decoder was killed, lacked memory, or its frames are not of the planned size, BadMedia when
+        it crashed.
         """
         while True:
             if not self._frame(buffer):
@@ -153,7 +154,7 @@ class FrameReader(Child):
             raise FfmpegFailed("the decoder closed its output but does not end", timeout_seconds=END_SEC) from None
         if self._aborted:
             return False
-        child.check_exit("the decoder", self._status, self.complaint())
+        child.check_exit("the decoder", self._status, self.complaint(), True)
         if got:
             raise FfmpegFailed(f"the decoder ended inside a frame (exit {self._status})", exit_status=self._status)
         return False

@@ -150,6 +150,8 @@ def explain(path: Path, err: str) -> str:
         return "the URL gave a web page, not a media file"
     if _too_many_pixels(err):
         return "the picture is larger than MAX_PIXELS"
+    if child.CROWDED in err:
+        return "the file has more than 1000 streams or tiles"
     if "moov atom not found" in err and head[4:8] == b"ftyp":
         return "the file is incomplete: its index (moov atom) is missing"
     return f"not a media file this worker reads ({ACCEPTED_TEXT})"

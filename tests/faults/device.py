@@ -1,28 +1,25 @@
-"""Weights, memory, the GPU, the disk. What cannot be had here is injected as the very exception the library raises."""
+"""Weights, memory, the GPU, the disk. What cannot be had here is the very exception that torch raises, in a real network."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
-from musetalk import LipSync, generate
+from musetalk import LipSync
 from pipeline.errors import Unfit
 from pipeline.run import Service
 from pipeline.settings import REPOSITORY
-from tests.conftest import DEMO, faces_within
-from tests.faults.world import Body, Expect, Row, World, processing
+from tests.conftest import DEMO, failing, temporary_files
+from tests.faults.world import Body, Expect, NotHere, Row, World, processing
 
 UNET = "musetalkV15/unet.pth"
 AGAIN = processing("inference", True)
@@ -82,12 +79,6 @@ class Exploit:
 # -- memory and device -----------------------------------------------------------------------------------------------
 
 
-def _raising(error: BaseException) -> Callable[..., Any]:
-    def fail(*_: Any, **__: Any) -> Any:
-        raise error
-    return fail
-
-
 def _fresh(w: World) -> Service:
     """A service of its own, whose lowered batch or lost device does not stay with the others."""
     service = w.another()
@@ -97,31 +88,38 @@ def _fresh(w: World) -> Service:
 
 def halves(w: World) -> Body:
     """Memory for two faces at a time: the batch is halved until it fits."""
-    faces, seen = faces_within(2)
-    with mock.patch.object(generate, "faces", faces):
-        body = w.job(_fresh(w))
+    service = _fresh(w)
+    with failing(service.engine.load().nets.unet, torch.OutOfMemoryError("CUDA out of memory"), above=2) as seen:
+        body = w.job(service)
     assert max(seen) > 2 >= seen[-1], f"batches {seen}"
     return body
 
 
 def _generating(error: BaseException) -> Callable[[World], Body]:
     def act(w: World) -> Body:
-        with mock.patch.object(generate, "faces", _raising(error)):
-            return w.job(_fresh(w))
+        service = _fresh(w)
+        with failing(service.engine.load().nets.unet, error):
+            return w.job(service)
     return act
 
 
 def preparing(w: World) -> Body:
     """Memory runs out while an unseen clip is encoded."""
-    with mock.patch.object(generate, "latents", _raising(torch.OutOfMemoryError("CUDA out of memory"))):
-        return w.job(_fresh(w), params={"extra_margin": 3})
+    service = _fresh(w)
+    with failing(service.engine.load().nets.vae.encoder, torch.OutOfMemoryError("CUDA out of memory")):
+        return w.job(service, params={"extra_margin": 3})
+
+
+def without_gpu(w: World) -> tuple[Service, Body]:
+    """A service whose GPU is gone, and the body of the job in which it went."""
+    service = _fresh(w)
+    with failing(service.engine.load().nets.unet, torch.AcceleratorError("CUDA error: unspecified launch failure")):
+        return service, w.job(service)
 
 
 def lost(w: World) -> None:
     """The GPU is gone: the worker fails every later job at once and asks to be replaced."""
-    service = _fresh(w)
-    with mock.patch.object(generate, "faces", _raising(torch.AcceleratorError("CUDA error: unspecified launch failure"))):
-        first = w.job(service)
+    service, first = without_gpu(w)
     wrong = AGAIN.differs(first)
     assert not wrong, wrong
     assert service.engine.lost
@@ -191,39 +189,38 @@ def mounted(folder: Path, options: str) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def small_disk(w: World, size: int) -> Iterator[bool]:
-    """Temporary files go to a disk of `size` bytes where one can be mounted; tells whether it could."""
+def small_disk(w: World, size: int) -> Iterator[None]:
+    """Temporary files go to a disk of `size` bytes; raises NotHere where none can be mounted."""
     folder = w.temporary / "small"
-    with mounted(folder, f"size={size}") as real, mock.patch.object(
-            tempfile, "tempdir", str(folder if real else w.temporary)):
-        yield real
+    with mounted(folder, f"size={size}") as real:
+        if not real:
+            raise NotHere("no disk can be mounted")
+        with temporary_files(folder):
+            yield
 
 
 def full_while_downloading(w: World) -> Body:
-    """A disk of 64 kB (injected where none can be mounted)."""
+    """A disk of 64 kB."""
     (w.files / "noise.mp4").write_bytes(os.urandom(1_000_000))
-    with small_disk(w, 64 << 10) as real:
-        if real:
-            return w.job(video="noise.mp4")
-        with mock.patch.object(Path, "open", _raising(OSError(errno.ENOSPC, "No space left on device"))):
-            return w.job()
+    with small_disk(w, 64 << 10):
+        return w.job(video="noise.mp4")
 
 
 def full_while_encoding(w: World) -> Body:
-    """The inputs and the decoded speech fit, the result does not (injected where no disk can be mounted)."""
+    """The inputs and the decoded speech fit, the result does not."""
     size = w.clip.stat().st_size + 5 * w.speech.stat().st_size
-    with small_disk(w, (size // 4096 + 4) * 4096) as real:
-        if real:
-            return w.job(params={"fps": 120, "upscale": True}, resolution="1080p")
-        from pipeline.media import Mp4Writer
-        with mock.patch.object(Mp4Writer, "write", _raising(OSError(errno.ENOSPC, "No space left on device"))):
-            return w.job()
+    with small_disk(w, (size // 4096 + 4) * 4096):
+        return w.job(params={"fps": 120, "upscale": True}, resolution="1080p")
 
 
 def full_while_storing(w: World) -> Body:
-    """LOCAL_STORAGE_DIR is full (injected)."""
-    with mock.patch.object(shutil, "copyfile", _raising(OSError(errno.ENOSPC, "No space left on device"))):
-        return w.job()
+    """What is written into LOCAL_STORAGE_DIR goes to the device that is always full."""
+    folder = w.folder / "full"
+    folder.mkdir()
+    (folder / ".fault.mp4.part").symlink_to("/dev/full")
+    body = w.job(w.another(local_storage_dir=folder))
+    assert not list(folder.iterdir()), "left half a file"
+    return body
 
 
 def unwritable_cache(w: World) -> Body:
@@ -282,7 +279,7 @@ ROWS = [
     Row("device", "the process' memory limit", memory_limit, AGAIN, limit_sec=60),
     Row("disk", "full while downloading", full_while_downloading, processing("download", True, "no space left")),
     Row("disk", "full while encoding", full_while_encoding, processing("inference", True, "no space left")),
-    Row("disk", "full while storing, injected", full_while_storing, processing("upload", True, "no space left")),
+    Row("disk", "full while storing", full_while_storing, processing("upload", True, "no space left")),
     Row("disk", "the cache cannot be made", unwritable_cache), Row("disk", "the cache is read-only", read_only_cache),
     Row("disk", "the cache is corrupt", corrupt_cache),
 ]

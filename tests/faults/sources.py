@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from typing import Any
-from unittest import mock
 
 from pipeline.download import IDLE_SEC
-from tests.faults.world import SUCCESS, Body, Expect, Row, World, media
+from tests.faults.world import SUCCESS, Body, Expect, Network, Row, World, media
 
 GONE, LATER = media("download"), media("download", retryable=True)
 BEHAVIOURS: dict[str, tuple[str, Expect]] = {
@@ -39,10 +37,7 @@ def _row(name: str, path: str, expect: Expect) -> Row:
 
 def dns_failure(w: World) -> Body:
     """The name does not exist; nobody is asked."""
-    def unknown(*_: Any, **__: Any) -> Any:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-    with mock.patch.object(socket, "getaddrinfo", unknown):
+    with Network({}):
         return w.job(video_url="http://no.such.host/clip.mp4")
 
 

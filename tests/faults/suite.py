@@ -14,6 +14,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "pictures": (
         "test_turns.py::", "test_media.py::test_a_size_that_changes", "test_media.py::test_a_frame_stream_of_another_size",
         "test_media.py::test_hdr_becomes_bt709", "test_media.py::test_interlaced", "test_media.py::test_files_put_one_after",
+        "test_media.py::test_speeches_put_one_after",
         "test_media.py::test_the_readme_names_what_is_accepted"),
     "speech": ("test_sound.py::",),
     "storage": (

@@ -38,6 +38,8 @@ def _row(name: str) -> Row:
             body = w.job(w.with_b2(b2))
             if body["status"] == "success":
                 _same_everywhere(b2, body)
+            else:
+                assert body["details"]["file_name"] == "avatar/outputs/fault.mp4", body["details"]
             return body
 
     ever = "for ever" in name
