@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 os.environ.setdefault("RUNPOD_DEBUG_LEVEL", "INFO")  # the SDK's default, DEBUG, prints whole inputs with signed URLs
+
+# importing the SDK waits 1 s for a child process that reads the CPU's name: torch is read from disk meanwhile
+threading.Thread(target=importlib.import_module, args=["torch"], name="import").start()
 
 import runpod
 

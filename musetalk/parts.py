@@ -20,8 +20,8 @@ MOST = 8  # parts at once: a CPU's usual batch
 
 
 @lru_cache(1)
-def threads() -> ThreadPoolExecutor | None:
-    """The process's threads for parts, which share its cores; None where there is one core.
+def threads() -> tuple[ThreadPoolExecutor, int] | None:
+    """The process's threads for parts, which share its cores, and their number; None where there is one core.
 
     A thread's number of OpenMP threads is its own, but torch also keeps the latest number set for threads to come. So they
     all start here, at once, and the number for all others is set again behind them.
@@ -40,24 +40,26 @@ def threads() -> ThreadPoolExecutor | None:
     pool = ThreadPoolExecutor(count, thread_name_prefix="parts", initializer=start)
     wait([pool.submit(int) for _ in range(count)])
     torch.set_num_threads(cores)
-    return pool
+    return pool, count
 
 
 def in_parts(work: Callable[[slice], T], count: int, device: torch.device) -> list[T]:
     """`work` on slices of range(count) that together are all of it, in order; on a CPU at once, each in a thread.
 
-    The threads work in copies of the caller's context variables. An error is raised once all of them have ended.
+    The threads work in copies of the caller's context variables. An error is raised once all of them have ended. `work` must
+    not come here again: it would wait for its own thread.
     """
-    pool = threads() if device.type == "cpu" and count > 1 else None
-    if pool is None:
+    shared = threads() if device.type == "cpu" and count > 1 else None
+    if shared is None:
         return [work(slice(0, count))]
+    pool, most = shared
     inference = torch.is_inference_mode_enabled()
 
     def run(part: slice) -> T:
         with torch.inference_mode(inference):
             return work(part)
 
-    size = -(-count // pool._max_workers)
+    size = -(-count // most)
     parts = [slice(first, min(first + size, count)) for first in range(0, count, size)]
     running = [pool.submit(contextvars.copy_context().run, run, part) for part in parts]
     wait(running)

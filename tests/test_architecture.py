@@ -15,11 +15,12 @@ FILES = [*sorted((ROOT / "musetalk").rglob("*.py")), *sorted((ROOT / "pipeline")
 # who may import whom: a room, then the rooms it may use; a package is one room
 MUSETALK = {
     "errors": "", "options": "", "box": "", "nets": "errors", "interruption": "errors",
-    "order": "options", "imaging": "box", "avatar": "box", "colour": "imaging",
+    "order": "options", "imaging": "box", "avatar": "box", "parts": "", "colour": "imaging parts",
     "checkpoints": "errors nets",
-    "audio": "errors nets", "faces": "box imaging nets", "track": "box faces nets", "generate": "nets",
+    "audio": "errors nets", "faces": "box imaging nets parts", "track": "box faces nets", "generate": "nets",
     "blend": "box imaging nets options", "finish": "blend box imaging", "tuning": "checkpoints generate nets",
-    "lipsync": "audio avatar blend box checkpoints errors faces finish generate interruption nets options order track tuning",
+    "lipsync": "audio avatar blend box checkpoints errors faces finish generate interruption nets options order parts track "
+               "tuning",
 }
 PIPELINE = {
     "errors": "", "settings": "", "redact": "", "metrics": "errors",
