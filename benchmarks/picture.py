@@ -33,7 +33,7 @@ from musetalk.avatar import Avatar
 from musetalk.box import Box
 from musetalk.faces import crop, face_box
 from musetalk.imaging import pillow_resize
-from musetalk.options import Finish
+from musetalk.options import Finish, Quality
 from musetalk.track import Found, steadied
 from pipeline.media import ffmpeg
 from pipeline.settings import REPOSITORY
@@ -130,9 +130,9 @@ def prepared(lipsync: LipSync, clip: Clip, made: Material, options: Options, fou
     return avatar
 
 
-def film(lipsync: LipSync, clip: Clip, made: Material, finish: Finish, found: bool = False) -> Film:
+def film(lipsync: LipSync, clip: Clip, made: Material, finish: Finish, found: bool = False, quality: Quality = "exact") -> Film:
     """Prepare and speak."""
-    options = Options.for_version(lipsync.nets.version, finish=finish)
+    options = Options.for_version(lipsync.nets.version, finish=finish, quality=quality)
     avatar = prepared(lipsync, clip, made, options, found)
     frames = list(lipsync.speak(avatar, made.pcm, Fraction(clip.fps), options))[: clip.frames]
     masks: list[Picture] = []

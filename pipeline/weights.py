@@ -209,7 +209,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--mirror", action="append", default=[], metavar="FROM=TO", help="replace the start of URLs")
     parser.add_argument("--keep", action="store_true", help="keep the official files beside the converted ones")
     options = parser.parse_args(argv)
-    mirrors = dict(m.split("=", 1) for m in options.mirror if "=" in m)
+    if wrong := [m for m in options.mirror if "=" not in m]:
+        parser.error(f"--mirror {wrong[0]}: give FROM=TO, the start of a URL and what replaces it")
+    mirrors = dict(m.split("=", 1) for m in options.mirror)
     try:
         if options.command == "fetch":
             fetch(options.dir, options.version, mirrors, options.keep)

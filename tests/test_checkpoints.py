@@ -293,3 +293,10 @@ def test_published_list_matches_the_reference_table() -> None:
         assert file.size == int(size)
         assert not digest or digest == file.sha256
     assert weights.published("v15", {"https://huggingface.co": "http://mirror"})[0].url.startswith("http://mirror/")
+
+
+
+def test_a_mirror_without_its_other_half_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        weights.main(["verify", "--dir", str(tmp_path), "--mirror", "http://mirror"])
+    assert "--mirror http://mirror: give FROM=TO" in capsys.readouterr().err
