@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from musetalk import generate, tuning
+from musetalk import generate, layout, tuning
 from musetalk.checkpoints import default_dtype
 from musetalk.nets.tiny import Tiny
 from musetalk.nets.unet import UNet
@@ -52,7 +52,7 @@ def ours(device: torch.device, dtype: torch.dtype) -> tuple[UNet, Vae, Tiny]:
     plain: list[Any] = [unet, vae, tiny]
     nets = [net.requires_grad_(False).to(dtype=dtype, memory_format=torch.channels_last) for net in plain]
     if device.type == "cpu":
-        tuning.fit_cpu(*nets)
+        layout.fit_cpu(*nets)
     return nets[0], nets[1], nets[2]
 
 

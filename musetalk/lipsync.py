@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musetalk import blend, checkpoints, faces, generate, tuning
+from musetalk import blend, checkpoints, faces, generate, layout, tuning
 from musetalk.audio import Prompts, silent_frames
 from musetalk.avatar import Avatar, Face
 from musetalk.box import Box, Region
@@ -64,7 +64,7 @@ class LipSync:
             tuning.fix_numerics()
         nets = checkpoints.load(folder, device, dtype)
         if nets.device.type == "cpu":
-            tuning.fit_cpu(nets.unet, nets.vae, nets.tiny)
+            layout.fit_cpu(nets.unet, nets.vae, nets.tiny)
         return cls(nets)
 
     @property

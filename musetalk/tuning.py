@@ -13,9 +13,6 @@ import torch
 from torch import Tensor
 
 from musetalk import generate
-from musetalk.checkpoints import Networks
-from musetalk.nets.layers import Doubling, Packed, fold_upsampling, fuse_relu, pack
-from musetalk.nets.tiny import Tiny
 from musetalk.nets.unet import UNet
 from musetalk.nets.vae import Vae
 
@@ -41,27 +38,6 @@ def fix_numerics() -> None:
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
-
-
-def fit_cpu(unet: UNet, vae: Vae, tiny: Tiny | None) -> None:
-    """Lay loaded networks out for a CPU, in place; the way is chosen by capability alone, never by timing."""
-    for net in (unet, vae.decoder, tiny):
-        if net is not None:
-            fold_upsampling(net)
-    pack(unet)
-    if tiny is not None:
-        fuse_relu(tiny)
-
-
-def layout(nets: Networks) -> str:
-    """How the networks run on their device, for reports."""
-    if nets.device.type != "cpu":
-        return "channels last, recorded"
-    packed = any(isinstance(m, Packed) for m in nets.unet.modules())
-    doubled = any(isinstance(m, Doubling) for m in nets.vae.decoder.modules())
-    return ", ".join(["channels last", f"UNet's weights {'packed' if packed else 'plain'}",
-                      f"upsampling {'folded' if doubled else 'plain'}", f"{nets.vae.decoded_at_once} decoded at once",
-                      torch.backends.cpu.get_cpu_capability()])
 
 
 def numerics(device: torch.device, dtype: torch.dtype) -> str:

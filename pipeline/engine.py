@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from musetalk import AvatarCache, BadAudio, BadCheckpoint, LipSync, NoFace, NonFiniteOutput, Options, faces
+from musetalk import AvatarCache, BadAudio, BadCheckpoint, LipSync, NoFace, NonFiniteOutput, Options, faces, layout
 from musetalk.avatar import Avatar
 from musetalk.box import Box
 from musetalk.checkpoints import digests
@@ -24,7 +24,7 @@ from musetalk.errors import Interrupted, NoFastLane
 from musetalk.interruption import interruptible
 from musetalk.lipsync import Slot
 from musetalk.track import Found
-from musetalk.tuning import layout, numerics, out_of_memory
+from musetalk.tuning import numerics, out_of_memory
 from pipeline.errors import (
     BadMedia,
     BadOutput,
@@ -176,7 +176,7 @@ class Engine:
         nets = self.load().nets
         return {
             "device": (self.device.type == "cuda" and gpu_name()) or self.device.type,
-            "dtype": str(nets.dtype).removeprefix("torch."), "layout": layout(nets), "encoder": video_encoder()[1],
+            "dtype": str(nets.dtype).removeprefix("torch."), "layout": layout.described(nets), "encoder": video_encoder()[1],
             "weights_version": nets.version, "weights_sha256": digests(self.settings.model_dir, nets.version),
         }
 

@@ -18,9 +18,9 @@ MUSETALK = {
     "order": "options", "imaging": "box", "avatar": "box", "parts": "", "colour": "imaging parts",
     "checkpoints": "errors nets",
     "audio": "errors nets", "faces": "box imaging nets parts", "track": "box faces nets", "generate": "nets",
-    "blend": "box imaging nets options", "finish": "blend box imaging", "tuning": "checkpoints generate nets",
-    "lipsync": "audio avatar blend box checkpoints errors faces finish generate interruption nets options order parts track "
-               "tuning",
+    "blend": "box imaging nets options", "finish": "blend box imaging", "tuning": "generate nets", "layout": "checkpoints nets",
+    "lipsync": "audio avatar blend box checkpoints errors faces finish generate interruption layout nets options order parts "
+               "track tuning",
 }
 PIPELINE = {
     "errors": "", "settings": "", "redact": "", "metrics": "errors",
