@@ -289,11 +289,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         # two products with bfloat16's instructions, which torch's tiled kernel does not use: three times as fast; so many
         # heads at once that their scores stay in the caches
         a, b, c = (split(x).reshape(n * heads, -1, channels // heads) for x in (q, k, v))
-        out, scale, count = torch.empty_like(a), (channels // heads) ** -0.5, MAP_BYTES["cpu"] // scores
+        scale, count = (channels // heads) ** -0.5, MAP_BYTES["cpu"] // scores
+        parts = []
         for first in range(0, n * heads, count):
             these = slice(first, first + count)
             likeness = torch.baddbmm(q.new_empty(()), a[these], b[these].mT, beta=0, alpha=scale)
-            torch.bmm(likeness.softmax(-1), c[these], out=out[these])
+            parts.append(likeness.softmax(-1) @ c[these])
+        out = torch.cat(parts)
         out = out.view(n, heads, length, -1)
     else:
         out = F.scaled_dot_product_attention(split(q), split(k), split(v))
