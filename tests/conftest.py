@@ -30,6 +30,14 @@ DEMO = REPOSITORY / "models" / "demo"
 torch.set_num_threads(2)
 
 
+LONG = ("test_training.py", "test_image.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes begins first: at the end it would run alone."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 def make_media(path: Path, *arguments: str) -> Path:
     """Run the packaged ffmpeg to write `path`."""
     subprocess.run([ffmpeg(), "-v", "error", "-y", *arguments, str(path)], check=True)
