@@ -38,7 +38,7 @@ WIDTHS = np.linspace(-0.85, 0.7, 6)
 PATCH = (40, 52)  # rows, columns of a measured mouth
 LAGS = range(-6, 7)  # frames
 LANE: Quality = "exact"  # --quality
-FINISH: Finish = "official"  # --finish
+FINISH: Finish = Options().finish  # --finish
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def make_clip(lipsync: LipSync, seed: int) -> Clip:
         pose = replace(pose, scale=100.0)
         poses.append(pose)
         frames.append(draw(SIDE, SIDE, who, pose, Mouth(rest)).image)
-    return Clip(who, poses, frames, lipsync.prepare(frames))
+    return Clip(who, poses, frames, lipsync.prepare(frames, Options(finish=FINISH)))
 
 
 def patch(image: NDArray[np.uint8], who: Identity, pose: Pose) -> torch.Tensor:
@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print only the JSON line")
     parser.add_argument("--quick", action="store_true", help="one face, one sentence, one rate")
     parser.add_argument("--quality", choices=("exact", "fast"), default="exact", help="the lane that is measured")
-    parser.add_argument("--finish", choices=("official", "natural"), default="official", help="how faces are pasted")
+    parser.add_argument("--finish", choices=("official", "natural"), default=Options().finish, help="how faces are pasted")
     parser.add_argument("--model-dir", default=str(REPOSITORY / "models" / "demo"))
     options = parser.parse_args()
     global LANE, FINISH
