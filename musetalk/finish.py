@@ -95,11 +95,12 @@ def _mix(source: Tensor, face: Tensor, lips: Tensor, shown: Tensor, crisp: float
     small = F.avg_pool2d(source, step)
     difference = small - F.avg_pool2d(face, step)
     tint, skin = _tint(difference, free * shown), _mean(small - difference, free * shown)
-    apart = _blur(difference - tint).square().sum(dim=1, keepdim=True)
+    rest = difference - tint
+    apart = _blur(rest).square().sum(dim=1, keepdim=True)
     contrast = (small - _blur(small)).square().sum(dim=1, keepdim=True)
     (tolerance,) = _tolerance(face.device, size // step)
     alike = torch.exp(-apart / (tolerance[:, :, below] + BUSY**2 * free * _blur(contrast * free)))
-    same = -F.max_pool2d(-torch.exp((difference - tint).square().sum(dim=1, keepdim=True) * (-1 / ALIKE**2)), 5, 1, 2)
+    same = -F.max_pool2d(-torch.exp(rest.square().sum(dim=1, keepdim=True) * (-1 / ALIKE**2)), 5, 1, 2)
     own, same = torch.split(_blur(-F.max_pool2d(-torch.cat([alike * free, same], dim=1), 3, 1, 1)), 1, dim=1)
     plain = 2 * _mean(contrast.clamp(max=CONTRAST**2), free * shown)  # a beard has contrast everywhere
     limit = DETAIL * same + GRAIN * torch.exp(F.max_pool2d(contrast - plain, 3, 1, 1).clamp(min=0) * (-1 / EDGE**2))

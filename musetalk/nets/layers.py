@@ -290,13 +290,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
         # heads at once that their scores stay in the caches
         a, b, c = (split(x).reshape(n * heads, -1, channels // heads) for x in (q, k, v))
         scale, count = (channels // heads) ** -0.5, MAP_BYTES["cpu"] // scores
-        parts = []
-        for first in range(0, n * heads, count):
-            these = slice(first, first + count)
-            likeness = torch.baddbmm(q.new_empty(()), a[these], b[these].mT, beta=0, alpha=scale)
-            parts.append(likeness.softmax(-1) @ c[these])
-        out = torch.cat(parts)
-        out = out.view(n, heads, length, -1)
+        parts = [torch.baddbmm(q.new_empty(()), x, y.mT, beta=0, alpha=scale).softmax(-1) @ z
+                 for x, y, z in zip(*(torch.split(t, count) for t in (a, b, c)), strict=True)]
+        out = torch.cat(parts).view(n, heads, length, -1)
     else:
         out = F.scaled_dot_product_attention(split(q), split(k), split(v))
     return out.transpose(1, 2).reshape(n, length, channels)
