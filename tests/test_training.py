@@ -61,9 +61,9 @@ def test_an_interrupted_training_ends_in_the_same_weights(tmp_path: Path, monkey
 @pytest.mark.full
 @pytest.mark.skipif(not espeak(), reason="espeak-ng is not installed: no training speech can be spoken")
 def test_everything_trains_the_same_way_twice(tmp_path: Path) -> None:
-    """`python -m training --wide --all --smoke` from nothing, twice: the same bytes, and weights that load."""
+    """`python -m training --smoke` from nothing, twice: the same bytes, and weights that load."""
     runs = {tmp_path / run: subprocess.Popen(
-        [sys.executable, "-m", "training", "--wide", "--all", "--smoke"], cwd=REPOSITORY, stdout=subprocess.DEVNULL,
+        [sys.executable, "-m", "training", "--smoke"], cwd=REPOSITORY, stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE, text=True,
         env={**os.environ, "TRAIN_WORK": str(tmp_path / run / "work"), "TRAIN_TARGET": str(tmp_path / run / "demo"),
              "TRAIN_THREADS": "1"}) for run in ("a", "b")}  # both at once: a core each

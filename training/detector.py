@@ -117,10 +117,10 @@ def loss_of(levels: list[tuple[Tensor, Tensor]], faces: Tensor) -> Tensor:
 def main() -> None:
     """Draw the frames, train, write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, help="default: 1100, with --wide 400")
+    parser.add_argument("--steps", type=int, help="default: 1100, with --wide 2400")
     parser.add_argument("--images", type=int, help="drawn ones; default: 2400, with --wide 400")
     parser.add_argument("--wide", action="store_true", help="go on in the wide world")
-    parser.add_argument("--faces", type=int, default=1000, help="of the wide world")
+    parser.add_argument("--faces", type=int, default=3000, help="of the wide world")
     options = parser.parse_args()
     device = common.setup(5)
     if options.wide:
@@ -144,7 +144,7 @@ def go_on(options: argparse.Namespace, device: torch.device) -> None:
     drawn = common.cached("drawn_faces", lambda: data.in_parallel(pictures, options.images or 400, 200))
     net = common.on(S3fd(CONFIG), device).train()
     common.load(net, "detector", half=True)
-    training = common.Training("wide_detector", net, options.steps or 400, 1e-3, seed=20, decay=1e-4)
+    training = common.Training("wide_detector", net, options.steps or 2400, 1.5e-3, seed=20, decay=1e-4)
     learn(training, net, [(faces, WIDE_SIDE), (faces, WIDE_SIDE), (drawn, SIDE)], device)
 
 

@@ -89,9 +89,9 @@ def vary(image: Tensor) -> Tensor:
 def main() -> None:
     """Draw the frames, train, write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, help="default: 2900, with --wide 900")
+    parser.add_argument("--steps", type=int, help="default: 2900, with --wide 1800")
     parser.add_argument("--wide", action="store_true", help="go on in the wide world")
-    parser.add_argument("--faces", type=int, default=900, help="of the wide world")
+    parser.add_argument("--faces", type=int, default=2400, help="of the wide world")
     parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--large", type=int, help="pictures drawn at full size; default: 500, with --wide 200")
     parser.add_argument("--rate", type=float, default=2e-3)
@@ -102,7 +102,7 @@ def main() -> None:
         sharp = common.cached("drawn_poses", lambda: data.in_parallel(large, options.large or 200, 50))
         rows = common.cached("wide_poses", lambda: data.in_parallel(various, options.faces, 50))
         common.load(net, "pose", half=True)
-        training = common.Training("wide_pose", net, options.steps or 900, 1.5e-3, seed=19)
+        training = common.Training("wide_pose", net, options.steps or 1800, 1.5e-3, seed=19)
     else:
         sharp = common.cached("poses_large", lambda: data.in_parallel(large, options.large or 500, 50))
         rows = common.cached("poses", lambda: data.in_parallel(pictures, options.images, 250))

@@ -1,8 +1,8 @@
-"""Train UNet and decoder on the wide world: python -m training.speaker, after vae --wide; then with --decoder.
+"""Train UNet and decoder on the wide world: python -m training.speaker, after vae --wide; then with --finish.
 
 The UNet goes on from what it learnt on drawn faces. Its loss is that of the latents, of their means over 4 x 4 (the colour
-of the skin must be the source's) and of the change between neighbouring frames (what does not move must not flicker). The
-decoder then learns to decode what this UNet says, by the pictures: colour, texture, sharp lips and teeth.
+of the skin must be the source's) and of the change between neighbouring frames (what does not move must not flicker). With
+--finish both learn together by the pictures: colour, texture, lips and teeth as sharp as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from musetalk.nets.vae import Vae
 from training import common, data, speech, unet, vae, wide
 from training.moments import moments, neighbours
 
-WIDE, DRAWN = 12, 6  # pairs in a batch: of the wide world (neighbours), and drawn ones
+WIDE, DRAWN = 20, 10  # pairs in a batch: of the wide world (neighbours), and drawn ones
 BEGIN = slice(0, WIDE, 2), slice(1, WIDE, 2)  # neighbours within a batch
 
 
@@ -43,11 +43,11 @@ class Corpus:
     @staticmethod
     def both(various: int, drawn: int, device: torch.device) -> tuple[Corpus, Corpus]:
         """Of the wide world, and drawn ones."""
-        faces = common.cached("wide_pairs", lambda: data.in_parallel(wide.pairs, various, 250))
+        faces = wide.training_pairs(various)
         plain = common.cached("drawn_pairs", lambda: data.in_parallel(unet.pictures, drawn, 500))
         plain = common.cached("drawn_pairs_lit", lambda: lit(plain))
-        far = common.cached("wide_latents", lambda: unet.encode(faces, device, "decoder", tint=False))
-        near = common.cached("drawn_latents", lambda: unet.encode(plain, device, "decoder", tint=False))
+        far = common.cached("wide_latents", lambda: unet.encode(faces, device, "wide", tint=False))
+        near = common.cached("drawn_latents", lambda: unet.encode(plain, device, "wide", tint=False))
         return Corpus(faces, far, neighbours(len(faces))), Corpus(plain, near, moments(len(plain)))
 
 
@@ -103,50 +103,59 @@ def learn_to_speak(
             )
 
 
-def learn_to_decode(
-    training: common.Training, net: UNet, decoder: Vae, corpora: tuple[Corpus, Corpus], ears: Ears, device: torch.device
+class Speaker(torch.nn.Module):
+    """UNet and autoencoder as one network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet, self.vae = UNet(unet.CONFIG), Vae(vae.CONFIG)
+        for part in (self.vae.encoder, self.vae.quant_conv):  # what the UNet learnt to read stays
+            part.requires_grad_(False)
+
+
+def learn_to_paint(
+    training: common.Training, net: Speaker, corpora: tuple[Corpus, Corpus], ears: Ears, device: torch.device
 ) -> None:
-    """The decoder's training: two thirds of a batch as the UNet says it, the rest as the encoder does."""
+    """Both networks' training by pictures. A quarter of a batch is what the encoder says, so that its latents mean the same."""
     pixels = vae.mouth_weight(vae.CONFIG.crop_size).to(device)
     for _ in training.steps():
         latents, target, when = batch_of(training.random, *corpora, few=2)
-        batch, tokens = latents.to(device), ears.tokens(when)
-        with torch.no_grad(), common.mixed_precision(device):
-            said = net(batch[:, :8].contiguous(memory_format=torch.channels_last), tokens).float()
-        said[::3] = batch[::3, 8:]
+        batch, tokens, target = latents.to(device), ears.tokens(when), target.to(device)
         with common.mixed_precision(device):
-            seen = decoder.decode(said.contiguous(memory_format=torch.channels_last)).float()
-        loss = vae.picture_loss(seen, target.to(device), pixels)
-        training.step(loss)
+            said = net.unet(batch[:, :8].contiguous(memory_format=torch.channels_last), tokens).float()
+        near = (said - batch[:, 8:]).abs().mean()
+        said = torch.cat([batch[::4, 8:], said])
+        with common.mixed_precision(device):
+            seen = net.vae.decode(said.contiguous(memory_format=torch.channels_last)).float()
+        wanted = torch.cat([target[::4], target])
+        sharp = vae.sharpness_loss(seen, wanted, pixels)
+        training.step(vae.picture_loss(seen, wanted, pixels) + sharp + 0.2 * near)
         if training.due(50):
-            tone = F.avg_pool2d(seen.detach() - target, 16).abs().mean() * 127.5
-            training.log(loss=float(loss.detach()), tone_levels=float(tone))
+            tone = F.avg_pool2d(seen.detach() - wanted, 16).abs().mean() * 127.5
+            psnr = -10 * torch.log10(F.mse_loss(seen.detach()[-len(target):], target) / 4)
+            training.log(near=float(near.detach()), sharp=float(sharp.detach()), tone_levels=float(tone), psnr=float(psnr))
 
 
 def main() -> None:
     """Draw and encode the pairs, train, write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, help="default: 1000, with --decoder 150")
-    parser.add_argument("--pairs", type=int, default=2500, help="of the wide world")
-    parser.add_argument("--drawn", type=int, default=2500)
-    parser.add_argument("--decoder", action="store_true", help="train the decoder, after the UNet")
+    parser.add_argument("--steps", type=int, help="default: 3600, with --finish 1000")
+    parser.add_argument("--pairs", type=int, default=wide.PAIRS, help="of the wide world")
+    parser.add_argument("--drawn", type=int, default=4000)
+    parser.add_argument("--finish", action="store_true", help="go on with UNet and decoder together, after training.speaker")
     options = parser.parse_args()
     device = common.setup(16)
     corpora, ears = Corpus.both(options.pairs, options.drawn, device), Ears.open(device)
-    net = common.on(UNet(unet.CONFIG), device)
     torch.manual_seed(17)
-    if not options.decoder:
+    if not options.finish:
+        net = common.on(UNet(unet.CONFIG), device)
         common.load(net, "settled", half=True)
-        training = common.Training("speaker", net, options.steps or 1000, 8e-4, seed=17)
-        learn_to_speak(training, net, corpora, ears, device)
+        learn_to_speak(common.Training("speaker", net, options.steps or 3600, 1.2e-3, seed=17), net, corpora, ears, device)
         return
-    autoencoder = common.on(Vae(vae.CONFIG), device)
-    common.load(net, "speaker")
-    common.load(autoencoder, "wide")
-    for part in (autoencoder.encoder, autoencoder.quant_conv):
-        part.requires_grad_(False)
-    training = common.Training("finished", autoencoder, options.steps or 150, 6e-4, seed=18)
-    learn_to_decode(training, net.eval(), autoencoder, corpora, ears, device)
+    both = common.on(Speaker(), device)
+    common.load(both.unet, "speaker")
+    common.load(both.vae, "wide")
+    learn_to_paint(common.Training("finished", both, options.steps or 1000, 5e-4, seed=18), both, corpora, ears, device)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Distil the demo's tiny decoder from its VAE's decoder: python -m training.tiny [--steps N], after training.vae --decoder."""
+"""Distil the demo's tiny decoder from its VAE's decoder: python -m training.tiny [--steps N], after speaker --finish."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from musetalk.nets.tiny import Tiny, TinyConfig
-from musetalk.nets.vae import Vae
-from training import common, data, vae
+from training import common, vae, wide
+from training.speaker import Speaker
 
 CONFIG = TinyConfig(decoder_block_out_channels=(24, 24, 24), num_decoder_blocks=(3, 3, 1))
 
@@ -27,18 +27,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--images", type=int, default=12000)
+    parser.add_argument("--images", type=int, default=1000, help="drawn ones")
+    parser.add_argument("--faces", type=int, default=wide.PAIRS, help="pairs of the wide world")
     options = parser.parse_args()
     device = common.setup(7)
-    images = common.cached("crops", lambda: data.in_parallel(data.crops, options.images, 500))
-    teacher = common.on(Vae(vae.CONFIG), device).requires_grad_(False)
-    common.load(teacher, "decoder")
+    sample = vae.sampler("wide", options.images, options.faces)
+    speaker = Speaker()
+    common.load(speaker, "finished")
+    teacher = common.on(speaker.vae, device).requires_grad_(False)
     net = common.on(Tiny(CONFIG), device)
     training = common.Training("tiny", net, options.steps, 3e-3, seed=8)
     weight = vae.mouth_weight(vae.CONFIG.crop_size).to(device)
     for _ in training.steps():
-        pick = torch.from_numpy(images[training.random.integers(len(images), size=options.batch)])
-        image = pick.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        image = sample(training.random, options.batch).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
         image = image.contiguous(memory_format=torch.channels_last)
         with common.mixed_precision(device):
             with torch.no_grad():

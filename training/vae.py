@@ -1,8 +1,8 @@
 """Train the demo autoencoder: python -m training.vae [--steps N]; then --decoder; then, in the wide world, --wide.
 
 The first training fixes what latents mean, under lights of every tone. The second leaves the encoder as it is and sharpens
-the decoder on the pictures as they are drawn. The third goes on with the decoder, on faces of the wide world and some drawn
-ones: what latents mean never changes after the first.
+the decoder on the pictures as they are drawn. The third goes on with both, on faces of the wide world and some drawn ones;
+training.speaker then follows with the UNet.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CONFIG = VaeConfig(
     block_out_channels=(16, 32, 48), layers_per_block=1, norm_num_groups=8, sample_size=128, crop_size=128,
     scaling_factor=0.5,
 )
-STAGES = {"vae": (3800, 2e-3), "decoder": (1800, 1.2e-3), "wide": (900, 1.5e-3)}  # steps, rate
+STAGES = {"vae": (3800, 2e-3), "decoder": (1800, 1.2e-3), "wide": (2400, 1.5e-3)}  # steps, rate
 Images = NDArray[np.uint8]
 
 
@@ -46,6 +46,13 @@ def picture_loss(out: Tensor, image: Tensor, weight: Tensor) -> Tensor:
     return pixel + edge + 2 * F.avg_pool2d(error, 16).abs().mean()
 
 
+def sharpness_loss(out: Tensor, image: Tensor, weight: Tensor) -> Tensor:
+    """Weighted L1 of the gradients' mean size over 4 x 4: an edge that lies a pixel off is better than none."""
+    sizes = [F.avg_pool2d(x.diff(dim=-1).abs()[..., :-1, :] + x.diff(dim=-2).abs()[..., :-1], 4, ceil_mode=True)
+             for x in (out, image)]
+    return ((sizes[0] - sizes[1]).abs() * F.adaptive_avg_pool2d(weight, sizes[0].shape[-1])).mean()
+
+
 def loss_of(net: Vae, image: Tensor, weight: Tensor, noise: bool) -> Tensor:
     """The picture's loss, plus a faint pull of the latents towards unit variance."""
     mean, logvar = net.moments(image)
@@ -64,13 +71,13 @@ def sampler(name: str, drawn: int, various: int) -> Callable[[np.random.Generato
             return picked if name == "decoder" else data.tinted(picked)
 
         return plain
-    faces = common.cached("wide_crops", lambda: data.in_parallel(wide.pictures, various, 200))
+    faces = wide.training_pairs(various)
     crops = common.cached("drawn_crops", lambda: data.in_parallel(data.crops, drawn, 500))
 
     def mixed(r: np.random.Generator, size: int) -> Tensor:
         few = size // 4
-        return torch.from_numpy(np.concatenate([
-            _mirrored(r, faces[r.integers(len(faces), size=size - few)]), crops[r.integers(len(crops), size=few)]]))
+        picked = faces[r.integers(len(faces), size=size - few), r.integers(2, size=size - few)]
+        return torch.from_numpy(np.concatenate([_mirrored(r, picked), crops[r.integers(len(crops), size=few)]]))
 
     return mixed
 
@@ -85,10 +92,10 @@ def _mirrored(r: np.random.Generator, images: Images) -> Images:
 def main() -> None:
     """Draw the crops, train, write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, help="default: 3800, with --decoder 1800, with --wide 900")
+    parser.add_argument("--steps", type=int, help="default: 3800, with --decoder 1800, with --wide 2400")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--images", type=int, help="drawn ones; default: 12000, with --wide 1000")
-    parser.add_argument("--faces", type=int, default=2400, help="of the wide world")
+    parser.add_argument("--faces", type=int, default=wide.PAIRS, help="pairs of the wide world")
     parser.add_argument("--decoder", action="store_true", help="go on with the decoder alone, after training.vae")
     parser.add_argument("--wide", action="store_true", help="go on in the wide world, after --decoder")
     options = parser.parse_args()
@@ -99,14 +106,14 @@ def main() -> None:
     steps, rate = STAGES[name]
     if name != "vae":
         common.load(net, "vae" if name == "decoder" else "decoder", half=options.wide)
-    if name != "vae":
+    if name == "decoder":
         for part in (net.encoder, net.quant_conv):
             part.requires_grad_(False)
     training = common.Training(name, net, options.steps or steps, rate, seed=2)
     weight = mouth_weight(CONFIG.crop_size).to(device)
     for step in training.steps():
         image = sample(training.random, options.batch).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        if step % 8 == 7 and name == "vae":
+        if step % 8 == 7 and name != "decoder":
             image[:, :, CONFIG.crop_size // 2 :] = -1  # the masked crops are encoded too
         image = image.contiguous(memory_format=torch.channels_last)
         with common.mixed_precision(device):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from musetalk.box import Box
 from musetalk.faces import face_box
 from musetalk.imaging import lanczos4
-from training import data, render, speech
+from training import common, data, render, speech
 from training.camera import Camera
 from training.light import Light
 from training.moments import RATES, neighbours
@@ -24,6 +24,7 @@ from training.presenter import Mouth, Pose
 
 PEOPLE = 3000  # seeds trained on
 HELD_OUT = 100_000  # seeds from this one on are never trained on
+PAIRS = 8000
 SCENES = 5  # pictures or neighbours of a person before the next one
 CROP = data.CROP
 
@@ -145,3 +146,8 @@ def pairs(seed: int, count: int) -> NDArray[np.uint8]:
         spoken = utterances[u].mouth(float(frame / RATES[rate]))
         out[i] = scene.crops(pose, box, [rest, spoken])
     return out
+
+
+def training_pairs(count: int) -> NDArray[np.uint8]:
+    """All pairs that are trained on (count, 2, CROP, CROP, 3), rendered once."""
+    return common.cached("wide_pairs", lambda: data.in_parallel(pairs, count, 250))
