@@ -91,8 +91,8 @@ class Material:
 def material(clip: Clip, spoken: speech.Utterance) -> Material:
     """Render a clip, of somebody that no network was trained on."""
     width, height = (2 * (round(clip.face * k) // 2) for k in (1.5, 1.8))
-    shot = Shot.of(HELD_OUT + clip.seed, face=clip.face, size=(width, height), fps=clip.fps, motion=clip.motion, light=clip.light,
-                   glasses=0, **clip.materials)
+    shot = Shot.of(HELD_OUT + clip.seed, face=clip.face, size=(width, height), fps=clip.fps, motion=clip.motion,
+                   light=clip.light, glasses=0, **clip.materials)
     frames = list(shot.frames(lambda t: spoken.mouth(t + SKIP), clip.frames))
     start = round(SKIP * speech.RATE)
     pcm = spoken.pcm[start : start + round(clip.frames / clip.fps * speech.RATE)]
