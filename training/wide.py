@@ -24,7 +24,7 @@ from training.presenter import Mouth, Pose
 
 PEOPLE = 3000  # seeds trained on
 HELD_OUT = 100_000  # seeds from this one on are never trained on
-PAIRS = 8000
+PAIRS = 8000  # that are trained on
 SCENES = 5  # pictures or neighbours of a person before the next one
 CROP = data.CROP
 
@@ -107,22 +107,6 @@ def frame(
     scene = Scene.random(r, who)
     view = render.render(who, scene.light, pose, data.random_mouth(r), width, height, render.ground(scene.seed, width, height))
     return scene.camera.take(view.radiance, scene.seed), view.landmarks
-
-
-def pictures(seed: int, count: int) -> NDArray[np.uint8]:
-    """`count` single crops (count, CROP, CROP, 3) for the autoencoder."""
-    torch.set_num_threads(1)
-    r = np.random.default_rng([seed, 87])
-    out = np.empty((count, CROP, CROP, 3), np.uint8)
-    for i in range(count):
-        if i % (2 * SCENES) == 0:
-            who = person(r)
-        if i % 2 == 0:
-            scene = Scene.random(r, who)
-        pose, mouth = random_pose(r), data.random_mouth(r)
-        box = scene.box(pose, mouth, _errors(r, pose))
-        out[i] = scene.crops(pose, box, [mouth])[0]
-    return out
 
 
 def pairs(seed: int, count: int) -> NDArray[np.uint8]:
