@@ -213,14 +213,15 @@ def report(lipsync: LipSync, quick: bool = False) -> dict[str, Any]:
     identities, rates = (IDENTITIES[:1], RATES[1:2]) if quick else (IDENTITIES, RATES)
     sentences = held_out(quick)
     new_voice = [speech.utter([s], speech.NEW_VOICE) for s in speech.HELD_OUT["en"][: 1 if quick else 5]]
-    lags, r_open, r_width, r_new, shut, still, psnr, ssim = ([] for _ in range(8))  # type: ignore[var-annotated]
+    lags: dict[str, int] = {}  # by run
+    r_open, r_width, r_new, shut, still, psnr, ssim = ([] for _ in range(7))  # type: ignore[var-annotated]
     extra: dict[str, Any] = {}
     for seed in identities:
         clip, ruler = make_clip(lipsync, seed), Ruler(Identity.random(seed))
-        for spoken in sentences:
+        for k, spoken in enumerate(sentences):
             for fps in rates:
                 case = run_case(lipsync, clip, ruler, spoken, fps)
-                lags.append(peak_lag(case.measured[:, 0], case.truth[:, 0]))
+                lags[f"face {seed}, sentence {k}, {fps} fps"] = peak_lag(case.measured[:, 0], case.truth[:, 0])
                 r_open.append(correlation(case.measured[:, 0], case.truth[:, 0]))
                 r_width.append(correlation(case.measured[:, 1], case.truth[:, 1]))
                 shut += closures(case, spoken)
@@ -228,14 +229,15 @@ def report(lipsync: LipSync, quick: bool = False) -> dict[str, Any]:
                 if fps == 25:
                     for mine, more in zip((psnr, ssim), quality(case, clip), strict=True):
                         mine += more
-        for spoken in new_voice:
+        for k, spoken in enumerate(new_voice):
             case = run_case(lipsync, clip, ruler, spoken, Fraction(25))
             r_new.append(correlation(case.measured[:, 0], case.truth[:, 0]))
-            lags.append(peak_lag(case.measured[:, 0], case.truth[:, 0]))
+            lags[f"face {seed}, new voice {k}, 25 fps"] = peak_lag(case.measured[:, 0], case.truth[:, 0])
         if seed == identities[0]:
             extra = controls(lipsync, clip, ruler, sentences)
     return {
-        "max_abs_offset_frames": max(abs(lag) for lag in lags), "corr_mean": float(np.mean(r_open)),
+        "max_abs_offset_frames": max(abs(lag) for lag in lags.values()),
+        "runs_off": {run: lag for run, lag in lags.items() if lag}, "corr_mean": float(np.mean(r_open)),
         "corr_min": min(r_open), "corr_mean_new_voice": float(np.mean(r_new)), "closure_rate": float(np.mean(shut)),
         "still_rate": float(np.mean(still)) if still else 1.0, "psnr_db": float(np.mean(psnr)),
         "ssim": float(np.mean(ssim)), **extra, "corr_width_mean": float(np.mean(r_width)), "cases": len(r_open) + len(r_new),
