@@ -58,7 +58,7 @@ def main() -> None:
     config("dwpose/config.json", asdict(pose.CONFIG))
     put("face-parse-bisent/79999_iter.pth", trained("wide_parser"))
     config("face-parse-bisent/config.json", asdict(parser.CONFIG))
-    put("s3fd-619a316812.pth", trained("wide_detector"))
+    put("s3fd-619a316812.pth", trained("detector"))
     config("s3fd.json", asdict(detector.CONFIG))
     checkpoints.write_manifest(TARGET, "v15")
     config("report.json", {"command": "python -m training", "trained": report()})

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -83,6 +84,44 @@ def tinted(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     gain = torch.rand(shape, generator=generator) * 0.24 + 0.86
     offset = torch.rand(shape, generator=generator) * 24 - 12
     return (images * gain + offset).clamp(0, 255).round().to(torch.uint8)
+
+
+def moved(images: Tensor, points: Tensor, turn: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Pictures (N, H, W, 3) and points on them (N, K, 2), pixels: each larger or smaller, wider or narrower, shifted, and
+    turned by up to `turn` radians.
+    """
+    n, height, width = images.shape[:3]
+    angle, size = torch.empty(n).uniform_(-turn, turn), torch.empty(n, 1).uniform_(0.8, 1.2)
+    aspect = torch.empty(n, 1).uniform_(-0.12, 0.12).exp()
+    turned = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(n, 2, 2)
+    matrix = torch.cat([size * aspect, size / aspect], 1)[:, :, None] * turned
+    middle = torch.tensor([width / 2, height / 2])
+    shift = torch.empty(n, 1, 2).uniform_(-0.05, 0.05) * 2 * middle
+    grid = torch.stack(torch.meshgrid(torch.arange(width) + 0.5, torch.arange(height) + 0.5, indexing="xy"), -1)
+    from_there = (grid.view(1, -1, 2) - middle - shift) @ torch.linalg.inv(matrix).transpose(1, 2)
+    grid = (from_there / middle).view(n, height, width, 2)
+    out = F.grid_sample(images.permute(0, 3, 1, 2), grid, padding_mode="border", align_corners=False)
+    return out.permute(0, 2, 3, 1), (points - middle) @ matrix.transpose(1, 2) + middle + shift
+
+
+def disturbed(images: Tensor) -> Tensor:
+    """Levels (N, H, W, 3) by other lights and cameras: tone, tint, less colour, less detail, grain, a covered part."""
+    n, height, width = images.shape[:3]
+
+    def each(low: float, high: float, channels: int = 1) -> Tensor:
+        return torch.empty(n, 1, 1, channels).uniform_(low, high)
+
+    out = (images / 255).clamp(0, 1) ** each(-0.6, 0.6).exp() * each(0.75, 1.25, 3)
+    grey = out.mean(-1, keepdim=True)
+    out = grey + (out - grey) * each(-0.2, 1.2).clamp(0)
+    step = int(torch.randint(2, 5, ()))
+    soft = F.interpolate(F.avg_pool2d(out.permute(0, 3, 1, 2), step), size=(height, width), mode="bilinear").permute(0, 2, 3, 1)
+    out = torch.where(each(0, 1) < 0.25, soft, out)
+    rows, columns = torch.arange(height).view(1, -1, 1, 1), torch.arange(width).view(1, 1, -1, 1)
+    y, x, high, wide = each(0, height), each(0, width), each(0, height / 8), each(0, width / 8)
+    covered = ((rows - y).abs() < high) & ((columns - x).abs() < wide) & (each(0, 1) < 0.3)
+    out = torch.where(covered, each(0, 1, 3), out) * 255
+    return (out + torch.randn_like(out) * each(0, 8)).clamp(0, 255).round()
 
 
 def in_parallel(function: Callable[[int, int], NDArray[Any]], count: int, piece: int) -> NDArray[Any]:

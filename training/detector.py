@@ -1,4 +1,4 @@
-"""Train the demo face detector: python -m training.detector [--steps N]; then, in the wide world, --wide."""
+"""Train the demo face detector on frames of the wide world and drawn ones: python -m training.detector [--steps N]."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 
 from musetalk.faces import decode_s3fd, s3fd_input
 from musetalk.nets.s3fd import STRIDES, S3fd, S3fdConfig
-from training import common, data, render, wide
+from training import clutter, common, data, wide
 from training.camera import Camera
 from training.pose import frame_pose
-from training.presenter import Identity, draw
+from training.presenter import Identity, Pose, draw
 
-CONFIG = S3fdConfig(widths=(8, 16, 24, 32, 32), fc_width=48, extra=(24, 48, 24, 32))
+CONFIG = S3fdConfig(widths=(8, 24, 40, 56, 64), fc_width=96, extra=(48, 64, 32, 48))
 SIDE = 384  # pixels of a training picture
 WIDE_SIDE = 240  # of one of the wide world
 POSITIVE_IOU = 0.4
 
 
-def clutter(r: np.random.Generator) -> NDArray[np.uint8]:
+def empty(r: np.random.Generator) -> NDArray[np.uint8]:
     """A picture without a face: gradients, noise, discs and bars."""
     y, x = np.mgrid[0:SIDE, 0:SIDE].astype(np.float32) / SIDE
     image = r.uniform(0, 255, 3) + (r.uniform(-120, 120, 3) * x[..., None] + r.uniform(-120, 120, 3) * y[..., None])
@@ -42,7 +42,7 @@ def pictures(seed: int, count: int) -> NDArray[np.float16]:
     out = np.zeros((count, SIDE * SIDE * 3 + 4), np.float16)
     for i in range(count):
         if r.random() < 0.3:
-            out[i, :-4] = clutter(r).ravel()
+            out[i, :-4] = empty(r).ravel()
             continue
         pose = frame_pose(r, SIDE, SIDE)
         scale = float(np.exp(r.uniform(np.log(22), np.log(150))))
@@ -67,12 +67,15 @@ def various(seed: int, count: int) -> NDArray[np.float16]:
     for i in range(count):
         if i % 2 == 0:
             who = wide.person(r)
-        if r.random() < 0.25:
-            back = render.ground(int(r.integers(1 << 30)), WIDE_SIDE, WIDE_SIDE)
+        if r.random() < 0.2:
+            back = wide.backdrop(r, WIDE_SIDE, WIDE_SIDE)
+            if r.random() < 0.5:
+                at = Pose(float(r.uniform(0, WIDE_SIDE)), float(r.uniform(-60, 60)), float(r.uniform(20, 90)))
+                clutter.dress(r, back, who, at)
             out[i, :-4] = Camera.random(r).take(back, i).ravel()
             continue
         scale = float(np.exp(r.uniform(np.log(20), np.log(90))))
-        whole = r.random() < 0.88  # else shoulders and collar under a head that is out of the picture
+        whole = r.random() < 0.82  # else shoulders and collar under a head that is out of the picture
         image, landmarks = wide.frame(r, who, WIDE_SIDE, WIDE_SIDE, scale, None if whole else -1.25 * scale)
         out[i, :-4] = image.ravel()
         if whole:
@@ -117,16 +120,13 @@ def loss_of(levels: list[tuple[Tensor, Tensor]], faces: Tensor) -> Tensor:
 def main() -> None:
     """Draw the frames, train, write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, help="default: 1100, with --wide 2400")
-    parser.add_argument("--images", type=int, help="drawn ones; default: 2400, with --wide 400")
-    parser.add_argument("--wide", action="store_true", help="go on in the wide world")
-    parser.add_argument("--faces", type=int, default=3000, help="of the wide world")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--images", type=int, default=600, help="drawn ones")
+    parser.add_argument("--faces", type=int, default=4000, help="pictures of the wide world")
     options = parser.parse_args()
     device = common.setup(5)
-    if options.wide:
-        go_on(options, device)
-        return
-    rows = common.cached("faces", lambda: data.in_parallel(pictures, options.images or 2400, 200))
+    wide_faces = common.cached("wide_faces", lambda: data.in_parallel(various, options.faces, 50)), WIDE_SIDE
+    drawn = common.cached("drawn_faces", lambda: data.in_parallel(pictures, options.images, 200)), SIDE
     net = common.on(S3fd(CONFIG), device).train()
     for name, p in net.named_parameters():
         if name.endswith("mbox_loc.weight"):
@@ -135,17 +135,8 @@ def main() -> None:
             torch.nn.init.kaiming_normal_(p)
     with torch.no_grad():
         net.conv1_1.weight.mul_(1 / 64)  # type: ignore[operator, union-attr]
-    learn(common.Training("detector", net, options.steps or 1100, 2e-3, seed=6, decay=1e-4), net, [(rows, SIDE)], device)
-
-
-def go_on(options: argparse.Namespace, device: torch.device) -> None:
-    """The training in the wide world: its frames and drawn ones by turns."""
-    faces = common.cached("wide_faces", lambda: data.in_parallel(various, options.faces, 50))
-    drawn = common.cached("drawn_faces", lambda: data.in_parallel(pictures, options.images or 400, 200))
-    net = common.on(S3fd(CONFIG), device).train()
-    common.load(net, "detector", half=True)
-    training = common.Training("wide_detector", net, options.steps or 2400, 1.5e-3, seed=20, decay=1e-4)
-    learn(training, net, [(faces, WIDE_SIDE), (faces, WIDE_SIDE), (drawn, SIDE)], device)
+    training = common.Training("detector", net, options.steps, 2e-3, seed=6, decay=1e-4)
+    learn(training, net, [wide_faces] * 5 + [drawn], device)
 
 
 def learn(training: common.Training, net: S3fd, sources: list[tuple[NDArray[np.float16], int]], device: torch.device) -> None:
@@ -154,16 +145,16 @@ def learn(training: common.Training, net: S3fd, sources: list[tuple[NDArray[np.f
     for step in training.steps():
         rows, side = sources[step % len(sources)]
         chosen = torch.from_numpy(np.asarray(rows[np.sort(r.integers(len(rows), size=8))], np.float32)).to(device)
-        image = chosen[:, :-4].view(-1, side, side, 3)
-        image = (image * torch.empty(8, 1, 1, 3).uniform_(0.8, 1.15) + torch.randn_like(image) * 3).clamp(0, 255)
+        image, corners = data.moved(chosen[:, :-4].view(-1, side, side, 3), chosen[:, -4:].view(-1, 2, 2))
+        corners = corners.clamp(0, side).view(-1, 4) * (chosen[:, -2:-1] > 0)
         with common.mixed_precision(device):
-            levels = net(s3fd_input(image).contiguous(memory_format=torch.channels_last))
-        loss = loss_of(levels, chosen[:, -4:])
+            levels = net(s3fd_input(data.disturbed(image)).contiguous(memory_format=torch.channels_last))
+        loss = loss_of(levels, corners)
         training.step(loss)
         if training.due(50):
             with torch.no_grad():
                 found = [len(decode_s3fd(levels, i)) for i in range(8)]
-            right = float(np.mean([f == int(t > 0) for f, t in zip(found, chosen[:, -2], strict=True)]))
+            right = float(np.mean([f == int(t > 0) for f, t in zip(found, corners[:, 2], strict=True)]))
             training.log(loss=float(loss.detach()), right_count=right)
 
 

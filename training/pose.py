@@ -79,19 +79,12 @@ def simcc_loss(logits: Tensor, at: Tensor) -> Tensor:
     return -(target * F.log_softmax(logits.float(), dim=-1)).sum(-1).mean()
 
 
-def vary(image: Tensor) -> Tensor:
-    """Random gain, offset and grain per picture: (N, 384, 288, 3) levels."""
-    n = len(image)
-    gain, offset = torch.empty(n, 1, 1, 3).uniform_(0.8, 1.2), torch.empty(n, 1, 1, 1).uniform_(-20, 20)
-    return (image * gain + offset + torch.randn_like(image) * 3).clamp(0, 255).round()
-
-
 def main() -> None:
     """Draw the frames, train, write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, help="default: 2900, with --wide 1800")
+    parser.add_argument("--steps", type=int, help="default: 2900, with --wide 3000")
     parser.add_argument("--wide", action="store_true", help="go on in the wide world")
-    parser.add_argument("--faces", type=int, default=2400, help="of the wide world")
+    parser.add_argument("--faces", type=int, default=4000, help="of the wide world")
     parser.add_argument("--images", type=int, default=3000)
     parser.add_argument("--large", type=int, help="pictures drawn at full size; default: 500, with --wide 200")
     parser.add_argument("--rate", type=float, default=2e-3)
@@ -102,7 +95,7 @@ def main() -> None:
         sharp = common.cached("drawn_poses", lambda: data.in_parallel(large, options.large or 200, 50))
         rows = common.cached("wide_poses", lambda: data.in_parallel(various, options.faces, 50))
         common.load(net, "pose", half=True)
-        training = common.Training("wide_pose", net, options.steps or 1800, 1.5e-3, seed=19)
+        training = common.Training("wide_pose", net, options.steps or 3000, 1.5e-3, seed=19)
     else:
         sharp = common.cached("poses_large", lambda: data.in_parallel(large, options.large or 500, 50))
         rows = common.cached("poses", lambda: data.in_parallel(pictures, options.images, 250))
@@ -111,8 +104,8 @@ def main() -> None:
     for _ in training.steps():
         mixed = [rows[np.sort(r.integers(len(rows), size=10))], sharp[np.sort(r.integers(len(sharp), size=6))]]
         chosen = torch.from_numpy(np.concatenate(mixed).astype(np.float32)).to(device)
-        image = pose_input(vary(chosen[:, :-136].view(-1, 384, 288, 3))).contiguous(memory_format=torch.channels_last)
-        points = chosen[:, -136:].view(-1, 68, 2)
+        image, points = data.moved(chosen[:, :-136].view(-1, 384, 288, 3), chosen[:, -136:].view(-1, 68, 2), turn=0.25)
+        image = pose_input(data.disturbed(image)).contiguous(memory_format=torch.channels_last)
         with common.mixed_precision(device):
             x, y = net(image)
         loss = (simcc_loss(x[:, FACE_POINTS], points[..., 0] * 2) + simcc_loss(y[:, FACE_POINTS], points[..., 1] * 2))

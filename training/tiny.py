@@ -14,14 +14,6 @@ from training.speaker import Speaker
 CONFIG = TinyConfig(decoder_block_out_channels=(24, 24, 24), num_decoder_blocks=(3, 3, 1))
 
 
-def loss_of(out: torch.Tensor, want: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Weighted L1 of pixels, of their gradients (twice: a tiny decoder blurs first) and of their means over 16 x 16."""
-    error = out - want
-    dx, dy = error.diff(dim=-1).abs(), error.diff(dim=-2).abs()
-    edge = (dx * weight[..., 1:]).mean() + (dy * weight[..., 1:, :]).mean()
-    return (error.abs() * weight).mean() + 2 * edge + 2 * F.avg_pool2d(error, 16).abs().mean()
-
-
 def main() -> None:
     """Train and write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -47,7 +39,7 @@ def main() -> None:
                 latents = latents + 0.1 * latents.std() * torch.randn_like(latents)  # the UNet's miss by so much
                 want = teacher.decode(latents).float()
             out = net.decode(latents)
-            loss = loss_of(out, want, weight)
+            loss = vae.picture_loss(out, want, weight, edges=2.0)  # a tiny decoder blurs first
         training.step(loss)
         if training.due(100):
             training.log(loss=float(loss.detach()), psnr=float(-10 * torch.log10(F.mse_loss(out.detach(), want) / 4)))

@@ -35,7 +35,7 @@ def mouth_weight(size: int) -> Tensor:
     return weight
 
 
-def picture_loss(out: Tensor, image: Tensor, weight: Tensor) -> Tensor:
+def picture_loss(out: Tensor, image: Tensor, weight: Tensor, edges: float = 1.0) -> Tensor:
     """Weighted L1 of pixels, of their gradients (sharp lips and teeth) and of their means over 16 x 16 (the tone of the
     skin, whose errors show as a seam).
     """
@@ -43,7 +43,7 @@ def picture_loss(out: Tensor, image: Tensor, weight: Tensor) -> Tensor:
     pixel = (error.abs() * weight).mean()
     dx, dy = error.diff(dim=-1).abs(), error.diff(dim=-2).abs()
     edge = (dx * weight[..., 1:]).mean() + (dy * weight[..., 1:, :]).mean()
-    return pixel + edge + 2 * F.avg_pool2d(error, 16).abs().mean()
+    return pixel + edges * edge + 2 * F.avg_pool2d(error, 16).abs().mean()
 
 
 def sharpness_loss(out: Tensor, image: Tensor, weight: Tensor) -> Tensor:

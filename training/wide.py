@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from musetalk.box import Box
 from musetalk.faces import face_box
 from musetalk.imaging import lanczos4
-from training import common, data, render, speech
+from training import clutter, common, data, render, speech
 from training.camera import Camera
 from training.light import Light
 from training.moments import RATES, neighbours
@@ -103,10 +103,19 @@ def frame(
     """A whole frame (height, width, 3) with a person in it, at height `y` if given, and the 68 landmarks (68, 2), pixels."""
     pose = random_pose(r)
     x, free = width * float(r.uniform(0.3, 0.7)), height * float(r.uniform(0.3, 0.62))
-    pose = replace(pose, x=x, y=free if y is None else y, scale=scale)
+    turned = np.clip(r.normal(0, (0.18, 0.3, 0.18)), -0.6, 0.6).tolist()
+    pose = replace(pose, x=x, y=free if y is None else y, scale=scale, roll=turned[0], yaw=turned[1], pitch=turned[2])
     scene = Scene.random(r, who)
-    view = render.render(who, scene.light, pose, data.random_mouth(r), width, height, render.ground(scene.seed, width, height))
+    back = backdrop(r, width, height)
+    view = render.render(who, scene.light, pose, data.random_mouth(r), width, height, back)
+    clutter.dress(r, view.radiance, who, pose)
     return scene.camera.take(view.radiance, scene.seed), view.landmarks
+
+
+def backdrop(r: np.random.Generator, width: int, height: int) -> NDArray[np.float32]:
+    """A background of either kind: radiance (height, width, 3)."""
+    plain = r.random() < 0.4
+    return render.ground(int(r.integers(1 << 30)), width, height) if plain else clutter.leaves(r, height, width)
 
 
 def pairs(seed: int, count: int) -> NDArray[np.uint8]:
