@@ -82,7 +82,7 @@ def simcc_loss(logits: Tensor, at: Tensor) -> Tensor:
 def main() -> None:
     """Draw the frames, train, write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, help="default: 2900, with --wide 3000")
+    parser.add_argument("--steps", type=int, help="default: 2900, with --wide 1100")
     parser.add_argument("--wide", action="store_true", help="go on in the wide world")
     parser.add_argument("--faces", type=int, default=4000, help="of the wide world")
     parser.add_argument("--images", type=int, default=3000)
@@ -95,14 +95,14 @@ def main() -> None:
         sharp = common.cached("drawn_poses", lambda: data.in_parallel(large, options.large or 200, 50))
         rows = common.cached("wide_poses", lambda: data.in_parallel(various, options.faces, 50))
         common.load(net, "pose", half=True)
-        training = common.Training("wide_pose", net, options.steps or 3000, 1.5e-3, seed=19)
+        training = common.Training("wide_pose", net, options.steps or 1100, 1.5e-3, seed=19)
     else:
         sharp = common.cached("poses_large", lambda: data.in_parallel(large, options.large or 500, 50))
         rows = common.cached("poses", lambda: data.in_parallel(pictures, options.images, 250))
         training = common.Training("pose", net, options.steps or 2900, options.rate, seed=4)
     r = training.random
     for _ in training.steps():
-        mixed = [rows[np.sort(r.integers(len(rows), size=10))], sharp[np.sort(r.integers(len(sharp), size=6))]]
+        mixed = [rows[np.sort(r.integers(len(rows), size=9))], sharp[np.sort(r.integers(len(sharp), size=3))]]
         chosen = torch.from_numpy(np.concatenate(mixed).astype(np.float32)).to(device)
         image, points = data.moved(chosen[:, :-136].view(-1, 384, 288, 3), chosen[:, -136:].view(-1, 68, 2), turn=0.25)
         image = pose_input(data.disturbed(image)).contiguous(memory_format=torch.channels_last)
