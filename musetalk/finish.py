@@ -2,13 +2,14 @@
 
 A face network draws all of the lower face anew, at its own small size, although only the mouth speaks. Here its drawing is
 compared with the source at that size. Where both agree but for a smooth tint, the source itself is shown, grain and all;
-where they differ (lips, teeth, an opening mouth, a jaw that drops), and always at the source's lips, the drawing is. The
-tint is what the source has over the drawing in its surroundings, spread smoothly over the mouth, so neither seam nor tint
-remains. Everything is worked out at the network's size; the frame's pixels are read once and written once:
+where they differ (lips, teeth, an opening mouth, a jaw that drops), the drawing is. At the source's lips they must agree more
+closely, all around. The tint is what the source has over the drawing in its surroundings, spread smoothly over the mouth, so
+neither seam nor tint remains. Everything is worked out at the network's size; the frame's pixels are read and written once:
 
     out = pixel + mask * (1 - own) * (drawn + grain - pixel)
 
-`own` and `drawn` are stretched from the network's size; `grain` is what that size loses of the source, as far as it is small.
+`own` and `drawn`, whose edges are made steeper, are stretched from the network's size; `grain` is what that size loses of the
+source, as far as it is small.
 """
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ from musetalk.box import Box, Region
 from musetalk.imaging import kept
 
 GRID, TINT_GRID = 64, 16  # sides of the maps on which drawing and source are compared, and of the tints
-ALIKE, ALIKE_FAR = 12.0, 200.0  # levels over which drawing and source count as different: by the mouth, and far from it
+ALIKE, ALIKE_FAR = 12.0, 80.0  # levels over which drawing and source count as different: by the mouth, and far from it
 BUSY = 1.0  # deviations of the source's pattern that such a difference may have besides: a beard's strands are no mouth
-MOUTH_AT, MOUTH_SIZE = (0.5, 0.8), (0.22, 0.18)  # where a face box has its mouth, and how far it moves skin; sides of the box
+ALIKE_LIPS = 13.0  # and at the source's lips, where all cells around must agree, too: closed lips, a moustache called a mouth
+MOUTH_AT, MOVED = (0.5, 0.8), (0.22, 0.18, 0.3)  # where a face box has its mouth; how far beside, above, below it skin moves
 LIPS_WITHIN = (0.31, 0.18)  # how far from there lips may lie: a parser may call a whole beard a mouth
 TRUST = 40.0  # levels of difference that may still be a tint
-LIKE_SKIN = 60.0  # levels from the skin's colour at which the drawing is something else, as teeth are
+LIKE_SKIN = 110.0  # levels from the skin's colour at which the drawing is something else, as teeth are
 LIPS = 64  # side of the map of the source's lips
-LIPS_GROW = 0.03  # how far around them the drawing is shown, sides of the box
-CRISP = 0.4  # unsharp mask on the drawing for every time it is enlarged, within its own range: steeper edges without halos
+LIPS_GROW = 0.03  # how far around them is lips, too, sides of the box
+CRISP, CRISP_MOST = 1.3, 3.0  # unsharp mask on the drawing for every time it is enlarged, up to so many
+FINER = 2.0  # times from which that is done on a grid twice as fine: on the network's own, slanting edges become stairs
 DETAIL = 36.0  # levels of the source's detail that the drawing gets where both are alike: creases of lips that have not moved
-GRAIN, EDGE = 12.0, 4.0  # and elsewhere; levels of contrast that end it, for what lies there is the edge of another mouth
-CONTRAST = 16.0  # levels of contrast that skin may have
-USUAL = 4.0  # and everywhere as much as the skin shown has on average: pores and the camera's grain
+USUAL = 5.0  # and on all that is like skin so much of what the skin shown has on average: pores and the camera's grain
 
 
 def lips_map(labels: Tensor, square: Box, box: Box, size: int = LIPS) -> Tensor:
@@ -66,27 +67,26 @@ def natural(planes: Sequence[Tensor], face: Tensor, box: Box, region: Region, li
     top = -(-first_row(box, region, face.shape[-1]) // cell) * cell  # rows above are not looked at: the fast lane draws none
     source = torch.cat([_seen(p, box, step, face.shape[-1], face.device) for p, step in zip(planes, steps, strict=True)], dim=1)
     shown = _at(mask, box, region.box, face.shape[-1] // cell)[:, :, top // cell :]
-    crisp = CRISP * min(max(box.height / face.shape[-1] - 1, 0), 3)
-    shares, drawn = _mix(source[:, :, top:], face.float()[None, :, top:], lips.to(face.device), shown, crisp)
+    shares, drawn = _mix(source[:, :, top:], face.float()[None, :, top:], lips.to(face.device), shown)
     for step in sorted(set(steps)):
         which = slice(steps.index(step), steps.index(step) + steps.count(step))
         area, weight = _divided(region.box, step), mask[0, 0] if step == 1 else F.avg_pool2d(mask, 2)[0, 0]
-        maps = torch.cat([shares, source[:, which, top:], drawn[:, which]], dim=1)
-        share, limit, *rest = _stretched(maps, _divided(box, step), area, top)[0]
-        for plane, coarse, levels in zip(planes[which], rest[: len(rest) // 2], rest[len(rest) // 2 :], strict=True):
+        small = torch.cat([shares, source[:, which, top:]], dim=1), _crisp(drawn[:, which], box.height / step / face.shape[-1])
+        (share, same, like, *old), new = (_stretched(maps, _divided(box, step), area)[0] for maps in small)
+        for plane, coarse, levels in zip(planes[which], old, new, strict=True):
             part = plane[area.y1 : area.y2, area.x1 : area.x2]
             pixel = part.to(face.device).float()
             grain = pixel - coarse
             usual = ((grain.abs().sqrt() * share).sum() / share.sum().clamp(min=1)).square()  # roots: a few edges count little
-            most = limit + USUAL * usual
+            most = DETAIL * same + USUAL * usual * like
             grain = torch.minimum(torch.maximum(grain, -most), most)
             changed = torch.lerp(levels.add_(grain), pixel, share)
             part.copy_(torch.lerp(pixel, changed, weight).add_(0.5).clamp_(0, 255))
 
 
-def _mix(source: Tensor, face: Tensor, lips: Tensor, shown: Tensor, crisp: float) -> tuple[Tensor, Tensor]:
-    """Source and drawing (1, C, H, S), the lower rows; lips (L, L); mask (1, 1, h, s), coarse -> the source's share and the
-    levels of its detail that the drawing gets (1, 2, H, S); the drawing without tint, sharpened (1, C, H, S).
+def _mix(source: Tensor, face: Tensor, lips: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
+    """Source and drawing (1, C, H, S), the lower rows; lips (L, L); mask (1, 1, h, s), coarse -> the source's share, how much
+    both are the same, how much the drawing is like skin (1, 3, H, S); the drawing without tint (1, C, H, S).
     """
     rows, size = face.shape[-2:]
     step = max(size // GRID, 1)
@@ -95,21 +95,30 @@ def _mix(source: Tensor, face: Tensor, lips: Tensor, shown: Tensor, crisp: float
     small = F.avg_pool2d(source, step)
     difference = small - F.avg_pool2d(face, step)
     tint, skin = _tint(difference, free * shown), _mean(small - difference, free * shown)
-    rest = difference - tint
-    apart = _blur(rest).square().sum(dim=1, keepdim=True)
+    apart = _blur(difference - tint).square().sum(dim=1, keepdim=True)
     contrast = (small - _blur(small)).square().sum(dim=1, keepdim=True)
     (tolerance,) = _tolerance(face.device, size // step)
     alike = torch.exp(-apart / (tolerance[:, :, below] + BUSY**2 * free * _blur(contrast * free)))
-    same = -F.max_pool2d(-torch.exp(rest.square().sum(dim=1, keepdim=True) * (-1 / ALIKE**2)), 5, 1, 2)
-    own, same = torch.split(_blur(-F.max_pool2d(-torch.cat([alike * free, same], dim=1), 3, 1, 1)), 1, dim=1)
-    plain = 2 * _mean(contrast.clamp(max=CONTRAST**2), free * shown)  # a beard has contrast everywhere
-    limit = DETAIL * same + GRAIN * torch.exp(F.max_pool2d(contrast - plain, 3, 1, 1).clamp(min=0) * (-1 / EDGE**2))
-    wide = F.interpolate(torch.cat([own, limit, tint], dim=1), size=(rows, size), mode="bilinear")
-    shares, tint = wide[:, :2], wide[:, 2:]
+    same = -F.max_pool2d(-torch.exp(apart * (-1 / ALIKE_LIPS**2)), 3, 1, 1)
+    alike, same = torch.split(_blur(-F.max_pool2d(-torch.cat([alike, same], dim=1), 3, 1, 1)), 1, dim=1)
+    own = torch.lerp(same, alike, free)
+    wide = F.interpolate(torch.cat([own, same, tint], dim=1), size=(rows, size), mode="bilinear")
     like = torch.exp((face - skin).square().sum(dim=1, keepdim=True) * (-1 / LIKE_SKIN**2))  # teeth have no skin's tint
-    low, mean, high = _around(face)
-    crisper = torch.minimum(torch.maximum(face + crisp * (face - mean), low), high)
-    return shares, crisper + tint * like
+    drawn = torch.addcmul(face, wide[:, 2:], like)
+    return torch.cat([wide[:, :2], like], dim=1), drawn
+
+
+def _crisp(drawn: Tensor, times: float) -> Tensor:
+    """The drawing (1, C, H, S), to be enlarged so many times, with steeper edges: the same, or twice as many rows and columns.
+
+    No pixel leaves the range of those around it, which is enlarged smoothly: edges have neither halos nor stairs.
+    """
+    low, mean, high = _around(drawn)
+    sharp = drawn + CRISP * min(max(times - 1, 0), CRISP_MOST) * (drawn - mean)
+    if times > FINER:
+        sharp = F.interpolate(sharp, scale_factor=2, mode="bicubic")
+        low, high = torch.split(F.interpolate(torch.cat([low, high]), scale_factor=2, mode="bilinear"), 1)
+    return torch.minimum(torch.maximum(sharp, low), high)
 
 
 def _around(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,7 +149,8 @@ def _at(mask: Tensor, box: Box, area: Box, size: int) -> Tensor:
 def _tolerance(size: int) -> tuple[Tensor]:
     """Squared levels by which the drawing may differ and the source is still shown: (1, 1, size, size)."""
     at = (torch.arange(size) + 0.5) / size
-    x, y = ((at - c) / r for c, r in zip(MOUTH_AT, MOUTH_SIZE, strict=True))
+    (beside, above, below), right, down = MOVED, at - MOUTH_AT[0], at - MOUTH_AT[1]
+    x, y = right / beside, torch.where(down < 0, down / above, down / below)
     near = torch.exp(-0.5 * (x.square()[None, :] + y.square()[:, None]))[None, None]
     return ((ALIKE_FAR + (ALIKE - ALIKE_FAR) * near).square(),)
 
@@ -189,10 +199,10 @@ def _seen(plane: Tensor, box: Box, step: int, size: int, device: torch.device) -
     return F.interpolate(part, size=(size, size), mode="bilinear", antialias=True)
 
 
-def _stretched(maps: Tensor, box: Box, area: Box, top: int) -> Tensor:
-    """The part of maps (1, C, S - top, S), rows from `top` on, stretched over a box, that lies in an area: (1, C, h, w)."""
-    size = maps.shape[-1]
-    for dim, first, count, length, above in ((2, area.y1 - box.y1, area.height, box.height, top),
+def _stretched(maps: Tensor, box: Box, area: Box) -> Tensor:
+    """The part of maps (1, C, H, S), the lower rows of a box's, that lies in an area once they are stretched: (1, C, h, w)."""
+    rows, size = maps.shape[-2:]
+    for dim, first, count, length, above in ((2, area.y1 - box.y1, area.height, box.height, size - rows),
                                              (3, area.x1 - box.x1, area.width, box.width, 0)):
         position = (torch.arange(first, first + count, device=maps.device) + 0.5) * (size / length) - 0.5 - above
         position = position.clamp(0, size - above - 1)
