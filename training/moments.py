@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from training import speech
 
+LEAD = 0.0025  # seconds by which a painted mouth is ahead: below 50 fps the worker rounds a time down to a step of speech
 RATES = tuple(Fraction(r) for r in ("24", "25", "30000/1001", "30", "60"))
 
 

@@ -82,7 +82,7 @@ def simcc_loss(logits: Tensor, at: Tensor) -> Tensor:
 def main() -> None:
     """Draw the frames, train, write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, help="default: 2900, with --wide 1100")
+    parser.add_argument("--steps", type=int, help="default: 2900, with --wide 1000")
     parser.add_argument("--wide", action="store_true", help="go on in the wide world")
     parser.add_argument("--faces", type=int, default=4000, help="of the wide world")
     parser.add_argument("--images", type=int, default=3000)
@@ -95,7 +95,7 @@ def main() -> None:
         sharp = common.cached("drawn_poses", lambda: data.in_parallel(large, options.large or 200, 50))
         rows = common.cached("wide_poses", lambda: data.in_parallel(various, options.faces, 50))
         common.load(net, "pose", half=True)
-        training = common.Training("wide_pose", net, options.steps or 1100, 1.5e-3, seed=19)
+        training = common.Training("wide_pose", net, options.steps or 1000, 7e-4, seed=19)
     else:
         sharp = common.cached("poses_large", lambda: data.in_parallel(large, options.large or 500, 50))
         rows = common.cached("poses", lambda: data.in_parallel(pictures, options.images, 250))
