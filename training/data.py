@@ -86,22 +86,26 @@ def tinted(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
     return (images * gain + offset).clamp(0, 255).round().to(torch.uint8)
 
 
-def moved(images: Tensor, points: Tensor, turn: float = 0.0) -> tuple[Tensor, Tensor]:
+def moved(
+    images: Tensor, points: Tensor, turn: float = 0.0, zoom: tuple[float, float] = (0.8, 1.2), canvas: int = 1
+) -> tuple[Tensor, Tensor]:
     """Pictures (N, H, W, 3) and points on them (N, K, 2), pixels: each larger or smaller, wider or narrower, shifted, and
-    turned by up to `turn` radians.
+    turned by up to `turn` radians, on a `canvas` times larger picture.
     """
     n, height, width = images.shape[:3]
-    angle, size = torch.empty(n).uniform_(-turn, turn), torch.empty(n, 1).uniform_(0.8, 1.2)
+    low, high = zoom
+    angle, size = torch.empty(n).uniform_(-turn, turn), low * (high / low) ** torch.rand(n, 1)
     aspect = torch.empty(n, 1).uniform_(-0.12, 0.12).exp()
     turned = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(n, 2, 2)
     matrix = torch.cat([size * aspect, size / aspect], 1)[:, :, None] * turned
     middle = torch.tensor([width / 2, height / 2])
-    shift = torch.empty(n, 1, 2).uniform_(-0.05, 0.05) * 2 * middle
-    grid = torch.stack(torch.meshgrid(torch.arange(width) + 0.5, torch.arange(height) + 0.5, indexing="xy"), -1)
-    from_there = (grid.view(1, -1, 2) - middle - shift) @ torch.linalg.inv(matrix).transpose(1, 2)
-    grid = (from_there / middle).view(n, height, width, 2)
+    there = canvas * middle + torch.empty(n, 1, 2).uniform_(-0.05, 0.05) * 2 * middle * size[:, :, None]
+    rows, columns = canvas * height, canvas * width
+    grid = torch.stack(torch.meshgrid(torch.arange(columns) + 0.5, torch.arange(rows) + 0.5, indexing="xy"), -1)
+    from_there = (grid.view(1, -1, 2) - there) @ torch.linalg.inv(matrix).transpose(1, 2)
+    grid = (from_there / middle).view(n, rows, columns, 2)
     out = F.grid_sample(images.permute(0, 3, 1, 2), grid, padding_mode="border", align_corners=False)
-    return out.permute(0, 2, 3, 1), (points - middle) @ matrix.transpose(1, 2) + middle + shift
+    return out.permute(0, 2, 3, 1), (points - middle) @ matrix.transpose(1, 2) + there
 
 
 def disturbed(images: Tensor) -> Tensor:

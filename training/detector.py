@@ -17,10 +17,11 @@ from training.camera import Camera
 from training.pose import frame_pose
 from training.presenter import Identity, Pose, draw
 
-CONFIG = S3fdConfig(widths=(8, 24, 40, 56, 64), fc_width=96, extra=(48, 64, 32, 48))
+CONFIG = S3fdConfig(widths=(8, 16, 24, 48, 64), fc_width=96, extra=(48, 64, 32, 48))
 SIDE = 384  # pixels of a training picture
 WIDE_SIDE = 240  # of one of the wide world
 POSITIVE_IOU = 0.4
+SEEN = 0.5  # share of a face's box that must be in the picture
 
 
 def empty(r: np.random.Generator) -> NDArray[np.uint8]:
@@ -74,7 +75,7 @@ def various(seed: int, count: int) -> NDArray[np.float16]:
                 clutter.dress(r, back, who, at)
             out[i, :-4] = Camera.random(r).take(back, i).ravel()
             continue
-        scale = float(np.exp(r.uniform(np.log(20), np.log(90))))
+        scale = float(np.exp(r.uniform(np.log(20), np.log(120))))
         whole = r.random() < 0.82  # else shoulders and collar under a head that is out of the picture
         image, landmarks = wide.frame(r, who, WIDE_SIDE, WIDE_SIDE, scale, None if whole else -1.25 * scale)
         out[i, :-4] = image.ravel()
@@ -120,9 +121,9 @@ def loss_of(levels: list[tuple[Tensor, Tensor]], faces: Tensor) -> Tensor:
 def main() -> None:
     """Draw the frames, train, write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--images", type=int, default=600, help="drawn ones")
-    parser.add_argument("--faces", type=int, default=4000, help="pictures of the wide world")
+    parser.add_argument("--faces", type=int, default=5000, help="pictures of the wide world")
     options = parser.parse_args()
     device = common.setup(5)
     wide_faces = common.cached("wide_faces", lambda: data.in_parallel(various, options.faces, 50)), WIDE_SIDE
@@ -140,20 +141,25 @@ def main() -> None:
 
 
 def learn(training: common.Training, net: S3fd, sources: list[tuple[NDArray[np.float16], int]], device: torch.device) -> None:
-    """Train on rows of pictures with their sides, one source after the other."""
+    """Train on rows of pictures with their sides, one source after the other; in the second half on close-ups, too."""
     r = training.random
     for step in training.steps():
         rows, side = sources[step % len(sources)]
-        chosen = torch.from_numpy(np.asarray(rows[np.sort(r.integers(len(rows), size=8))], np.float32)).to(device)
-        image, corners = data.moved(chosen[:, :-4].view(-1, side, side, 3), chosen[:, -4:].view(-1, 2, 2))
-        corners = corners.clamp(0, side).view(-1, 4) * (chosen[:, -2:-1] > 0)
+        canvas = 1 + step // len(sources) % 2 * (2 * step >= training.count)
+        size = 8 // canvas
+        chosen = torch.from_numpy(np.asarray(rows[np.sort(r.integers(len(rows), size=size))], np.float32)).to(device)
+        pictures, points = chosen[:, :-4].view(-1, side, side, 3), chosen[:, -4:].view(-1, 2, 2)
+        image, corners = data.moved(pictures, points, zoom=(0.75 * canvas, 1.25 * canvas**2), canvas=canvas)
+        seen = corners.clamp(0, canvas * side)
+        mostly = (seen[:, 1] - seen[:, 0]).prod(1) > SEEN * (corners[:, 1] - corners[:, 0]).prod(1)
+        corners = seen.view(-1, 4) * (mostly & (chosen[:, -2] > 0))[:, None]
         with common.mixed_precision(device):
             levels = net(s3fd_input(data.disturbed(image)).contiguous(memory_format=torch.channels_last))
         loss = loss_of(levels, corners)
         training.step(loss)
         if training.due(50):
             with torch.no_grad():
-                found = [len(decode_s3fd(levels, i)) for i in range(8)]
+                found = [len(decode_s3fd(levels, i)) for i in range(size)]
             right = float(np.mean([f == int(t > 0) for f, t in zip(found, corners[:, 2], strict=True)]))
             training.log(loss=float(loss.detach()), right_count=right)
 
