@@ -76,6 +76,6 @@ def test_everything_trains_the_same_way_twice(tmp_path: Path) -> None:
         digests.append({name: hashlib.sha256(b"".join(v.numpy().tobytes() for v in state.values())).hexdigest()
                         for name, state in states.items()})
     stages = ("decoder", "detector", "finished", "parser", "pose", "settled", "speaker", "tiny", "unet",
-              "vae", "whisper", "wide", "wide_detector", "wide_parser", "wide_pose")
+              "vae", "whisper", "wide", "wide_parser", "wide_pose")
     assert sorted(digests[0]) == [f"{n}.pt" for n in stages]
     assert digests[0] == digests[1]
