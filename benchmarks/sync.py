@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from benchmarks import common
+from benchmarks.nets import chosen_dtype
 from musetalk import LipSync, Options
 from musetalk.avatar import Avatar
 from musetalk.options import Finish, Quality
@@ -276,12 +277,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one face, one sentence, one rate")
     parser.add_argument("--quality", choices=("exact", "fast"), default="exact", help="the lane that is measured")
     parser.add_argument("--finish", choices=("official", "natural"), default=Options().finish, help="how faces are pasted")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the networks' weights")
     parser.add_argument("--model-dir", default=str(REPOSITORY / "models" / "demo"))
     options = parser.parse_args()
     global LANE, FINISH
     LANE, FINISH = options.quality, options.finish
-    lipsync = LipSync.load(options.model_dir, dtype=None if options.dtype == "auto" else getattr(torch, options.dtype))
+    lipsync = LipSync.load(options.model_dir, dtype=chosen_dtype(torch.device("cpu")))
     figures = {k: round(v, 4) if isinstance(v, float) else v for k, v in report(lipsync, options.quick).items()}
     if not options.json:
         for name, value in figures.items():

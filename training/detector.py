@@ -145,11 +145,12 @@ def learn(training: common.Training, net: S3fd, sources: list[tuple[NDArray[np.f
     r = training.random
     for step in training.steps():
         rows, side = sources[step % len(sources)]
-        canvas = 1 + step // len(sources) % 2 * (2 * step >= training.count)
+        close = 2 * step >= training.count and step // len(sources) % 2 == 1
+        canvas = 2 if close else 1
         size = 8 // canvas
         chosen = torch.from_numpy(np.asarray(rows[np.sort(r.integers(len(rows), size=size))], np.float32)).to(device)
-        pictures, points = chosen[:, :-4].view(-1, side, side, 3), chosen[:, -4:].view(-1, 2, 2)
-        image, corners = data.moved(pictures, points, zoom=(0.75 * canvas, 1.25 * canvas**2), canvas=canvas)
+        images, points = chosen[:, :-4].view(-1, side, side, 3), chosen[:, -4:].view(-1, 2, 2)
+        image, corners = data.moved(images, points, zoom=(0.75 * canvas, 1.25 * canvas**2), canvas=canvas)
         seen = corners.clamp(0, canvas * side)
         mostly = (seen[:, 1] - seen[:, 0]).prod(1) > SEEN * (corners[:, 1] - corners[:, 0]).prod(1)
         corners = seen.view(-1, 4) * (mostly & (chosen[:, -2] > 0))[:, None]

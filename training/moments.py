@@ -8,9 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from training import speech
+from training.presenter import Mouth
 
 LEAD = 0.0025  # seconds by which a painted mouth is ahead: below 50 fps the worker rounds a time down to a step of speech
 RATES = tuple(Fraction(r) for r in ("24", "25", "30000/1001", "30", "60"))
+
+
+def painted(utterance: speech.Utterance, rate: int, frame: int) -> Mouth:
+    """The mouth that is painted in a frame of an utterance, at a rate by its index."""
+    return utterance.mouth(float(frame / RATES[rate]) + LEAD)
 
 
 def moments(count: int) -> NDArray[np.int64]:

@@ -24,7 +24,7 @@ from musetalk.nets.unet import UNet, UNetConfig, audio_positions
 from musetalk.nets.vae import Vae
 from musetalk.nets.whisper import WhisperEncoder
 from training import common, data, speech, vae, whisper
-from training.moments import LEAD, RATES, moments
+from training.moments import RATES, moments, painted
 from training.presenter import Identity, Mouth
 
 CONFIG = UNetConfig(
@@ -41,7 +41,7 @@ def pictures(seed: int, count: int) -> NDArray[np.uint8]:
     for i, (u, rate, frame) in enumerate(when[seed * count :]):
         rest = data.random_mouth(r) if r.random() < 0.5 else Mouth(float(r.uniform(0, 0.28)))
         place = data.scene(r, Identity.random(int(r.integers(data.TRAIN_IDENTITIES))), rest)
-        out[i] = place.crop(rest), place.crop(utterances[u].mouth(float(frame / RATES[rate]) + LEAD))
+        out[i] = place.crop(rest), place.crop(painted(utterances[u], rate, frame))
     return out
 
 

@@ -18,7 +18,7 @@ from musetalk.imaging import lanczos4
 from training import clutter, common, data, render, speech
 from training.camera import Camera
 from training.light import Light
-from training.moments import LEAD, RATES, neighbours
+from training.moments import neighbours, painted
 from training.people import Person
 from training.presenter import Mouth, Pose
 
@@ -136,7 +136,7 @@ def pairs(seed: int, count: int) -> NDArray[np.uint8]:
             rest = replace(rest, open=float(np.clip(rest.open + r.normal(0, 0.05), 0, 1)) if rest.open > 0 else 0.0)
             errors = errors + r.normal(0, 0.006 * pose.scale, (68, 2))
         box = scene.box(pose, rest, errors)
-        spoken = utterances[u].mouth(float(frame / RATES[rate]) + LEAD)
+        spoken = painted(utterances[u], rate, frame)
         out[i] = scene.crops(pose, box, [rest, spoken])
     return out
 
