@@ -125,9 +125,9 @@ class Tab:
             return count"""))
 
     def frame(self) -> str:
-        """Where the film's frame comes from: another address for each picture."""
-        found = self.all("#frame img")
-        return str(found[0].get_attribute("src")) if found else ""
+        """Where the film's frame comes from, another address for each picture; nothing until the browser has it whole."""
+        return str(self.driver.execute_script(
+            "const i = document.querySelector('#frame img'); return i && i.complete && i.naturalWidth ? i.src : ''"))
 
     def upload(self, clip: Path, speech: Path) -> None:
         inputs = until(lambda: self.all("input[type=file]"), 20)
