@@ -31,9 +31,10 @@ from benchmarks import measures as m
 from musetalk import LipSync, NoFace, Options
 from musetalk.avatar import Avatar
 from musetalk.box import Box
-from musetalk.faces import crop, face_box
+from musetalk.faces import crop, face_box, head_place
 from musetalk.imaging import pillow_resize
 from musetalk.options import Finish, Quality
+from musetalk.place import Place
 from musetalk.track import Found, steadied
 from pipeline.media import ffmpeg
 from pipeline.settings import REPOSITORY
@@ -71,6 +72,7 @@ CLIPS = (
     Clip("120-idle", 120, 25, "idle", 11, 24, None, {"freckles": 0.9, "beard": 0.0}),
     Clip("256-nod-beard", 256, 25, "nod", 23, 20, None, {"beard": 0.9, "moustache": 1.0}),
     Clip("256-turn-50fps", 256, 50, "turn", 35, 24, SIDE, {"stubble": 0.8, "beard": 0.0, "moustache": 0.0}),
+    Clip("256-tilt", 256, 25, "tilt", 83, 20, None, {"stubble": 0.3, "beard": 0.0}),
     Clip("500-lean-wrinkles", 500, 25, "lean", 47, 12, None, {"age": 0.9, "beard": 0.0, "moustache": 0.9, "collar": 2}),
     Clip("500-still-50fps", 500, 50, "still", 59, 12, SIDE, {"freckles": 0.5, "stubble": 0.4, "beard": 0.0, "collar": 4}),
     Clip("800-approach", 800, 25, "approach", 71, 6, None, {"pores": 1.0, "freckles": 0.6, "beard": 0.0, "collar": 1}),
@@ -114,7 +116,7 @@ def tracked(clip: Clip, made: Material) -> list[Found]:
     r, everywhere = np.random.default_rng(clip.seed), Box(0, 0, *made.source[0].shape[1::-1])
     seen = [torch.from_numpy(p + r.normal(0, JITTER * clip.face, p.shape)).long() for p in made.landmarks]
     boxes = [face_box(points, everywhere) for points in seen]
-    return [Found(box, box) for box in boxes]
+    return [Found(box, box, head_place(points, box)) for box, points in zip(boxes, seen, strict=True)]
 
 
 def prepared(lipsync: LipSync, clip: Clip, made: Material, options: Options, found: bool) -> Avatar:
@@ -140,7 +142,7 @@ def film(lipsync: LipSync, clip: Clip, made: Material, finish: Finish, found: bo
     boxes: list[Box | None] = []
     for face in avatar:
         masks.append(np.zeros(made.source[0].shape[:2], np.uint8))
-        boxes.append(None if face is None else face.box)
+        boxes.append(None if face is None else face.place.box())
         if face is not None:
             area = face.region.box
             masks[-1][area.y1 : area.y2, area.x1 : area.x2] = face.region.mask.numpy()
@@ -186,7 +188,7 @@ def identity(modules: Path, clip: Clip, made: Material, films: dict[str, list[Pi
         for points, picture in zip(made.landmarks, shown, strict=True):
             (x, y), half = points.mean(axis=0), 0.62 * clip.face
             box = Box(*(round(v) for v in (x - half, y - half, x + half, y + half)))
-            pictures.append(crop(torch.from_numpy(picture), box, RECOGNISED).numpy().tobytes())
+            pictures.append(crop(torch.from_numpy(picture), Place.of(box), RECOGNISED).numpy().tobytes())
     command = ["node", str(Path(__file__).with_name("identity.mjs")), str(modules), str(RECOGNISED)]
     done = subprocess.run(command, input=b"".join(pictures), stdout=subprocess.PIPE, check=True)
     seen = np.array([json.loads(line) for line in done.stdout.decode().splitlines() if line.startswith("[")])

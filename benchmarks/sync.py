@@ -178,7 +178,7 @@ def quality(case: Case, clip: Clip, every: int = 7) -> tuple[list[float], list[f
         entry = clip.avatar[source(i)]
         if entry is None:
             continue
-        b = entry.box
+        b = entry.place.box()
         true = draw(SIDE, SIDE, clip.who, clip.poses[source(i)], Mouth(*(float(v) for v in case.truth[i]))).image
         got, want = (x[b.y1 : b.y2, b.x1 : b.x2].astype(np.float64) for x in (case.frames[i], true))
         psnr.append(10 * np.log10(255**2 / max(((got - want) ** 2).mean(), 1e-9)))

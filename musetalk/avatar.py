@@ -28,20 +28,21 @@ from safetensors.torch import save as save_bytes
 from torch import Tensor
 
 from musetalk.box import Box, Region
+from musetalk.place import Place
 
 CHUNK = 32  # source frames
 HELD = 4  # chunks kept in memory while reading
 MEMORY = 64 << 20  # bytes of avatars kept in memory: about a thousand frames
-FORMAT = 6
+FORMAT = 7
 SUFFIX = ".avatar"
 STALE_SEC = 24 * 3600  # partial files of workers that died are removed after this
 
 
 @dataclass(frozen=True)
 class Face:
-    """One source frame's face: box with the chin margin, blended region, latents (8, h, w) float16, `finish.lips_map`."""
+    """One source frame's face: its place with the chin margin, blended region, latents (8, h, w) float16, `finish.lips_map`."""
 
-    box: Box
+    place: Place
     region: Region
     latents: Tensor
     lips: Tensor
@@ -184,13 +185,13 @@ def _read(file: BinaryIO, start: int, length: int) -> bytes:
 
 
 def _pack(faces: list[Face | None]) -> bytes:
-    """Boxes and regions (K, 4) int32 of the K frames with a face, their masks' bytes end to end, latents
+    """Places (K, 5) float64 and regions (K, 4) int32 of the K frames with a face, their masks' bytes end to end, latents
     (K, 8, h, w), lips (K, L, L) uint8.
     """
     present = [f for f in faces if f is not None]
     tensors = {"present": torch.tensor([f is not None for f in faces])}
     if present:
-        tensors["boxes"] = torch.tensor([astuple(f.box) for f in present], dtype=torch.int32)
+        tensors["places"] = torch.tensor([astuple(f.place) for f in present], dtype=torch.float64)
         tensors["regions"] = torch.tensor([astuple(f.region.box) for f in present], dtype=torch.int32)
         tensors["masks"] = torch.cat([f.region.mask.cpu().flatten() for f in present])
         tensors["latents"] = torch.stack([f.latents.half().cpu().contiguous() for f in present])
@@ -209,7 +210,8 @@ def _unpack(blob: bytes) -> list[Face | None]:
         region = Box(*tensors["regions"][at].tolist())
         size = region.width * region.height
         mask = tensors["masks"][byte : byte + size].view(region.height, region.width)
-        out.append(Face(Box(*tensors["boxes"][at].tolist()), Region(region, mask), tensors["latents"][at], tensors["lips"][at]))
+        place = Place(*tensors["places"][at].tolist())
+        out.append(Face(place, Region(region, mask), tensors["latents"][at], tensors["lips"][at]))
         at, byte = at + 1, byte + size
     return out
 

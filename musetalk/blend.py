@@ -18,6 +18,7 @@ from musetalk.imaging import blend_u8, constants, gaussian_blur, kept, linear, p
 from musetalk.nets.bisenet import BiSeNet
 from musetalk.nets.layers import at_once
 from musetalk.options import ParsingMode
+from musetalk.place import Place, cut_out, positions, resampled
 
 SIZE = 512  # side of the parser's picture and of the label map
 SKIN, NOSE, MOUTH, NECK = 1, 10, (11, 12, 13), 14
@@ -42,6 +43,31 @@ def cut(frame: Tensor, square: Box) -> Tensor:
         inside.y1 : inside.y2, inside.x1 : inside.x2
     ]
     return out
+
+
+def upright(frame: Tensor, place: Place) -> tuple[Tensor, Box]:
+    """A picture (H, W, C) uint8 in which the face at a place of a frame (H, W, C) uint8 stands upright, and its box there.
+
+    The frame itself where it already does; else one as large as what is blended, the frame's edge repeated beyond it.
+    """
+    if place.whole:
+        return frame, place.box()
+    width, height = max(round(place.width), 2), max(round(place.height), 2)
+    half = blend_square(Box(0, 0, width, height)).width // 2
+    box = Box(half - width // 2, half - height // 2, half - width // 2 + width, half - height // 2 + height)
+    return cut_out(frame, place.part(Box(0, 0, 2 * half, 2 * half), box), 2 * half, 2 * half), box
+
+
+def turned_back(mask: Tensor, square: Box, box: Box, place: Place) -> tuple[Tensor, Box]:
+    """A mask (H, W) uint8 over a square of the picture in which a face has `box` -> the same over pixels of the frame in which
+    it has `place`, and the rectangle that these are.
+    """
+    if place.whole:
+        return mask, square
+    covers = place.part(square, box)
+    area = covers.bounds()
+    turned = resampled(mask[None, None].float(), covers, Place.of(area), area.height, area.width, padding="zeros")
+    return turned[0, 0].round().to(torch.uint8), area
 
 
 # -- parsing ---------------------------------------------------------------------------------------------------------
@@ -252,11 +278,15 @@ def stretched(face: Tensor, box: Box, area: Box) -> Tensor:
     return F.pad(out[None].float(), gaps, mode="replicate")[0].to(torch.uint8) if any(gaps) else out
 
 
-def first_row(box: Box, region: Region, side: int) -> int:
-    """The first row of a face (side, side) that shows in `region` once it is stretched over its box; `side` if none does."""
+def first_row(place: Place, region: Region, side: int) -> int:
+    """The first row of a face (side, side) that shows in `region` once it fills its place; `side` if none does."""
     if not region.mask.numel():
         return side
-    return max(0, int((max(region.box.y1 - box.y1, 0) + 0.5) * side / box.height - 0.5) - ROW_REACH)
+    row = (max(region.box.y1 - place.y1, 0) + 0.5) / place.height
+    if place.roll:  # the mask's highest corner need not be the face's
+        heights = positions(place, Place.of(region.box), region.box.height, region.box.width, region.mask.device)[..., 1]
+        row = max(float(heights[region.mask > 0].min()), -1.0) / 2 + 0.5
+    return max(0, int(row * side - 0.5) - ROW_REACH)
 
 
 def quads(plane: Tensor) -> Tensor:

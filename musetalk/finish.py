@@ -14,7 +14,9 @@ source, as far as it is small.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import astuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,7 @@ from torch import Tensor
 from musetalk.blend import first_row
 from musetalk.box import Box, Region
 from musetalk.imaging import kept
+from musetalk.place import Place, resampled
 
 GRID, TINT_GRID = 64, 16  # sides of the maps on which drawing and source are compared, and of the tints
 ALIKE, ALIKE_FAR = 12.0, 80.0  # levels over which drawing and source count as different: by the mouth, and far from it
@@ -54,25 +57,29 @@ def lips_map(labels: Tensor, square: Box, box: Box, size: int = LIPS) -> Tensor:
     return (_blur(small)[0, 0] * 255).round().to(torch.uint8)
 
 
-def natural(planes: Sequence[Tensor], face: Tensor, box: Box, region: Region, lips: Tensor) -> None:
+def natural(planes: Sequence[Tensor], face: Tensor, place: Place, region: Region, lips: Tensor) -> None:
     """Paste a generated face (C, S, S) uint8 into C planes of a frame in place, as `blend.paste` does, in the natural finish.
 
     `lips` is `lips_map`'s. Planes are full size, or half (chroma of 4:2:0).
     """
     if not region.mask.numel():
         return
-    height, mask = planes[0].shape[0], region.mask.to(face.device).float()[None, None] / 255
-    steps = [height // p.shape[0] for p in planes]
-    cell = max(face.shape[-1] // GRID, 1)
-    top = -(-first_row(box, region, face.shape[-1]) // cell) * cell  # rows above are not looked at: the fast lane draws none
-    source = torch.cat([_seen(p, box, step, face.shape[-1], face.device) for p, step in zip(planes, steps, strict=True)], dim=1)
-    shown = _at(mask, box, region.box, face.shape[-1] // cell)[:, :, top // cell :]
-    shares, drawn = _mix(source[:, :, top:], face.float()[None, :, top:], lips.to(face.device), shown)
+    size, mask = face.shape[-1], region.mask.to(face.device).float()[None, None] / 255
+    steps = [planes[0].shape[0] // p.shape[0] for p in planes]
+    cell = max(size // GRID, 1)
+    top = -(-first_row(place, region, size) // cell) * cell  # rows above are not looked at: the fast lane draws none
+    lower = place.part(Box(0, top, size, size), Box(0, 0, size, size))  # what is shown
+    source = torch.cat([_seen(plane, lower.divided(step), size - top, size, face.device)
+                        for plane, step in zip(planes, steps, strict=True)], dim=1)
+    shown = resampled(mask, Place.of(region.box), lower, (size - top) // cell, size // cell, padding="zeros")
+    shares, drawn = _mix(source, face.float()[None, :, top:], lips.to(face.device), shown)
     for step in sorted(set(steps)):
         which = slice(steps.index(step), steps.index(step) + steps.count(step))
-        area, weight = _divided(region.box, step), mask[0, 0] if step == 1 else F.avg_pool2d(mask, 2)[0, 0]
-        small = torch.cat([shares, source[:, which, top:]], dim=1), _crisp(drawn[:, which], box.height / step / face.shape[-1])
-        (share, same, like, *old), new = (_stretched(maps, _divided(box, step), area)[0] for maps in small)
+        area = Box(*(v // step for v in astuple(region.box)))  # even, where planes are halved
+        weight = mask[0, 0] if step == 1 else F.avg_pool2d(mask, 2)[0, 0]
+        small = torch.cat([shares, source[:, which]], dim=1), _crisp(drawn[:, which], place.height / step / size)
+        at, over = lower.divided(step), Place.of(area)
+        (share, same, like, *old), new = (resampled(maps, at, over, area.height, area.width)[0] for maps in small)
         for plane, coarse, levels in zip(planes[which], old, new, strict=True):
             part = plane[area.y1 : area.y2, area.x1 : area.x2]
             pixel = part.to(face.device).float()
@@ -136,15 +143,6 @@ def _around(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return low, mean, high
 
 
-def _at(mask: Tensor, box: Box, area: Box, size: int) -> Tensor:
-    """The mask (1, 1, h, w) of an area, read at the cells of a grid over the box: (1, 1, size, size)."""
-    for dim, first, length in ((2, box.y1 - area.y1, box.height), (3, box.x1 - area.x1, box.width)):
-        at = ((torch.arange(size, device=mask.device) + 0.5) * (length / size) + first).long()
-        inside = ((at >= 0) & (at < mask.shape[dim])).to(mask).view([-1, 1] if dim == 2 else [1, -1])
-        mask = mask.index_select(dim, at.clamp(0, mask.shape[dim] - 1)) * inside
-    return mask
-
-
 @kept(8)
 def _tolerance(size: int) -> tuple[Tensor]:
     """Squared levels by which the drawing may differ and the source is still shown: (1, 1, size, size)."""
@@ -183,30 +181,9 @@ def _blur(image: Tensor) -> Tensor:
     return image
 
 
-def _divided(box: Box, step: int) -> Box:
-    """A box in the pixels of a smaller plane, rounded outwards."""
-    return box if step == 1 else Box(box.x1 // step, box.y1 // step, -(-box.x2 // step), -(-box.y2 // step))
-
-
-def _seen(plane: Tensor, box: Box, step: int, size: int, device: torch.device) -> Tensor:
-    """The box's pixels of a plane at the network's size: (1, 1, size, size) float32; the border repeats beyond the frame."""
-    box = _divided(box, step)
-    inside = box.clipped(plane.shape[1], plane.shape[0])
-    part = plane[inside.y1 : inside.y2, inside.x1 : inside.x2].to(device).float()[None, None]
-    gaps = (inside.x1 - box.x1, box.x2 - inside.x2, inside.y1 - box.y1, box.y2 - inside.y2)
-    if any(gaps):
-        part = F.pad(part, gaps, mode="replicate")
-    return F.interpolate(part, size=(size, size), mode="bilinear", antialias=True)
-
-
-def _stretched(maps: Tensor, box: Box, area: Box) -> Tensor:
-    """The part of maps (1, C, H, S), the lower rows of a box's, that lies in an area once they are stretched: (1, C, h, w)."""
-    rows, size = maps.shape[-2:]
-    for dim, first, count, length, above in ((2, area.y1 - box.y1, area.height, box.height, size - rows),
-                                             (3, area.x1 - box.x1, area.width, box.width, 0)):
-        position = (torch.arange(first, first + count, device=maps.device) + 0.5) * (size / length) - 0.5 - above
-        position = position.clamp(0, size - above - 1)
-        low = position.long().clamp(max=size - above - 2)
-        shape = [1, 1, -1, 1] if dim == 2 else [1, 1, 1, -1]
-        maps = torch.lerp(maps.index_select(dim, low), maps.index_select(dim, low + 1), (position - low).view(shape))
-    return maps
+def _seen(plane: Tensor, place: Place, rows: int, columns: int, device: torch.device) -> Tensor:
+    """A place of a plane at the network's size: (1, 1, rows, columns) float32; the border repeats beyond the frame."""
+    area = place.bounds().clipped(plane.shape[1], plane.shape[0])
+    part = plane[area.y1 : area.y2, area.x1 : area.x2].to(device).float()[None, None]
+    finer = math.ceil(max(place.height / rows, place.width / columns, 1) - 1e-6)  # means of so many by so many: no aliases
+    return F.avg_pool2d(resampled(part, Place.of(area), place, rows * finer, columns * finer), finer)

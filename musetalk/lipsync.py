@@ -32,6 +32,7 @@ from musetalk.interruption import check
 from musetalk.options import Finish, Options
 from musetalk.order import source_index
 from musetalk.parts import in_parts
+from musetalk.place import Place
 from musetalk.track import Found, Tracker, steadied
 
 log = logging.getLogger("musetalk.lipsync")
@@ -114,7 +115,8 @@ class LipSync:
     @torch.inference_mode()
     def append(self, avatar: Avatar, group: list[tuple[Tensor, Found | None]], options: Options) -> None:
         """Crop, parse and encode the faces of a few frames."""
-        present = [(frame, found.box) for frame, found in group if found is not None]
+        natural = options.finish == "natural"
+        present = [(frame, found.place if natural else Place.of(found.box)) for frame, found in group if found is not None]
         noise = self._noise(options.seed, len(avatar), len(present))
         made = in_parts(lambda part: self._faces(present[part], None if noise is None else noise[:, part], options),
                         len(present), self.nets.device)
@@ -122,28 +124,29 @@ class LipSync:
         for _, found in group:
             avatar.append(None if found is None else next(ready))
 
-    def _faces(self, present: list[tuple[Tensor, Box]], noise: Tensor | None, options: Options) -> list[Face]:
-        """The entries of frames with the boxes of their faces; `noise` (2, N, 4, h, w)."""
+    def _faces(self, present: list[tuple[Tensor, Place]], noise: Tensor | None, options: Options) -> list[Face]:
+        """The entries of frames with the places of their faces; `noise` (2, N, 4, h, w)."""
         if not present:
             return []
         device = self.nets.device
-        boxes = [box.lowered(options.extra_margin, frame.shape[0]) for frame, box in present]
-        pictures = [frame.to(device) for frame, _ in present]
-        crops = torch.stack([faces.crop(f, b, self.crop_size) for f, b in zip(pictures, boxes, strict=True)])
+        places = [place.lowered(options.extra_margin, frame.shape[0]) for frame, place in present]
+        frames = [frame.to(device) for frame, _ in present]
+        crops = torch.stack([faces.crop(frame, place, self.crop_size) for frame, place in zip(frames, places, strict=True)])
         latents = generate.latents(self.nets.vae, crops, None if noise is None else noise.flatten(0, 1)).half().cpu()
-        squares = [blend.cut(f, blend.blend_square(b)) for f, b in zip(pictures, boxes, strict=True)]
-        labels = blend.parse(self.nets.parser, squares)
+        upright = [blend.upright(frame, place) for frame, place in zip(frames, places, strict=True)]
+        labels = blend.parse(self.nets.parser, [blend.cut(picture, blend.blend_square(box)) for picture, box in upright])
         masks = blend.label_mask(labels, options.parsing_mode, options.left_cheek_width, options.right_cheek_width)
-        regions = [self._region(m, b, f) for m, b, f in zip(masks, boxes, pictures, strict=True)]
+        boxes = [box for _, box in upright]
+        regions = [self._region(*each) for each in zip(masks, boxes, places, frames, strict=True)]
         lips = torch.stack([lips_map(k, blend.blend_square(b), b) for k, b in zip(labels, boxes, strict=True)]).cpu()
-        return [Face(*parts) for parts in zip(boxes, regions, latents, lips, strict=True)]
+        return [Face(*parts) for parts in zip(places, regions, latents, lips, strict=True)]
 
     @staticmethod
-    def _region(mask512: Tensor, box: Box, frame: Tensor) -> Region:
+    def _region(mask512: Tensor, box: Box, place: Place, frame: Tensor) -> Region:
         """What blending may change in a frame (H, W, 3), with its soft mask, on the CPU."""
         square = blend.blend_square(box)
         mask = blend.within(blend.soft_mask(mask512, square, box).cpu(), square, box)  # trimming it needs its values
-        return blend.region_of(mask, square, frame.shape[1], frame.shape[0])
+        return blend.region_of(*blend.turned_back(mask, square, box, place), frame.shape[1], frame.shape[0])
 
     def _noise(self, seed: int | None, first: int, count: int) -> Tensor | None:
         """Standard normal noise (2, count, 4, h, w) for the posteriors of crops from frame `first` on; None without a seed."""
@@ -235,7 +238,7 @@ class LipSync:
         if not todo:
             return [None] * len(slots)
         tokens = prompts.batch([slot.output for slot, _ in todo])
-        first = None if options.quality == "exact" else min(blend.first_row(e.box, e.region, self.crop_size) for _, e in todo)
+        first = None if options.quality == "exact" else min(blend.first_row(e.place, e.region, self.crop_size) for _, e in todo)
         faces = iter(self.generate(torch.stack([entry.latents for _, entry in todo]), tokens, todo[0][0].output, first))
         return [None if entry is None else Painted(next(faces), entry, slot.region(entry), options.finish)
                 for slot, entry in zip(slots, entries, strict=True)]
@@ -268,9 +271,9 @@ class Painted:
     def paste(self, planes: Sequence[Tensor], levels: Tensor) -> None:
         """Paste the face, as `levels` (C, S, S) uint8 of the planes' kind, into C planes of its frame in place."""
         if self.finish == "natural":
-            natural(planes, levels, self.entry.box, self.region, self.entry.lips)
+            natural(planes, levels, self.entry.place, self.region, self.entry.lips)
         else:
-            blend.paste(planes, levels, self.entry.box, self.region)
+            blend.paste(planes, levels, self.entry.place.box(), self.region)
 
 
 def speech_weights(pcm: np.ndarray, fps: Fraction, outputs: int, options: Options) -> list[float]:

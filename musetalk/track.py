@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -20,6 +20,7 @@ from musetalk.box import Box
 from musetalk.faces import Detection, PoseFrame
 from musetalk.nets.rtmpose import RtmPose
 from musetalk.nets.s3fd import S3fd
+from musetalk.place import Place
 
 WINDOW = 12  # frames, about half a second
 SMOOTH_IOU = 0.75  # consecutive landmark boxes of one face overlap at least this much
@@ -28,15 +29,17 @@ REACH = 6  # frames that a steady box looks back and ahead
 HELD = WINDOW + REACH  # frames that preparation holds at most
 DEVIATION = 2.5  # of the steady track's mean in time, frames
 GIVES_WAY = 0.015  # face widths from the smooth way at which a movement counts as real
+PARTS, TURNS = 64, 8192  # of a pixel and of a radian: what a steady place is rounded to
 STILL = 1.5  # mean grey levels under which a faceless picture counts as unchanged
 
 
 @dataclass(frozen=True)
 class Found:
-    """A face in a frame: its box without the chin margin, and the detector's (or interpolated) box."""
+    """A face in a frame: its box without the chin margin, the detector's (or interpolated) box, and where it lies upright."""
 
     box: Box
     detection: Box
+    place: Place
 
 
 class Tracker:
@@ -118,7 +121,8 @@ class Tracker:
         inside = all(_centre_inside(b, g) for b, g in zip(boxes, guesses, strict=True))
         self.score = max(self.score, float(scores.max()))
         confident = float(scores.min()) >= SCORE_DROP * self.score
-        return [Found(b, g) for b, g in zip(boxes, guesses, strict=True)], smooth and inside and confident
+        places = [faces.head_place(p, b) for p, b in zip(points, boxes, strict=True)]
+        return [Found(*each) for each in zip(boxes, guesses, places, strict=True)], smooth and inside and confident
 
 
 def choose(found: list[Detection], choice: str | int, near: Box | None) -> Box | None:
@@ -159,7 +163,7 @@ def _centre_inside(box: Box, face: Box) -> bool:
 
 
 def steadied(items: Iterable[tuple[Tensor, Found | None]]) -> Iterator[tuple[Tensor, Found | None]]:
-    """The same frames, each face's box steadied by those of up to REACH frames before and after it."""
+    """The same frames, each face's place steadied by those of up to REACH frames before and after it."""
     run: list[tuple[Tensor, Found]] = []  # frames of one face on end; the first `done` have gone out
     done = 0
     for frame, found in items:
@@ -180,16 +184,17 @@ def steadied(items: Iterable[tuple[Tensor, Found | None]]) -> Iterator[tuple[Ten
 
 def _steadied(run: list[tuple[Tensor, Found]], first: int, end: int) -> Iterator[tuple[Tensor, Found]]:
     """Items first .. end - 1 of a run."""
-    corners = [[f.box.x1, f.box.y1, f.box.x2, f.box.y2] for _, f in run]
+    places = [f.place for _, f in run]
+    track = [[p.x1, p.y1, p.x2, p.y2, p.roll * p.width] for p in places]  # as far as the ears go when it rolls
     for i in range(first, end):
         frame, found = run[i]
-        x1, y1, x2, y2 = steady(corners, i)
-        half = round((y2 - y1) / 2)  # even heights, as the nose bridge at half height gives
-        yield frame, Found(Box(round(x1), max(round(y2) - 2 * half, 0), round(x2), round(y2)), found.detection)
+        x1, y1, x2, y2, turn = steady(track, i)
+        left, top, right, bottom = (round(v * PARTS) / PARTS for v in (x1, y1, x2, y2))
+        yield frame, replace(found, place=Place(left, top, right, bottom, round(turn / (x2 - x1) * TURNS) / TURNS))
 
 
-def steady(corners: list[list[int]], at: int) -> list[float]:
-    """Corners (N, 4) of one face's boxes -> those at frame `at` without noise, pixels.
+def steady(corners: list[list[float]], at: int) -> list[float]:
+    """Where one face is in N frames, columns 0 and 2 its left and right edge, pixels -> the same at frame `at` without noise.
 
     A median over three frames, then a line through the frames around, both symmetric: what moves evenly keeps its place,
     without lag. Where the nearest frames say that the face really left the line, the box goes along.

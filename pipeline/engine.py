@@ -23,6 +23,7 @@ from musetalk.colour import Colour, Planes, from_rgb, to_rgb
 from musetalk.errors import Interrupted, NoFastLane
 from musetalk.interruption import interruptible
 from musetalk.lipsync import Slot
+from musetalk.place import Place
 from musetalk.track import Found
 from musetalk.tuning import numerics, out_of_memory
 from pipeline.errors import (
@@ -145,7 +146,7 @@ class Engine:
         if not avatar.faces:
             faces.landmarks(lipsync.nets.pose, [frame])
             avatar = Avatar.new()
-            lipsync.append(avatar, [(frame, Found(FACE_BOX, FACE_BOX))], options)
+            lipsync.append(avatar, [(frame, Found(FACE_BOX, FACE_BOX, Place.of(FACE_BOX)))], options)
             avatar.finish()
         return avatar
 

@@ -11,11 +11,12 @@ import torch
 
 from musetalk.avatar import CHUNK, Avatar, AvatarCache, Face, cache_key
 from musetalk.box import Box, Region
+from musetalk.place import Place
 
 
 def face(i: int) -> Face:
     mask, latents = torch.full((4 + i % 3, 6), i % 256, dtype=torch.uint8), torch.full((8, 4, 4), float(i)).half()
-    return Face(Box(i, i, i + 10, i + 12), Region(Box(i, 2, i + 6, 6 + i % 3), mask), latents, mask[:3, :3])
+    return Face(Place(i + 0.25, i, i + 10, i + 12, -i / 64), Region(Box(i, 2, i + 6, 6 + i % 3), mask), latents, mask[:3, :3])
 
 
 def filled(count: int) -> Avatar:
@@ -34,7 +35,7 @@ def same(avatar: Avatar, count: int) -> bool:
         if got and want:
             alike = torch.equal(got.region.mask, want.region.mask) and torch.equal(got.latents, want.latents)
             alike = alike and torch.equal(got.lips, want.lips)
-            if (got.box, got.region.box) != (want.box, want.region.box) or not alike:
+            if (got.place, got.region.box) != (want.place, want.region.box) or not alike:
                 return False
     return True
 
@@ -58,7 +59,7 @@ def test_entries_can_be_read_while_more_are_added() -> None:
         for j in (0, i // 2, i):
             entry = avatar[j]
             assert entry
-            assert entry.box.x1 == j
+            assert entry.place.x1 == j + 0.25
     with pytest.raises(IndexError):
         avatar[3 * CHUNK]
 
@@ -117,7 +118,7 @@ def test_one_thread_may_add_while_another_reads() -> None:
                     entry = avatar[i]
                 except Exception as e:
                     return wrong.append(repr(e))
-                if entry is None or entry.box.x1 != i:
+                if entry is None or entry.place.x1 != i + 0.25:
                     return wrong.append(f"frame {i}")
         return None
 

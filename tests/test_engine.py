@@ -208,9 +208,9 @@ def test_blending_planes_equals_blending_rgb(service: Service) -> None:
     assert painted
     face = painted.face.flip(0)  # upside down: nothing matches by chance
     want = frame.clone()
-    paste(want.unbind(-1), face.permute(2, 0, 1), entry.box, entry.region)
+    paste(want.unbind(-1), face.permute(2, 0, 1), entry.place.box(), entry.region)
     planes = Planes.of(buffer, 1280, 720)
-    paste(planes, from_rgb(face[None], colour)[0], entry.box, entry.region)
+    paste(planes, from_rgb(face[None], colour)[0], entry.place.box(), entry.region)
     luma = (want.float() @ torch.tensor([0.2126, 0.7152, 0.0722])) * (219 / 255) + 16
     difference = (planes.y.float() - luma).abs()
     changed = (want != frame).any(-1)

@@ -29,6 +29,7 @@ from musetalk.avatar import Avatar
 from musetalk.box import Box, Region
 from musetalk.colour import Colour, Planes, from_rgb, to_rgb
 from musetalk.faces import Detection, PoseFrame
+from musetalk.place import Place
 from musetalk.track import Found, Tracker
 from tests.conftest import DEMO
 from tests.test_tuning import Device
@@ -111,6 +112,10 @@ class Indexing(TorchFunctionMode):
             size = kwargs.get("size") or [int(n * kwargs["scale_factor"]) for n in args[0].shape[2:]]
             order = torch.channels_last if last_alone(args[0]) else torch.contiguous_format
             return torch.empty(*args[0].shape[:2], *size, dtype=args[0].dtype, device=args[0].device, memory_format=order)
+        if func is F.grid_sample:  # so does its
+            image, grid = args
+            assert image.device == grid.device
+            return torch.empty(*image.shape[:2], *grid.shape[1:3], dtype=image.dtype, device=image.device)
         if func is Tensor.__bool__:
             self.read.append(args[0].device.type)
             return True  # the speech is finite, and so are faces
@@ -206,7 +211,7 @@ def lipsync(networks: checkpoints.Networks, mode: FakeTensorMode, monkeypatch: p
         points, scores = faces.landmarks(self.pose, frames, [PoseFrame.around(g) for g in guesses] if self.crowded else None)
         assert points.device.type == scores.device.type == "cpu"
         assert points.shape == (len(frames), 68, 2)
-        return [Found(FACE, FACE)] * len(frames), True
+        return [Found(FACE, FACE, Place.of(FACE))] * len(frames), True
 
     def masked(mask: Tensor, square: Box, width: int, height: int) -> Region:
         assert mask.device.type == "cpu"

@@ -10,9 +10,11 @@ from musetalk import blend
 from musetalk.box import Box, Region
 from musetalk.colour import Colour, Planes, from_rgb, to_rgb
 from musetalk.finish import LIPS, lips_map, natural
+from musetalk.place import Place
 
 SIDE = 64  # of the network's faces
 BOX = Box(20, 10, 212, 202)
+PLACE = Place.of(BOX)
 AREA = Box(20, 106, 212, 202)
 
 
@@ -43,7 +45,7 @@ def lips() -> torch.Tensor:
 
 def shown(frame: torch.Tensor, face: torch.Tensor, where: Region | None = None) -> torch.Tensor:
     out = frame.clone()
-    natural(out.unbind(-1), face.clamp(0, 255).to(torch.uint8), BOX, where or region(), lips())
+    natural(out.unbind(-1), face.clamp(0, 255).to(torch.uint8), PLACE, where or region(), lips())
     return out
 
 
@@ -92,7 +94,7 @@ def test_only_the_mask_is_changed_and_in_its_strength() -> None:
 def test_rows_that_the_fast_lane_leaves_out_do_not_matter() -> None:
     frame, face = scene(), small(scene())
     other = face.clone()
-    other[:, : blend.first_row(BOX, region(), SIDE)] = 0
+    other[:, : blend.first_row(PLACE, region(), SIDE)] = 0
     assert torch.equal(shown(frame, face), shown(frame, other))
 
 
@@ -102,7 +104,7 @@ def test_a_box_that_leaves_the_frame(box: Box) -> None:
     area = Box(box.x1 & ~1, (box.y1 + box.height // 2) & ~1, box.x2 & ~1, box.y2 & ~1).clipped(240, 240)
     everything = Region(area, torch.full((area.height, area.width), 255, dtype=torch.uint8))
     for planes in (frame.unbind(-1), tuple(Planes.of(torch.full((240 * 360,), 90, dtype=torch.uint8), 240, 240))):
-        natural(planes, torch.full((3, SIDE, SIDE), 90, dtype=torch.uint8), box, everything, lips())
+        natural(planes, torch.full((3, SIDE, SIDE), 90, dtype=torch.uint8), Place.of(box), everything, lips())
 
 
 def test_planes_and_rgb_show_the_same() -> None:
@@ -117,7 +119,7 @@ def test_planes_and_rgb_show_the_same() -> None:
     face[:, 48:56, 26:38] = 60
     want = shown(to_rgb(planes, colour), face)
     drawn = from_rgb(face.clamp(0, 255).to(torch.uint8).permute(1, 2, 0)[None], colour)[0]
-    natural(tuple(planes), drawn, BOX, region(), lips())
+    natural(tuple(planes), drawn, PLACE, region(), lips())
     apart = (to_rgb(planes, colour).float() - want.float()).abs()
     assert float(apart.mean()) < 1
     assert float(apart[112:140, 40:200].max()) < 6

@@ -13,6 +13,7 @@ import torch
 from musetalk import audio, blend, faces, generate, imaging, order
 from musetalk.box import Box, Region
 from musetalk.options import Loop
+from musetalk.place import Place
 from tests.seeded import seeded_uniform
 from tests.test_networks import golden
 
@@ -107,7 +108,7 @@ def test_crops() -> None:
             break
         frame = t(g[f"frame_{g[f'crop{i}_frame']}"])
         box = Box(*g[f"crop{i}_box"].tolist()).lowered(10, frame.shape[0])
-        got = faces.crop(frame, box, 256).numpy()
+        got = faces.crop(frame, Place.of(box), 256).numpy()
         got = got if g[f"crop{i}"].shape[0] == 256 else got[::4, ::4]
         difference = np.abs(got.astype(int) - g[f"crop{i}"].astype(int))
         print(f"crop{i}: {int((difference > 0).sum())} of {difference.size} values differ, max {difference.max()}")
@@ -273,7 +274,7 @@ def test_rows_that_show(box: Box, side: int) -> None:
     mask = blend.within(blend.soft_mask(torch.ones(512, 512, dtype=torch.bool), square, box), square, box)
     region = blend.region_of(mask, square, 640, 480)
     region = Region(region.box, torch.full_like(region.mask, 255))  # the soft edge's first rows hardly show
-    first = blend.first_row(box, region, side)
+    first = blend.first_row(Place.of(box), region, side)
     face, frame = (torch.randint(0, 256, shape, dtype=torch.uint8, generator=random)
                    for shape in ((3, side, side), (3, 480, 640)))
 

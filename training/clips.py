@@ -23,7 +23,7 @@ from training.light import Light
 from training.people import Person
 from training.presenter import Mouth, Pose
 
-Motion = Literal["still", "nod", "turn", "lean", "approach", "idle"]
+Motion = Literal["still", "nod", "turn", "lean", "tilt", "approach", "idle"]
 Speech = Callable[[float], Mouth]  # second -> mouth
 
 
@@ -95,6 +95,7 @@ class Shot:
             "nod": replace(p, pitch=0.28 * wave, y=p.y + 0.06 * p.scale * wave),
             "turn": replace(p, yaw=0.5 * wave),
             "lean": replace(p, x=p.x + 0.35 * p.scale * wave, roll=0.22 * wave),
+            "tilt": replace(p, roll=0.45 + 0.12 * wave),
             "approach": replace(p, scale=p.scale * (1 + 0.12 * min(t, 4.0))),
             "idle": replace(
                 p,
