@@ -15,12 +15,13 @@ FILES = [*sorted((ROOT / "musetalk").rglob("*.py")), *sorted((ROOT / "pipeline")
 # who may import whom: a room, then the rooms it may use; a package is one room
 MUSETALK = {
     "errors": "", "options": "", "box": "", "nets": "errors", "interruption": "errors",
-    "order": "options", "imaging": "box", "avatar": "box", "parts": "", "colour": "imaging parts",
+    "order": "options", "imaging": "box", "place": "box", "avatar": "box place", "parts": "", "colour": "imaging parts",
     "checkpoints": "errors nets",
-    "audio": "errors nets", "faces": "box imaging nets parts", "track": "box faces nets", "generate": "nets",
-    "blend": "box imaging nets options", "finish": "blend box imaging", "tuning": "generate nets", "layout": "checkpoints nets",
+    "audio": "errors nets", "faces": "box imaging nets parts place", "track": "box faces nets place", "generate": "nets",
+    "blend": "box imaging nets options place", "finish": "blend box imaging place",
+    "tuning": "generate nets", "layout": "checkpoints nets",
     "lipsync": "audio avatar blend box checkpoints errors faces finish generate interruption layout nets options order parts "
-               "track tuning",
+               "place track tuning",
 }
 PIPELINE = {
     "errors": "", "settings": "", "redact": "", "metrics": "errors",
