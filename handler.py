@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
+import gc
 import json
 import logging
 import os
 import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 os.environ.setdefault("RUNPOD_DEBUG_LEVEL", "INFO")  # the SDK's default, DEBUG, prints whole inputs with signed URLs
 
-# importing the SDK waits 1 s for a child process that reads the CPU's name: torch is read from disk meanwhile
-threading.Thread(target=importlib.import_module, args=["torch"], name="import").start()
+# importing the SDK would wait 1 s for a child process that looks for the CPU's name, which only its own debugger reports
+sys.modules["cpuinfo"] = cast(Any, SimpleNamespace(get_cpu_info=dict))
+gc.disable()  # what is imported stays: to look through it for garbage again and again takes a fifth of the start
 
 import runpod
 
@@ -25,6 +26,8 @@ from pipeline.control import Control
 from pipeline.run import Service
 from pipeline.settings import BadSetting, Settings
 
+gc.freeze()
+gc.enable()
 log = logging.getLogger("musetalk.handler")
 LAST_PROGRESS = 0.95  # updates travel in unordered threads: none may overtake the result
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from musetalk.box import Box, Region
-from musetalk.imaging import blend_u8, constants, gaussian_blur, kept, linear, pillow_resize
+from musetalk.imaging import blend_u8, gaussian_blur, kept, linear, pillow_resize, row_constants
 from musetalk.nets.bisenet import BiSeNet
 from musetalk.nets.layers import at_once
 from musetalk.options import ParsingMode
@@ -75,8 +75,8 @@ def turned_back(mask: Tensor, square: Box, box: Box, place: Place) -> tuple[Tens
 
 def parse_input(squares: Tensor) -> Tensor:
     """RGB (N, 512, 512, 3) uint8 -> ImageNet-normalised float32 (N, 3, 512, 512)."""
-    mean, std = constants(squares.device, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    return ((squares.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+    mean, std = row_constants(squares.device, squares.shape[2], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return squares.flatten(2).float().div_(255).sub_(mean).div_(std).view(squares.shape).permute(0, 3, 1, 2)
 
 
 def parse(net: BiSeNet, squares: list[Tensor]) -> Tensor:
@@ -97,25 +97,25 @@ def upsampled_labels(logits: Tensor) -> Tensor:
     n, classes, height, width = logits.shape
     labels = torch.zeros(n, SIZE, SIZE, dtype=torch.uint8, device=logits.device)
     row, row_share, column, columns, column_share = _upsampling(logits.device, height, width)
-    corner = logits.argmax(dim=1)
+    rows = logits.permute(0, 2, 3, 1).contiguous()
+    corner = rows.argmax(dim=3)
     top = corner[:, :-1, :-1]
     mixed = (top != corner[:, 1:, :-1]) | (top != corner[:, :-1, 1:]) | (top != corner[:, 1:, 1:])
     lower = top.to(torch.uint8).index_select(1, row).index_select(2, column)
-    rows = logits.permute(0, 2, 3, 1)
     rows = torch.lerp(rows.index_select(1, row), rows.index_select(1, row + 1), row_share[:, None, None])
     at = torch.arange(n * len(row) * (width - 1), device=logits.device)
     if logits.device.type == "cpu":  # a GPU would have to wait for their number
         at = at[mixed.index_select(1, row).flatten()]
     line, cell = at // (width - 1), at % (width - 1)
     rows = rows.reshape(-1, classes)
-    left, right = (rows.index_select(0, line * width + cell + i).T.contiguous()[:, :, None] for i in (0, 1))
-    best, label = torch.full((), -torch.inf, device=logits.device), torch.zeros((), dtype=torch.uint8, device=logits.device)
-    share = column_share[cell]
+    left, right = (rows.index_select(0, line * width + cell + i).T.contiguous() for i in (0, 1))
+    share, places = column_share.index_select(1, cell), columns.index_select(1, cell) + line * SIZE
+    best, label = torch.full_like(share, -torch.inf), torch.zeros_like(share, dtype=torch.uint8)
     for i in range(classes):
         value = torch.lerp(left[i], right[i], share)
-        label = torch.where(value > best, i, label)
-        best = torch.maximum(value, best)
-    lower.view(-1)[(line * SIZE)[:, None] + columns[cell]] = label.to(torch.uint8)
+        label.masked_fill_(value > best, i)
+        torch.maximum(value, best, out=best)
+    lower.view(-1)[places] = label
     labels[:, TOP_ROW:] = lower
     return labels
 
@@ -123,7 +123,8 @@ def upsampled_labels(logits: Tensor) -> Tensor:
 @kept(4)
 def _upsampling(height: int, width: int) -> tuple[Tensor, ...]:
     """For maps (height, width) stretched over SIZE with aligned corners: of each row from TOP_ROW on the map's row above and
-    the share of that below; of each column the cell; of each cell its columns (the last repeated) and shares of its right.
+    the share of that below; of each column the cell; of each cell (across) its columns (the last repeated) and shares of its
+    right.
     """
     row, column = (np.arange(first, SIZE, dtype=np.float32) * np.float32((cells - 1) / (SIZE - 1))
                    for first, cells in ((TOP_ROW, height), (0, width)))
@@ -131,8 +132,8 @@ def _upsampling(height: int, width: int) -> tuple[Tensor, ...]:
     first, count = np.searchsorted(cell, np.arange(width - 1)), np.bincount(cell)
     columns = first[:, None] + np.minimum(np.arange(count.max()), count[:, None] - 1)
     share = column[columns] - np.arange(width - 1, dtype=np.float32)[:, None]
-    parts = (above, row - above.astype(np.float32), cell, columns, share)
-    return tuple(torch.from_numpy(part) for part in parts)
+    parts = (above, row - above.astype(np.float32), cell, columns.T, share.T)
+    return tuple(torch.from_numpy(part.copy()) for part in parts)
 
 
 def _dilate_jaw(skin: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from musetalk.box import Box
-from musetalk.imaging import constants, lanczos4, scale_shift
+from musetalk.imaging import lanczos4, row_constants, scale_shift
 from musetalk.nets.rtmpose import RtmPose
 from musetalk.nets.s3fd import STRIDES, S3fd
 from musetalk.parts import in_parts
@@ -55,8 +55,8 @@ class Detection:
 
 def s3fd_input(frames: Tensor) -> Tensor:
     """RGB frames (N, H, W, 3) uint8 -> mean-subtracted float32 (N, 3, H, W)."""
-    (mean,) = constants(frames.device, CAFFE_MEAN)
-    return (frames.float() - mean).permute(0, 3, 1, 2)
+    (mean,) = row_constants(frames.device, frames.shape[2], CAFFE_MEAN)
+    return frames.flatten(2).float().sub_(mean).view(frames.shape).permute(0, 3, 1, 2)
 
 
 def decode_s3fd(levels: list[tuple[Tensor, Tensor]], item: int = 0) -> list[Detection]:
@@ -153,8 +153,8 @@ def pose_picture(frame: Tensor, where: PoseFrame, width: int = 288, height: int 
 
 def pose_input(pictures: Tensor) -> Tensor:
     """RGB (N, 384, 288, 3) uint8 -> normalised float32 (N, 3, 384, 288)."""
-    mean, std = constants(pictures.device, POSE_MEAN, POSE_STD)
-    return ((pictures.float() - mean) / std).permute(0, 3, 1, 2)
+    mean, std = row_constants(pictures.device, pictures.shape[2], POSE_MEAN, POSE_STD)
+    return pictures.flatten(2).float().sub_(mean).div_(std).view(pictures.shape).permute(0, 3, 1, 2)
 
 
 def simcc_mean(plain: tuple[Tensor, Tensor], mirrored: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

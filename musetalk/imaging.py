@@ -38,10 +38,10 @@ def kept(maxsize: int) -> Callable[[Callable[[*Numbers], tuple[Tensor, ...]]],
     return decorate
 
 
-@kept(16)
-def constants(*values: tuple[float, ...]) -> tuple[Tensor, ...]:
-    """Each tuple of numbers as a float32 tensor."""
-    return tuple(torch.tensor(v, dtype=torch.float32) for v in values)
+@kept(64)
+def row_constants(width: int, *values: tuple[float, ...]) -> tuple[Tensor, ...]:
+    """Each tuple of numbers, one a channel, for all pixels of a row: float32 (width * C). Vectorised, as three are not."""
+    return tuple(torch.tensor(v, dtype=torch.float32).repeat(width) for v in values)
 
 
 def _positions(n_in: int, n_out: int) -> NDArray[np.float32]:
@@ -140,19 +140,20 @@ def pillow_resize(image: Tensor, height: int, width: int, bicubic: bool = False,
     across = _pillow_taps(image.device, image.shape[1], width, bicubic, 0)
     down = _pillow_taps(image.device, image.shape[0], height, bicubic, top)
     first = int(_pillow_taps(torch.device("cpu"), image.shape[0], height, bicubic, top)[0][0, 0])  # rows above are not used
-    pixels = _tap_sum(image[first:].transpose(0, 1), *across)
-    return _tap_sum(pixels.transpose(0, 1), down[0] - first, down[1]).to(torch.uint8)
+    used = image[first:].flatten(1)
+    columns = _tap_sum(used.T.contiguous().view(image.shape[1], -1), *across)  # (width, C * H)
+    rows = columns.view(-1, len(used)).T.contiguous()
+    return _tap_sum(rows, down[0] - first, down[1]).to(torch.uint8).view(-1, width, *image.shape[2:])
 
 
-def _tap_sum(pixels: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of the rows at index (taps, n_out), weights in 2^-22, rounded and clamped: (n_in, ...) -> (n_out, ...)
-    int32. Along rows, since then each tap is copied row by row.
+def _tap_sum(lines: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of the lines at index (taps, n_out), weights in 2^-22, rounded and clamped: (n_in, L) -> (n_out, L)
+    int32. Of contiguous lines, since then each tap is copied line by line.
     """
-    pixels = pixels.to(torch.int32, memory_format=torch.contiguous_format)
-    shape = [-1] + [1] * (pixels.ndim - 1)
-    total = pixels.index_select(0, index[0]).mul_(weights[0].view(shape)).add_(1 << 21)
+    lines = lines.to(torch.int32)
+    total = lines.index_select(0, index[0]).mul_(weights[0][:, None]).add_(1 << 21)
     for taps, weight in zip(index[1:], weights[1:], strict=True):
-        total.addcmul_(pixels.index_select(0, taps), weight.view(shape))
+        total.addcmul_(lines.index_select(0, taps), weight[:, None])
     return total.bitwise_right_shift_(22).clamp_(0, 255)
 
 
