@@ -68,6 +68,19 @@ def test_the_skin_moves_without_a_jump() -> None:
     assert np.array_equal(closed, y)
 
 
+def test_a_smile_draws_the_corners_up_and_bares_the_teeth() -> None:
+    who = Person.random(4, beard=0.0, moustache=0.0, smile=0.0)
+    back, pose = np.full((200, 200, 3), 0.2, np.float32), Pose(100, 90, 80)
+    serious, smiling = (replace(Mouth(0.25, 0.8, 1.0, 0.1), smile=s) for s in (0.0, 0.15))
+    views = [render.render(who, Shot.of(4).light, pose, m, 200, 200, back) for m in (serious, smiling)]
+    for corner in (48, 54):
+        assert views[0].landmarks[corner, 1] - views[1].landmarks[corner, 1] == pytest.approx(0.15 * 80, abs=1)
+    bare = [(v.radiance.min(-1)[v.labels == INSIDE] > 0.3).sum() for v in views]
+    assert bare[1] > 1.15 * bare[0]
+    rests = [wide.resting(r) for r in [np.random.default_rng(3)] for _ in range(200)]
+    assert 40 < sum(m.smile > 0 for m in rests) < 80
+
+
 def test_landmarks_turn_with_the_head() -> None:
     who = Person.random(2)
     front = render.landmarks(who, Pose(200, 200, 80), Mouth())

@@ -75,8 +75,8 @@ def lips(person: Person, mouth: Mouth, x: Any) -> tuple[Any, Any, Any, Any]:
     t = np.clip(np.abs(x) / half, 0, 1)
     arch = (1 - t**2) ** 0.75
     gape = np.clip(1 - np.clip(np.abs(x) / (half * 0.9), 0, 1) ** 2.2, 0, None)
-    full = who.lip_full * (1 + 0.35 * max(-mouth.width, 0.0)) * (1 - 0.12 * mouth.open)
-    rise = -m.smile * t**2
+    full = who.lip_full * (1 + 0.35 * max(-mouth.width, 0.0)) * (1 - 0.12 * mouth.open) * (1 - 2 * mouth.smile)
+    rise = -(m.smile + mouth.smile) * t**2
     upper, lower = -0.10 * mouth.open * gape + rise, 0.30 * mouth.open * gape + rise
     bow = 1 - m.bow * np.cos(np.clip(t * 5, 0, np.pi))
     return upper - full * arch * bow, upper, lower, lower + 1.25 * full * arch
@@ -88,6 +88,8 @@ def unmoved(person: Person, mouth: Mouth, x: Array, y: Array) -> tuple[Array, Ar
     ratio = half_width(person, mouth) / who.mouth_width - 1
     near = np.exp(-(((y - cy) / 0.3) ** 2) - (x / 0.75) ** 2)
     x0 = x / (1 + ratio * 0.8 * near)
+    if mouth.smile > 0:  # the cheeks go up and fold beside the mouth
+        y = y + mouth.smile * bump(np.abs(x), y, 1.25 * half_width(person, mouth), cy - 0.1, 0.3, 0.3)
     if mouth.open <= 0:
         return x0.astype(np.float32), y
     side = np.exp(-((x / 0.62) ** 4))
@@ -218,7 +220,7 @@ def mouth(face: Surface, person: Person, m: Mouth) -> None:
         _inside(p, person, m, x, y, upper_in, lower_in, r)
     seam = np.exp(-(((y - middle) / 0.012) ** 2)) * (np.abs(x) < half * 0.98)
     p.paint((max(0.0, 0.85 - 12 * m.open) * seam).astype(np.float32), 0.22 * person.lip, 0.1)
-    corner = bump(np.abs(x), y, half * 0.99, -person.materials.smile, 0.035, 0.03)
+    corner = bump(np.abs(x), y, half * 0.99, -person.materials.smile - m.smile, 0.035, 0.03)
     p.paint((0.45 * corner).astype(np.float32), 0.3 * person.skin, 0.1)
 
 
@@ -252,7 +254,7 @@ def _inside(
         within = np.abs(number % 1 - 0.5) * 2  # 0 in a tooth's middle, 1 between two
         curve = 0.012 * number**1.5
         if not jaw:
-            end = 0.05 + 0.05 * m.teeth - 0.018 * within**4 - curve
+            end = 0.05 + 0.05 * m.teeth + 0.3 * m.smile - 0.018 * within**4 - curve
             f = np.maximum(y - upper - end, np.abs(x) - half * 0.8)
             strength = min(1.0, 2 * m.teeth)
         else:

@@ -76,6 +76,7 @@ class Mouth:
     width: float = 0.0  # -1 rounded .. 1 spread
     teeth: float = 0.0  # 0..1 how much of the upper teeth shows
     tongue: float = 0.0  # 0..1 how high the tongue lies
+    smile: float = 0.0  # how high the corners are drawn up, units; people of the wide world only
 
 
 @dataclass(frozen=True)

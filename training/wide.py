@@ -60,7 +60,7 @@ class Scene:
 def random_pose(r: np.random.Generator) -> Pose:
     """A head of a crop's size, turned and rolled up to 30 degrees, mostly less."""
     u = r.uniform
-    roll, yaw, pitch = (float(v) for v in np.clip(r.normal(0, (0.1, 0.22, 0.13)), -0.52, 0.52))
+    roll, yaw, pitch = (float(v) for v in np.clip(r.normal(0, (0.12, 0.28, 0.14)), -0.52, 0.52))
     blink = float(r.choice([0.0, r.random(), 1.0], p=[0.85, 0.1, 0.05]))
     return Pose(
         float(u(400, 410)),
@@ -72,6 +72,17 @@ def random_pose(r: np.random.Generator) -> Pose:
         blink,
         (float(u(-0.6, 0.6)), float(u(-0.3, 0.3))),
     )
+
+
+def resting(r: np.random.Generator) -> Mouth:
+    """What the source's mouth does: anything, nearly nothing, or a smile that bares the teeth."""
+    kind = r.random()
+    if kind < 0.5:
+        return data.random_mouth(r)
+    if kind < 0.7:
+        return Mouth(float(r.uniform(0, 0.28)))
+    u = r.uniform
+    return Mouth(float(u(0.0, 0.4)), float(u(0.4, 1.6)), float(u(0.6, 1)), float(u(0, 0.4)), float(u(0.03, 0.18)))
 
 
 def nudged(r: np.random.Generator, pose: Pose, by: float = 1.0) -> Pose:
@@ -129,7 +140,7 @@ def pairs(seed: int, count: int) -> NDArray[np.uint8]:
             who = person(r)
         if i % 2 == 0:
             scene, pose = Scene.random(r, who), random_pose(r)
-            rest = data.random_mouth(r) if r.random() < 0.6 else Mouth(float(r.uniform(0, 0.28)))
+            rest = resting(r)
             errors = _errors(r, pose)
         else:
             pose = nudged(r, pose)
