@@ -185,6 +185,6 @@ def _seen(plane: Tensor, place: Place, rows: int, columns: int, device: torch.de
     """A place of a plane at the network's size: (1, 1, rows, columns) float32; the border repeats beyond the frame."""
     area = place.bounds().clipped(plane.shape[1], plane.shape[0])
     part = plane[area.y1 : area.y2, area.x1 : area.x2].to(device).float()[None, None]
-    finer = math.ceil(max(place.height / rows, place.width / columns, 1) - 1e-6)
+    finer = max(math.ceil(max(place.height / rows, place.width / columns) - 0.25), 1)  # a quarter too coarse is not seen
     fine = resampled(part, Place.of(area), place, rows * finer, columns * finer)
     return F.interpolate(fine, size=(rows, columns), mode="bilinear", antialias=True)
