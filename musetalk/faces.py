@@ -28,6 +28,8 @@ LARGE, SCALED = 2560, 1920  # pictures with a longer side are searched for faces
 SMALL = 640  # longer side at which a picture without a face is searched again
 FACE_POINTS = slice(23, 91)  # the 68 face landmarks among the 133 key points, in dlib's order
 RIGHT_EYE, LEFT_EYE = slice(36, 42), slice(42, 48)  # the person's own
+LOOKS, LOOK = 2, 480  # how often a rolled head is looked at again, upright, in a picture of so many pixels
+HEAD = Box(-60, -70, 160, 150)  # that picture, where the face is 0..100
 TURN_FROM, TURN_ALL = math.radians(10), math.radians(15)  # a head's roll at which it begins, and ends, to be turned upright
 NOSE_BRIDGE = 29  # landmark at half the height of the face box
 CAFFE_MEAN = (104.0, 117.0, 123.0)  # B, G, R means, which upstream subtracts from R, G, B in this order
@@ -222,13 +224,43 @@ def face_box(points: Tensor, detection: Box, shift: int = 0) -> Box:
     return detection if box.height <= 0 or box.width <= 0 or box.x1 < 0 else box
 
 
-def head_place(points: Tensor, box: Box) -> Place:
-    """Landmarks (68, 2) int and the face box -> where the face lies: in the box, or turned upright from a roll of 10 degrees
-    on, all the way from 15 degrees on, in between in part, so that no face jumps.
+def head_places(net: RtmPose, frames: list[Tensor], points: Tensor, boxes: list[Box]) -> list[Place]:
+    """Where the faces of frames (H, W, 3) lie, of their landmarks (N, 68, 2) and face boxes.
+
+    The network is less sure of a rolled head, so it looks at it again, turned upright by what it saw before.
     """
-    eyes = points[LEFT_EYE].double().mean(0) - points[RIGHT_EYE].double().mean(0)
-    roll = math.atan2(float(eyes[1]), float(eyes[0]))
-    roll *= min(max((abs(roll) - TURN_FROM) / (TURN_ALL - TURN_FROM), 0.0), 1.0)
+    points, device = points.double(), net.head.cls_x.weight.device
+    places = [head_place(p, b) for p, b in zip(points, boxes, strict=True)]
+    rolled = [i for i, place in enumerate(places) if place.roll]
+    shares = [turned_share(head_roll(points[i])) for i in rolled]
+    for _ in range(LOOKS if rolled else 0):
+        around = [places[i].part(HEAD, Box(0, 0, 100, 100)) for i in rolled]
+        pictures = [cut_out(frames[i].to(device), where, LOOK, LOOK) for i, where in zip(rolled, around, strict=True)]
+        for i, where, seen, share in zip(rolled, around, landmarks(net, pictures)[0], shares, strict=True):
+            level = (seen.double() + 0.5) * (2 / LOOK) - 1
+            again = level @ torch.from_numpy(where.matrix[:2, :2].T) + torch.from_numpy(where.matrix[:2, 2])
+            places[i] = head_place(torch.lerp(points[i], again, share), boxes[i])
+    return places
+
+
+def head_roll(points: Tensor) -> float:
+    """By how much a head is rolled, of its landmarks (68, 2): the slope of its eyes, radians clockwise."""
+    x, y = (points[LEFT_EYE].double().mean(0) - points[RIGHT_EYE].double().mean(0)).tolist()
+    return math.atan2(y, x)
+
+
+def turned_share(roll: float) -> float:
+    """How much of a head's roll is turned back: nothing up to 10 degrees, all from 15 on; a part between, so nothing jumps."""
+    return min(max((abs(roll) - TURN_FROM) / (TURN_ALL - TURN_FROM), 0.0), 1.0)
+
+
+def head_place(points: Tensor, box: Box) -> Place:
+    """Where a face lies, of its landmarks (68, 2) and the face box: in that box, or turned as the head is.
+
+    A turned place is made as `face_box` is, of the landmarks along the head's own axes.
+    """
+    roll = head_roll(points)
+    roll *= turned_share(roll)
     if roll == 0:
         return Place.of(box)
     c, s = math.cos(roll), math.sin(roll)

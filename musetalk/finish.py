@@ -37,7 +37,7 @@ TRUST = 40.0  # levels of difference that may still be a tint
 LIKE_SKIN = 110.0  # levels from the skin's colour at which the drawing is something else, as teeth are
 LIPS = 64  # side of the map of the source's lips
 LIPS_GROW = 0.03  # how far around them is lips, too, sides of the box
-CRISP, CRISP_MOST = 0.62, 3.0  # unsharp mask on the drawing by the square of how much it is enlarged, up to so many times more
+CRISP, CRISP_MOST = 0.18, 3.0  # unsharp mask on the drawing by the cube of how much it is enlarged, up to so many times more
 FINER = 2.0  # times from which that is done on a grid twice as fine: on the network's own, slanting edges become stairs
 DETAIL = 36.0  # levels of the source's detail that the drawing gets where both are alike: creases of lips that have not moved
 USUAL = 5.0  # and on all that is like skin so much of what the skin shown has on average: pores and the camera's grain
@@ -121,7 +121,7 @@ def _crisp(drawn: Tensor, times: float) -> Tensor:
     No pixel leaves the range of those around it, which is enlarged smoothly: edges have neither halos nor stairs.
     """
     low, mean, high = _around(drawn)
-    sharp = drawn + CRISP * min(max(times - 1, 0), CRISP_MOST) ** 2 * (drawn - mean)
+    sharp = drawn + CRISP * min(max(times - 1, 0), CRISP_MOST) ** 3 * (drawn - mean)
     if times > FINER:
         sharp = F.interpolate(sharp, scale_factor=2, mode="bicubic")
         low, high = torch.split(F.interpolate(torch.cat([low, high]), scale_factor=2, mode="bilinear"), 1)

@@ -121,7 +121,7 @@ class Tracker:
         inside = all(_centre_inside(b, g) for b, g in zip(boxes, guesses, strict=True))
         self.score = max(self.score, float(scores.max()))
         confident = float(scores.min()) >= SCORE_DROP * self.score
-        places = [faces.head_place(p, b) for p, b in zip(points, boxes, strict=True)]
+        places = faces.head_places(self.pose, frames, points, boxes)
         return [Found(*each) for each in zip(boxes, guesses, places, strict=True)], smooth and inside and confident
 
 
