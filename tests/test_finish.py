@@ -189,7 +189,7 @@ def test_an_enlarged_drawing_is_steeper_but_keeps_its_range() -> None:
     face = torch.full((3, SIDE, SIDE), 200.0)
     face[:, 50:, 28:36] = 90
     face[:, 49, 28:36] = 160  # the decoder's soft edge
-    for drawing, gain in ((face, 1.2), (slant(1.0), 1.35)):
+    for drawing, gain in ((face, 1.2), (slant(1.0), 1.25)):
         official, ours = frame.clone(), shown(frame, drawing)
         blend.paste(official.unbind(-1), drawing.to(torch.uint8), BOX, region())
         steep, steeper = (float((x[140:178, 106:126].float().diff(dim=0)).abs().max()) for x in (official, ours))
