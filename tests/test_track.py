@@ -49,7 +49,8 @@ def test_gated_tracking_gives_the_boxes_of_per_frame_detection(service: Service,
     assert [f is None for f in got] == [f is None for f in want]
     for a, b in zip(got, want, strict=True):
         if a and b:
-            assert a.box == b.box
+            apart = np.abs(corners([a.box]) - corners([b.box]))
+            assert apart.max() <= 2, "a bin of the landmark network: a near tie falls either way with other frames in the batch"
     if name in ("still", "moving"):
         assert gated.detections <= 5, "one look a window"
 
