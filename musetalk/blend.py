@@ -48,9 +48,10 @@ def cut(frame: Tensor, square: Box) -> Tensor:
 def upright(frame: Tensor, place: Place) -> tuple[Tensor, Box]:
     """A picture (H, W, C) uint8 in which the face at a place of a frame (H, W, C) uint8 stands upright, and its box there.
 
-    The frame itself where it already does; else one as large as what is blended, the frame's edge repeated beyond it.
+    The frame itself where it already does, the box to the nearest pixel: a soft mask needs no more. Else one as large as what
+    is blended, the frame's edge repeated beyond it.
     """
-    if place.whole:
+    if place.roll == 0:
         return frame, place.box()
     width, height = max(round(place.width), 2), max(round(place.height), 2)
     half = blend_square(Box(0, 0, width, height)).width // 2
@@ -62,7 +63,7 @@ def turned_back(mask: Tensor, square: Box, box: Box, place: Place) -> tuple[Tens
     """A mask (H, W) uint8 over a square of the picture in which a face has `box` -> the same over pixels of the frame in which
     it has `place`, and the rectangle that these are.
     """
-    if place.whole:
+    if place.roll == 0:
         return mask, square
     covers = place.part(square, box)
     area = covers.bounds()
