@@ -25,6 +25,8 @@ from musetalk.place import Place
 WINDOW = 12  # frames, about half a second
 SMOOTH_IOU = 0.75  # consecutive landmark boxes of one face overlap at least this much
 SCORE_DROP = 0.6  # share of the clip's landmark score under which a face is doubted
+FITS = 0.4  # intersection over union of landmark box and detection from which on they are one face: of a small one the network
+# that sees the whole picture may find the chest
 REACH = 6  # frames that a steady box looks back and ahead
 HELD = WINDOW + REACH  # frames that preparation holds at most
 DEVIATION = 2.5  # of the steady track's mean in time, frames
@@ -52,6 +54,7 @@ class Tracker:
         self.choice, self.shift, self.window = choice, shift, window
         self.last: Box | None = None  # the followed face at the end of the window before
         self.crowded = False  # more than one face: look for landmarks around the chosen one only
+        self.astray = False  # the whole picture's landmarks did not fit the face: look around it from now on
         self.score = 0.0  # best mean landmark score so far
         self.empty: Tensor | None = None  # thumbnail of the last frame that held no face
         self.detections = 0  # detector passes, for benchmarks
@@ -78,7 +81,7 @@ class Tracker:
             count = len(frames)
             guesses = [_between(before, after, (i + 1) / count) for i in range(count)]
             found, smooth = self._landmarks(frames, guesses)
-            if smooth:
+            if smooth and (self.astray or found[-1].box.iou(after) >= FITS):
                 self.last = after
                 return list(found)
         return self._every(frames, {len(frames) - 1: after})
@@ -93,7 +96,11 @@ class Tracker:
         present = [i for i, box in enumerate(boxes) if box is not None]
         out: list[Found | None] = [None] * len(frames)
         if present:
-            found, _ = self._landmarks([frames[i] for i in present], [b for b in boxes if b is not None])
+            pictures, detected = [frames[i] for i in present], [b for b in boxes if b is not None]
+            found, _ = self._landmarks(pictures, detected)
+            if not (self.crowded or self.astray) and any(f.box.iou(b) < FITS for f, b in zip(found, detected, strict=True)):
+                self.astray = True
+                found, _ = self._landmarks(pictures, detected)
             for i, face in zip(present, found, strict=True):
                 out[i] = face
         return out
@@ -114,7 +121,7 @@ class Tracker:
 
     def _landmarks(self, frames: list[Tensor], guesses: list[Box]) -> tuple[list[Found], bool]:
         """Landmark boxes of frames that hold a face, and whether they form one smooth, confident track."""
-        regions = [PoseFrame.around(g) for g in guesses] if self.crowded else None
+        regions = [PoseFrame.around(g) for g in guesses] if self.crowded or self.astray else None
         points, scores = faces.landmarks(self.pose, frames, regions)
         boxes = [faces.face_box(p, g, self.shift) for p, g in zip(points, guesses, strict=True)]
         smooth = all(a.iou(b) >= SMOOTH_IOU for a, b in itertools.pairwise(boxes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 from musetalk import LipSync, Options, faces
 from musetalk.box import Box
-from musetalk.faces import Detection
+from musetalk.faces import Detection, PoseFrame
+from musetalk.nets.rtmpose import RtmPose
 from musetalk.place import Place
 from musetalk.track import REACH, Found, Tracker, choose, steadied
 from pipeline.run import Service
@@ -169,3 +171,23 @@ def test_official_boxes_are_the_trackers_own(service: Service) -> None:
 
 def test_the_finish_belongs_to_the_prepared_avatar() -> None:
     assert Options(finish="natural").avatar_part() != Options(finish="official").avatar_part()
+
+
+def test_landmarks_that_do_not_fit_the_face_are_looked_for_around_it(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a small face, of which the network that sees the whole picture finds the chest."""
+    lipsync: LipSync = service.engine.load()
+    clip, landmarks, seen = [picture(240)] * 3, faces.landmarks, []
+
+    def astray(net: RtmPose, frames: list[torch.Tensor], regions: list[PoseFrame] | None = None) -> Any:
+        points, scores = landmarks(net, frames, regions)
+        seen.append(regions is None)
+        return (points + torch.tensor([0, 90]) if regions is None else points), scores
+
+    with torch.inference_mode():
+        want = [f.box for _, f in Tracker(lipsync.nets.detector, lipsync.nets.pose).run(clip) if f]
+        monkeypatch.setattr(faces, "landmarks", astray)
+        tracker = Tracker(lipsync.nets.detector, lipsync.nets.pose)
+        got = [[f.box for _, f in tracker.run(clip) if f] for _ in range(2)]
+    assert all(box.iou(want[0]) > 0.8 for run in got for box in run)
+    assert len(got[0]) == len(got[1]) == 3
+    assert seen == [True, True, False, False], "the clip's other windows are looked at around the face at once"
