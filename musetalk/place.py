@@ -1,7 +1,7 @@
 """Where a face lies in a frame, to a part of a pixel and turned as the head is.
 
-The networks know upright faces. Upstream lays a box on whole pixels around each, however it is rolled; a place follows the head,
-and what is seen or made in one place is resampled onto another.
+The networks know upright faces. Upstream lays a box on whole pixels around each, however it is rolled; a place follows the
+head, and what is seen or made in one place is resampled onto another.
 """
 
 from __future__ import annotations
