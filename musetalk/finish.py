@@ -25,7 +25,7 @@ from torch import Tensor
 from musetalk.blend import first_row
 from musetalk.box import Box, Region
 from musetalk.imaging import kept
-from musetalk.place import Place, resampled
+from musetalk.place import Place, positions, resampled, sampled
 
 GRID, TINT_GRID = 64, 16  # sides of the maps on which drawing and source are compared, and of the tints
 ALIKE, ALIKE_FAR = 12.0, 80.0  # levels over which drawing and source count as different: by the mouth, and far from it
@@ -78,8 +78,8 @@ def natural(planes: Sequence[Tensor], face: Tensor, place: Place, region: Region
         area = Box(*(v // step for v in astuple(region.box)))  # even, where planes are halved
         weight = mask[0, 0] if step == 1 else F.avg_pool2d(mask, 2)[0, 0]
         small = torch.cat([shares, source[:, which]], dim=1), _crisp(drawn[:, which], place.height / step / size)
-        at, over = lower.divided(step), Place.of(area)
-        (share, same, like, *old), new = (resampled(maps, at, over, area.height, area.width)[0] for maps in small)
+        grid = positions(lower.divided(step), Place.of(area), area.height, area.width, face.device)
+        (share, same, like, *old), new = (sampled(maps, grid)[0] for maps in small)
         for plane, coarse, levels in zip(planes[which], old, new, strict=True):
             part = plane[area.y1 : area.y2, area.x1 : area.x2]
             pixel = part.to(face.device).float()

@@ -109,5 +109,10 @@ def resampled(image: Tensor, covers: Place, over: Place, rows: int, columns: int
 
     Not antialiased: the grid must not be much coarser than the image.
     """
-    grid = positions(covers, over, rows, columns, image.device)
+    return sampled(image, positions(covers, over, rows, columns, image.device), mode, padding)
+
+
+def sampled(image: Tensor, grid: Tensor, mode: Literal["bilinear", "bicubic"] = "bilinear",
+            padding: Literal["border", "zeros"] = "border") -> Tensor:
+    """An image (1, C, H, W) float32 at `positions` (rows, columns, 2): (1, C, rows, columns)."""
     return F.grid_sample(image, grid[None], mode=mode, padding_mode=padding, align_corners=False)
