@@ -111,12 +111,13 @@ class Film:
     boxes: list[Box | None]
 
 
-def tracked(clip: Clip, made: Material) -> list[Found]:
+def tracked(clip: Clip, made: Material, upright: bool) -> list[Found]:
     """Face boxes as a landmark network would find them: the true landmarks with its errors, in whole pixels."""
     r, everywhere = np.random.default_rng(clip.seed), Box(0, 0, *made.source[0].shape[1::-1])
     seen = [torch.from_numpy(p + r.normal(0, JITTER * clip.face, p.shape)).long() for p in made.landmarks]
     boxes = [face_box(points, everywhere) for points in seen]
-    return [Found(box, box, head_place(points, box)) for box, points in zip(boxes, seen, strict=True)]
+    places = [head_place(p, b) if upright else Place.of(b) for p, b in zip(seen, boxes, strict=True)]
+    return [Found(box, box, place) for box, place in zip(boxes, places, strict=True)]
 
 
 def prepared(lipsync: LipSync, clip: Clip, made: Material, options: Options, found: bool) -> Avatar:
@@ -125,8 +126,9 @@ def prepared(lipsync: LipSync, clip: Clip, made: Material, options: Options, fou
         return lipsync.prepare(made.source, options)
     avatar = Avatar.new()
     avatar.frames = [torch.from_numpy(f) for f in made.source]
-    items: list[tuple[Tensor, Found | None]] = list(zip(avatar.frames, tracked(clip, made), strict=True))
-    followed = list(steadied(items)) if options.finish == "natural" else items
+    natural = options.finish == "natural"
+    items: list[tuple[Tensor, Found | None]] = list(zip(avatar.frames, tracked(clip, made, natural), strict=True))
+    followed = list(steadied(items)) if natural else items
     for at in range(0, len(items), options.batch_size):
         lipsync.append(avatar, followed[at : at + options.batch_size], options)
     avatar.finish()

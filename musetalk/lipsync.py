@@ -99,10 +99,11 @@ class LipSync:
     def prepare_stream(self, frames: Iterable[Tensor], avatar: Avatar, options: Options) -> Iterator[int]:
         """Append every frame to `avatar`, yielding the number appended so far after each group."""
         shift = options.bbox_shift if self.nets.version == "v1" else 0
-        tracker = Tracker(self.nets.detector, self.nets.pose, options.face, shift)
+        natural = options.finish == "natural"
+        tracker = Tracker(self.nets.detector, self.nets.pose, options.face, shift, upright=natural)
         group: list[tuple[Tensor, Found | None]] = []
         followed = tracker.run(frames)
-        for item in steadied(followed) if options.finish == "natural" else followed:
+        for item in steadied(followed) if natural else followed:
             group.append(item)
             if len(group) == options.batch_size:
                 self.append(avatar, group, options)
@@ -115,8 +116,7 @@ class LipSync:
     @torch.inference_mode()
     def append(self, avatar: Avatar, group: list[tuple[Tensor, Found | None]], options: Options) -> None:
         """Crop, parse and encode the faces of a few frames."""
-        natural = options.finish == "natural"
-        present = [(frame, found.place if natural else Place.of(found.box)) for frame, found in group if found is not None]
+        present = [(frame, found.place) for frame, found in group if found is not None]
         noise = self._noise(options.seed, len(avatar), len(present))
         made = in_parts(lambda part: self._faces(present[part], None if noise is None else noise[:, part], options),
                         len(present), self.nets.device)

@@ -25,8 +25,7 @@ from musetalk.place import Place
 WINDOW = 12  # frames, about half a second
 SMOOTH_IOU = 0.75  # consecutive landmark boxes of one face overlap at least this much
 SCORE_DROP = 0.6  # share of the clip's landmark score under which a face is doubted
-FITS = 0.4  # intersection over union of landmark box and detection from which on they are one face: of a small one the network
-# that sees the whole picture may find the chest
+FITS = 0.4  # so much a face's landmark box and its detection overlap at least; in a whole picture a chest may be taken for one
 REACH = 6  # frames that a steady box looks back and ahead
 HELD = WINDOW + REACH  # frames that preparation holds at most
 DEVIATION = 2.5  # of the steady track's mean in time, frames
@@ -37,7 +36,7 @@ STILL = 1.5  # mean grey levels under which a faceless picture counts as unchang
 
 @dataclass(frozen=True)
 class Found:
-    """A face in a frame: its box without the chin margin, the detector's (or interpolated) box, and where it lies upright."""
+    """A face in a frame: its box without the chin margin, the detector's (or interpolated) box, and where it is cut out."""
 
     box: Box
     detection: Box
@@ -45,13 +44,17 @@ class Found:
 
 
 class Tracker:
-    """Follows one face. `choice` picks it when it first appears: largest, leftmost, rightmost or an index from left."""
+    """Follows one face. `choice` picks it when it first appears: largest, leftmost, rightmost or an index from left.
+
+    `upright`: a rolled head gets a turned place, for which it is looked at again; else every place is the box.
+    """
 
     def __init__(
-        self, detector: S3fd, pose: RtmPose, choice: str | int = "largest", shift: int = 0, window: int = WINDOW
+        self, detector: S3fd, pose: RtmPose, choice: str | int = "largest", shift: int = 0, window: int = WINDOW,
+        upright: bool = False,
     ) -> None:
         self.detector, self.pose = detector, pose
-        self.choice, self.shift, self.window = choice, shift, window
+        self.choice, self.shift, self.window, self.upright = choice, shift, window, upright
         self.last: Box | None = None  # the followed face at the end of the window before
         self.crowded = False  # more than one face: look for landmarks around the chosen one only
         self.astray = False  # the whole picture's landmarks did not fit the face: look around it from now on
@@ -128,7 +131,7 @@ class Tracker:
         inside = all(_centre_inside(b, g) for b, g in zip(boxes, guesses, strict=True))
         self.score = max(self.score, float(scores.max()))
         confident = float(scores.min()) >= SCORE_DROP * self.score
-        places = faces.head_places(self.pose, frames, points, boxes)
+        places = faces.head_places(self.pose, frames, points, boxes) if self.upright else [Place.of(b) for b in boxes]
         return [Found(*each) for each in zip(boxes, guesses, places, strict=True)], smooth and inside and confident
 
 

@@ -166,6 +166,7 @@ def test_official_boxes_are_the_trackers_own(service: Service) -> None:
         own = [f.box.lowered(10, 360) for _, f in Tracker(lipsync.nets.detector, lipsync.nets.pose).run(clip) if f]
     assert [face.place for face in lipsync.prepare(clip, Options(finish="official")) if face] == [Place.of(box) for box in own]
     natural = [face.place for face in lipsync.prepare(clip, Options(finish="natural")) if face]
+    assert natural != [Place.of(box) for box in own]
     assert jitter(corners(natural)) < 0.5 * jitter(corners(own))
 
 
