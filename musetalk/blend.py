@@ -285,7 +285,7 @@ def first_row(place: Place, region: Region, side: int) -> int:
     if not region.mask.numel():
         return side
     row = (max(region.box.y1 - place.y1, 0) + 0.5) / place.height
-    if not place.whole:  # the highest pixel need not be the face's highest row
+    if place.roll:  # the highest pixel need not be the face's highest row
         heights = positions(place, Place.of(region.box), region.box.height, region.box.width, region.mask.device)[..., 1]
         row = max(float(np.where(region.mask.numpy() > 0, heights.numpy(), 1.0).min()), -1.0) / 2 + 0.5
     return max(0, int(row * side - 0.5) - ROW_REACH)

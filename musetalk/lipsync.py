@@ -100,7 +100,7 @@ class LipSync:
         """Append every frame to `avatar`, yielding the number appended so far after each group."""
         shift = options.bbox_shift if self.nets.version == "v1" else 0
         natural = options.finish == "natural"
-        tracker = Tracker(self.nets.detector, self.nets.pose, options.face, shift, upright=natural)
+        tracker = Tracker(self.nets.detector, self.nets.pose, options.face, shift, natural=natural)
         group: list[tuple[Tensor, Found | None]] = []
         followed = tracker.run(frames)
         for item in steadied(followed) if natural else followed:

@@ -25,7 +25,6 @@ from musetalk.place import Place
 WINDOW = 12  # frames, about half a second
 SMOOTH_IOU = 0.75  # consecutive landmark boxes of one face overlap at least this much
 SCORE_DROP = 0.6  # share of the clip's landmark score under which a face is doubted
-FITS = 0.4  # so much a face's landmark box and its detection overlap at least; in a whole picture a chest may be taken for one
 REACH = 6  # frames that a steady box looks back and ahead
 HELD = WINDOW + REACH  # frames that preparation holds at most
 DEVIATION = 2.5  # of the steady track's mean in time, frames
@@ -46,18 +45,19 @@ class Found:
 class Tracker:
     """Follows one face. `choice` picks it when it first appears: largest, leftmost, rightmost or an index from left.
 
-    `upright`: a rolled head gets a turned place, for which it is looked at again; else every place is the box.
+    Upstream looks for landmarks in the whole picture, whose network's bins are several pixels of a frame, and of a small face
+    finds the chest. `natural`: they are looked for around the face, and a rolled head gets a turned place, for which it is
+    looked at again; else every place is the box.
     """
 
     def __init__(
         self, detector: S3fd, pose: RtmPose, choice: str | int = "largest", shift: int = 0, window: int = WINDOW,
-        upright: bool = False,
+        natural: bool = False,
     ) -> None:
         self.detector, self.pose = detector, pose
-        self.choice, self.shift, self.window, self.upright = choice, shift, window, upright
+        self.choice, self.shift, self.window, self.natural = choice, shift, window, natural
         self.last: Box | None = None  # the followed face at the end of the window before
-        self.crowded = False  # more than one face: look for landmarks around the chosen one only
-        self.astray = False  # the whole picture's landmarks did not fit the face: look around it from now on
+        self.crowded = False  # more than one face: look for landmarks around the chosen one, however it is finished
         self.score = 0.0  # best mean landmark score so far
         self.empty: Tensor | None = None  # thumbnail of the last frame that held no face
         self.detections = 0  # detector passes, for benchmarks
@@ -84,7 +84,7 @@ class Tracker:
             count = len(frames)
             guesses = [_between(before, after, (i + 1) / count) for i in range(count)]
             found, smooth = self._landmarks(frames, guesses)
-            if smooth and (self.astray or found[-1].box.iou(after) >= FITS):
+            if smooth:
                 self.last = after
                 return list(found)
         return self._every(frames, {len(frames) - 1: after})
@@ -99,11 +99,7 @@ class Tracker:
         present = [i for i, box in enumerate(boxes) if box is not None]
         out: list[Found | None] = [None] * len(frames)
         if present:
-            pictures, detected = [frames[i] for i in present], [b for b in boxes if b is not None]
-            found, _ = self._landmarks(pictures, detected)
-            if not (self.crowded or self.astray) and any(f.box.iou(b) < FITS for f, b in zip(found, detected, strict=True)):
-                self.astray = True
-                found, _ = self._landmarks(pictures, detected)
+            found, _ = self._landmarks([frames[i] for i in present], [box for box in boxes if box is not None])
             for i, face in zip(present, found, strict=True):
                 out[i] = face
         return out
@@ -124,14 +120,14 @@ class Tracker:
 
     def _landmarks(self, frames: list[Tensor], guesses: list[Box]) -> tuple[list[Found], bool]:
         """Landmark boxes of frames that hold a face, and whether they form one smooth, confident track."""
-        regions = [PoseFrame.around(g) for g in guesses] if self.crowded or self.astray else None
+        regions = [PoseFrame.around(g) for g in guesses] if self.natural or self.crowded else None
         points, scores = faces.landmarks(self.pose, frames, regions)
         boxes = [faces.face_box(p, g, self.shift) for p, g in zip(points, guesses, strict=True)]
         smooth = all(a.iou(b) >= SMOOTH_IOU for a, b in itertools.pairwise(boxes))
         inside = all(_centre_inside(b, g) for b, g in zip(boxes, guesses, strict=True))
         self.score = max(self.score, float(scores.max()))
         confident = float(scores.min()) >= SCORE_DROP * self.score
-        places = faces.head_places(self.pose, frames, points, boxes) if self.upright else [Place.of(b) for b in boxes]
+        places = faces.head_places(self.pose, frames, points, boxes) if self.natural else [Place.of(b) for b in boxes]
         return [Found(*each) for each in zip(boxes, guesses, places, strict=True)], smooth and inside and confident
 
 

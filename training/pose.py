@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from musetalk.box import Box
 from musetalk.faces import FACE_POINTS, PoseFrame, decode_simcc, pose_input, pose_picture
 from musetalk.nets.rtmpose import RtmPose, RtmPoseConfig
 from training import common, data, wide
@@ -19,6 +20,7 @@ CONFIG = RtmPoseConfig(
     widths=(16, 32, 64, 96, 128), blocks=(1, 2, 2, 1), hidden=64, gate=128, key=32, flip_test=False)
 SIZES = ((640, 360), (360, 640), (480, 480), (512, 384), (384, 512))
 LARGE = ((1280, 720), (720, 1280))  # as sharply aliased by the network's picture as real clips are
+AROUND = 0.6  # share of the pictures that show head and shoulders only, as the worker looks at most
 SIGMA = 4.0  # bins, width of the SimCC targets
 
 
@@ -45,13 +47,17 @@ def pictures(seed: int, count: int, sizes: tuple[tuple[int, int], ...] = SIZES) 
         width, height = sizes[r.integers(len(sizes))]
         pose, who = frame_pose(r, width, height), Identity.random(int(r.integers(data.TRAIN_IDENTITIES)))
         drawn = draw(width, height, who, pose, data.random_mouth(r))
-        out[i] = _row(drawn.image, drawn.landmarks)
+        out[i] = _row(r, drawn.image, drawn.landmarks)
     return out
 
 
-def _row(image: NDArray[np.uint8], landmarks: NDArray[np.float64]) -> NDArray[np.float64]:
-    """What the network sees of a frame, and where its landmarks then are."""
+def _row(r: np.random.Generator, image: NDArray[np.uint8], landmarks: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What the network sees of a frame, of all of it or around its face, and where its landmarks then are."""
     where = PoseFrame.whole(image.shape[1], image.shape[0])
+    if r.random() < AROUND:
+        (x1, y1), (x2, y2) = landmarks.min(0), landmarks.max(0)
+        off = r.normal(0, 0.06, 4) * (x2 - x1)  # a detector's errors, and its boxes begin above the brows
+        where = PoseFrame.around(Box(*(round(v + e) for v, e in zip((x1, y1 - 0.15 * (x2 - x1), x2, y2), off, strict=True))))
     picture = pose_picture(torch.from_numpy(image), where).numpy()
     size = np.array(where.size)
     points = (landmarks - np.array(where.centre) + size / 2) / size * np.array([288, 384])
@@ -68,7 +74,7 @@ def various(seed: int, count: int) -> NDArray[np.float16]:
             who = wide.person(r)
         width, height = ((280, 280), (288, 216), (216, 320), (300, 240))[int(r.integers(4))]
         scale = min(height * 0.165, width * 0.2) * float(r.uniform(0.55, 1.6))
-        out[i] = _row(*wide.frame(r, who, width, height, scale))
+        out[i] = _row(r, *wide.frame(r, who, width, height, scale))
     return out
 
 
@@ -104,7 +110,7 @@ def main() -> None:
     for _ in training.steps():
         mixed = [rows[np.sort(r.integers(len(rows), size=9))], sharp[np.sort(r.integers(len(sharp), size=3))]]
         chosen = torch.from_numpy(np.concatenate(mixed).astype(np.float32)).to(device)
-        image, points = data.moved(chosen[:, :-136].view(-1, 384, 288, 3), chosen[:, -136:].view(-1, 68, 2), turn=0.25)
+        image, points = data.moved(chosen[:, :-136].view(-1, 384, 288, 3), chosen[:, -136:].view(-1, 68, 2), turn=0.4)
         image = pose_input(data.disturbed(image)).contiguous(memory_format=torch.channels_last)
         with common.mixed_precision(device):
             x, y = net(image)

@@ -114,11 +114,11 @@ def frame(
     """A whole frame (height, width, 3) with a person in it, at height `y` if given, and the 68 landmarks (68, 2), pixels."""
     pose = random_pose(r)
     x, free = width * float(r.uniform(0.3, 0.7)), height * float(r.uniform(0.3, 0.62))
-    turned = np.clip(r.normal(0, (0.18, 0.3, 0.18)), -0.6, 0.6).tolist()
+    turned = np.clip(r.normal(0, (0.26, 0.4, 0.22)), -0.8, 0.8).tolist()
     pose = replace(pose, x=x, y=free if y is None else y, scale=scale, roll=turned[0], yaw=turned[1], pitch=turned[2])
     scene = Scene.random(r, who)
     back = backdrop(r, width, height)
-    view = render.render(who, scene.light, pose, data.random_mouth(r), width, height, back)
+    view = render.render(who, scene.light, pose, resting(r), width, height, back)
     clutter.dress(r, view.radiance, who, pose)
     return scene.camera.take(view.radiance, scene.seed), view.landmarks
 
