@@ -33,7 +33,7 @@ from musetalk.place import Place
 CHUNK = 32  # source frames
 HELD = 4  # chunks kept in memory while reading
 MEMORY = 64 << 20  # bytes of avatars kept in memory: about a thousand frames
-FORMAT = 7
+FORMAT = 8
 SUFFIX = ".avatar"
 STALE_SEC = 24 * 3600  # partial files of workers that died are removed after this
 
