@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from training import features, render, wide
+from training import features, pose, render, wide
 from training.camera import Camera, compressed
 from training.clips import Shot
 from training.people import Person
@@ -34,6 +34,22 @@ def test_source_and_truth_differ_around_the_mouth_only(motion: str) -> None:
     assert abs(columns - nose[0]).max() < 1.4 * 120
     mouth = np.isin(frame.labels, (INSIDE, LIP_U, LIP_L))
     assert (changed & mouth).sum() > 0.5 * mouth.sum()
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_landmark_networks_picture_shows_its_landmarks(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the whole frame and of head and shoulders alone, which shows the face larger."""
+    monkeypatch.setattr(pose, "AROUND", share)
+    r = np.random.default_rng(3)
+    landmarks = np.array([120.0, 90]) + r.uniform(-25, 25, (68, 2))
+    image = np.zeros((320, 240, 3), np.uint8)
+    x, y = landmarks[30].astype(int)
+    image[y - 2 : y + 3, x - 2 : x + 3] = 255
+    row = pose._row(r, image, landmarks)
+    picture, points = row[:-136].reshape(384, 288, 3).mean(-1), row[-136:].reshape(68, 2)
+    bright = np.argwhere(picture > 0.5 * picture.max()).mean(0)[::-1]
+    assert np.abs(bright - points[30]).max() < 2
+    assert (np.ptp(points, axis=0).max() > 80) == (share == 1.0)
 
 
 def test_landmarks_lie_on_what_they_name() -> None:
