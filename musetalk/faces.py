@@ -28,7 +28,7 @@ LARGE, SCALED = 2560, 1920  # pictures with a longer side are searched for faces
 SMALL = 640  # longer side at which a picture without a face is searched again
 FACE_POINTS = slice(23, 91)  # the 68 face landmarks among the 133 key points, in dlib's order
 RIGHT_EYE, LEFT_EYE = slice(36, 42), slice(42, 48)  # the person's own
-LOOKS, LOOK = 2, 480  # how often a rolled head is looked at again, upright, in a picture of so many pixels
+LOOK = 480  # pixels of the picture in which a rolled head is looked at again, upright
 HEAD = Box(-60, -70, 160, 150)  # that picture, where the face is 0..100
 TURN_FROM, TURN_ALL = math.radians(10), math.radians(15)  # a head's roll at which it begins, and ends, to be turned upright
 NOSE_BRIDGE = 29  # landmark at half the height of the face box
@@ -227,20 +227,19 @@ def face_box(points: Tensor, detection: Box, shift: int = 0) -> Box:
 def head_places(net: RtmPose, frames: list[Tensor], points: Tensor, boxes: list[Box]) -> list[Place]:
     """Where the faces of frames (H, W, 3) lie, of their landmarks (N, 68, 2) and face boxes.
 
-    The network is less sure of a rolled head, so it looks at it again, turned upright by what it saw before.
+    The network is less sure of a rolled head, so it looks at it again, turned upright by what it saw first, and the mean of
+    both counts.
     """
     points, device = points.double(), net.head.cls_x.weight.device
-    places = [head_place(p, b) for p, b in zip(points, boxes, strict=True)]
-    rolled = [i for i, place in enumerate(places) if place.roll]
-    shares = [turned_share(head_roll(points[i])) for i in rolled]
-    for _ in range(LOOKS if rolled else 0):
-        around = [places[i].part(HEAD, Box(0, 0, 100, 100)) for i in rolled]
-        pictures = [cut_out(frames[i].to(device), where, LOOK, LOOK) for i, where in zip(rolled, around, strict=True)]
-        for i, where, seen, share in zip(rolled, around, landmarks(net, pictures)[0], shares, strict=True):
-            level = (seen.double() + 0.5) * (2 / LOOK) - 1
-            again = level @ torch.from_numpy(where.matrix[:2, :2].T) + torch.from_numpy(where.matrix[:2, 2])
-            places[i] = head_place(torch.lerp(points[i], again, share), boxes[i])
-    return places
+    rolls = [head_roll(p) for p in points]
+    rolled = [i for i, roll in enumerate(rolls) if turned_share(roll) > 0]
+    around = [turned_place(points[i], boxes[i], rolls[i]).part(HEAD, Box(0, 0, 100, 100)) for i in rolled]
+    pictures = [cut_out(frames[i].to(device), where, LOOK, LOOK) for i, where in zip(rolled, around, strict=True)]
+    for i, where, seen in zip(rolled, around, landmarks(net, pictures)[0] if rolled else (), strict=True):
+        level = (seen.double() + 0.5) * (2 / LOOK) - 1
+        again = level @ torch.from_numpy(where.matrix[:2, :2].T) + torch.from_numpy(where.matrix[:2, 2])
+        points[i] = torch.lerp(points[i], again, turned_share(rolls[i]) / 2)
+    return [head_place(p, b) for p, b in zip(points, boxes, strict=True)]
 
 
 def head_roll(points: Tensor) -> float:
@@ -255,19 +254,20 @@ def turned_share(roll: float) -> float:
 
 
 def head_place(points: Tensor, box: Box) -> Place:
-    """Where a face lies, of its landmarks (68, 2) and the face box: in that box, or turned as the head is.
-
-    A turned place is made as `face_box` is, of the landmarks along the head's own axes.
-    """
+    """Where a face lies, of its landmarks (68, 2) and the face box: in that box, or turned as its head's roll calls for."""
     roll = head_roll(points)
-    roll *= turned_share(roll)
-    if roll == 0:
-        return Place.of(box)
+    return turned_place(points, box, roll * turned_share(roll))
+
+
+def turned_place(points: Tensor, box: Box, roll: float) -> Place:
+    """A face's place, turned by `roll`: made as `face_box` is, of its landmarks (68, 2) along the axes so turned; without a
+    roll, or where that place is degenerate, its face box.
+    """
     c, s = math.cos(roll), math.sin(roll)
     level = points.double() @ torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
     (x1, _), (x2, bottom) = level.amin(0).tolist(), level.amax(0).tolist()
     half = bottom - float(level[NOSE_BRIDGE, 1])
-    if x2 <= x1 or half <= 0:
+    if roll == 0 or x2 <= x1 or half <= 0:
         return Place.of(box)
     u, v = (x1 + x2) / 2, bottom - half
     x, y, rx = c * u - s * v, s * u + c * v, (x2 - x1) / 2

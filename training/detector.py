@@ -21,6 +21,7 @@ CONFIG = S3fdConfig(widths=(8, 16, 24, 48, 64), fc_width=96, extra=(48, 64, 32, 
 SIDE = 384  # pixels of a training picture
 WIDE_SIDE = 240  # of one of the wide world
 POSITIVE_IOU = 0.4
+FALSE = 2.0  # weight of what is taken for a face: most clips have one face, which is seen with ease
 SEEN = 0.5  # share of a face's box that must be in the picture
 
 
@@ -110,7 +111,7 @@ def loss_of(levels: list[tuple[Tensor, Tensor]], faces: Tensor) -> Tensor:
         ignore = ~positive & (iou > 0.25)
         entropy = F.cross_entropy(conf[i].T, positive.long(), reduction="none")
         negatives = entropy[~positive & ~ignore].topk(max(3 * int(positive.sum()), 24)).values
-        total = total + negatives.mean() + (entropy[positive].mean() if positive.any() else 0)
+        total = total + FALSE * negatives.mean() + (entropy[positive].mean() if positive.any() else 0)
         if positive.any():
             c, s = centre[positive], size[positive]
             want = torch.cat([((face[:2] + face[2:]) / 2 - c) / (0.1 * s), torch.log((face[2:] - face[:2]) / s) / 0.2], 1)

@@ -88,20 +88,20 @@ def simcc_loss(logits: Tensor, at: Tensor) -> Tensor:
 def main() -> None:
     """Draw the frames, train, write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, help="default: 2900, with --wide 1000")
+    parser.add_argument("--steps", type=int, help="default: 2900, with --wide 1800")
     parser.add_argument("--wide", action="store_true", help="go on in the wide world")
-    parser.add_argument("--faces", type=int, default=4000, help="of the wide world")
+    parser.add_argument("--faces", type=int, default=5000, help="of the wide world")
     parser.add_argument("--images", type=int, default=3000)
-    parser.add_argument("--large", type=int, help="pictures drawn at full size; default: 500, with --wide 200")
+    parser.add_argument("--large", type=int, help="pictures drawn at full size; default: 500, with --wide 300")
     parser.add_argument("--rate", type=float, default=2e-3)
     options = parser.parse_args()
     device = common.setup(3)
     net = common.on(RtmPose(CONFIG), device).train()
     if options.wide:
-        sharp = common.cached("drawn_poses", lambda: data.in_parallel(large, options.large or 200, 50))
+        sharp = common.cached("drawn_poses", lambda: data.in_parallel(large, options.large or 300, 50))
         rows = common.cached("wide_poses", lambda: data.in_parallel(various, options.faces, 50))
         common.load(net, "pose", half=True)
-        training = common.Training("wide_pose", net, options.steps or 1000, 7e-4, seed=19)
+        training = common.Training("wide_pose", net, options.steps or 1800, 7e-4, seed=19)
     else:
         sharp = common.cached("poses_large", lambda: data.in_parallel(large, options.large or 500, 50))
         rows = common.cached("poses", lambda: data.in_parallel(pictures, options.images, 250))
