@@ -116,13 +116,14 @@ def judge(lipsync: LipSync, modules: Path, path: Path, spoken: speech.Utterance)
     try:
         avatar = lipsync.prepare(source)
     except NoFace:
-        return Verdict({"file": path.name, "face": False}, source, np.zeros(0))
+        return Verdict({"file": path.name, "face": False, "missed_by": "worker"}, source, np.zeros(0))
     frames = list(lipsync.speak(avatar, spoken.pcm, FPS, Options(batch_size=8)))
     seen = landmarks(modules, [*source, *frames], still)
     before, found = seen[: len(source)], seen[len(source) :]
     first = next((p for p in before if p is not None), None)
-    if first is None or not any(p is not None for p in found):
-        return Verdict({"file": path.name, "face": False}, frames, np.zeros(len(frames)))
+    area = None if first is None else skin(first, *source[0].shape[:2])
+    if area is None or not area.any() or not any(p is not None for p in found):
+        return Verdict({"file": path.name, "face": False, "missed_by": "judge"}, frames, np.zeros(len(frames)))
     measured = np.array([np.nan if p is None else opening(p) for p in found])
     measured = np.where(np.isnan(measured), np.nanmedian(measured), measured)
     truth = np.array([speech.sample(spoken.track, float(i / FPS))[0] for i in range(len(frames))])
@@ -132,7 +133,6 @@ def judge(lipsync: LipSync, modules: Path, path: Path, spoken: speech.Utterance)
         for p in spoken.phonemes
         if speech.visemes_of(p.name) == ["PP"]
     ]
-    area = skin(first, *source[0].shape[:2])
     mean, local = [], []
     for i in range(0, len(frames), 5):
         was = source[source_index(i, len(source), "pingpong")].astype(np.float32)
