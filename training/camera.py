@@ -34,7 +34,7 @@ class Camera:
         angle, way = u(0, 2 * np.pi), float(u(0, 5)) if r.random() < 0.15 else 0.0
         cast = np.exp(r.normal(0, 0.09, 3))
         return Camera(
-            exposure=float(np.exp(u(-0.5, 0.6))),
+            exposure=float(np.exp(u(-0.45, 0.4))),
             white=tuple(map(float, cast / cast.mean())),  # type: ignore[arg-type]
             lens=float(0.25 + 1.1 * bad * r.random()),
             motion=(way * float(np.cos(angle)), way * float(np.sin(angle))),

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from musetalk.box import Box
-from musetalk.faces import NOSE_BRIDGE, face_box
+from musetalk.faces import face_box
 from musetalk.imaging import lanczos4
 from training import clutter, common, data, render, speech
 from training.camera import Camera
@@ -27,7 +27,6 @@ HELD_OUT = 100_000  # seeds from this one on are never trained on
 PAIRS = 8000  # that are trained on
 SCENES = 5  # pictures or neighbours of a person before the next one
 CROP = data.CROP
-TURNED = (-0.52, -0.7, -0.52), (0.52, 0.7, 0.52)  # roll, yaw and pitch of a face that is cut out, at most
 
 
 @dataclass(frozen=True)
@@ -59,9 +58,9 @@ class Scene:
 
 
 def random_pose(r: np.random.Generator) -> Pose:
-    """A head of a crop's size, turned up to 40 degrees, nodding and rolled up to 30, mostly less."""
+    """A head of a crop's size, turned and rolled up to 30 degrees, mostly less."""
     u = r.uniform
-    roll, yaw, pitch = (float(v) for v in np.clip(r.normal(0, (0.12, 0.36, 0.17)), *TURNED))
+    roll, yaw, pitch = (float(v) for v in np.clip(r.normal(0, (0.12, 0.28, 0.14)), -0.52, 0.52))
     blink = float(r.choice([0.0, r.random(), 1.0], p=[0.85, 0.1, 0.05]))
     return Pose(
         float(u(400, 410)),
@@ -78,9 +77,9 @@ def random_pose(r: np.random.Generator) -> Pose:
 def resting(r: np.random.Generator) -> Mouth:
     """What the source's mouth does: anything, nearly nothing, or a smile that bares the teeth."""
     kind = r.random()
-    if kind < 0.45:
+    if kind < 0.5:
         return data.random_mouth(r)
-    if kind < 0.65:
+    if kind < 0.7:
         return Mouth(float(r.uniform(0, 0.28)))
     u = r.uniform
     return Mouth(float(u(0.0, 0.4)), float(u(0.4, 1.6)), float(u(0.6, 1)), float(u(0, 0.4)), float(u(0.03, 0.18)))
@@ -100,14 +99,8 @@ def nudged(r: np.random.Generator, pose: Pose, by: float = 1.0) -> Pose:
 
 
 def _errors(r: np.random.Generator, pose: Pose) -> NDArray[np.float64]:
-    """Errors of a landmark network: some of each point, some of all, more of an outline that hair or light hides."""
-    out = r.normal(0, 0.012 * pose.scale, (68, 2)) + r.normal(0, 0.03 * pose.scale, (1, 2))
-    left, right, chin, bridge = r.normal(0, 0.09 * pose.scale, 4)
-    out[:8, 0] += left
-    out[9:17, 0] += right
-    out[5:12, 1] += chin
-    out[NOSE_BRIDGE, 1] += 0.5 * bridge
-    return out
+    """Errors of a landmark network: some of each point, some of all."""
+    return r.normal(0, 0.012 * pose.scale, (68, 2)) + r.normal(0, 0.03 * pose.scale, (1, 2))
 
 
 def person(r: np.random.Generator) -> Person:
