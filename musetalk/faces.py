@@ -232,13 +232,14 @@ def head_places(net: RtmPose, frames: list[Tensor], points: Tensor, boxes: list[
     """
     points, device = points.double(), net.head.cls_x.weight.device
     rolls = [head_roll(p) for p in points]
-    rolled = [i for i, roll in enumerate(rolls) if turned_share(roll) > 0]
+    shares = [turned_share(roll) for roll in rolls]
+    rolled = [i for i, share in enumerate(shares) if share > 0]
     around = [turned_place(points[i], boxes[i], rolls[i]).part(HEAD, Box(0, 0, 100, 100)) for i in rolled]
     pictures = [cut_out(frames[i].to(device), where, LOOK, LOOK) for i, where in zip(rolled, around, strict=True)]
     for i, where, seen in zip(rolled, around, landmarks(net, pictures)[0] if rolled else (), strict=True):
         level = (seen.double() + 0.5) * (2 / LOOK) - 1
         again = level @ torch.from_numpy(where.matrix[:2, :2].T) + torch.from_numpy(where.matrix[:2, 2])
-        points[i] = torch.lerp(points[i], again, turned_share(rolls[i]) / 2)
+        points[i] = torch.lerp(points[i], again, shares[i] / 2)
     return [head_place(p, b) for p, b in zip(points, boxes, strict=True)]
 
 
@@ -263,11 +264,13 @@ def turned_place(points: Tensor, box: Box, roll: float) -> Place:
     """A face's place, turned by `roll`: made as `face_box` is, of its landmarks (68, 2) along the axes so turned; without a
     roll, or where that place is degenerate, its face box.
     """
+    if roll == 0:
+        return Place.of(box)
     c, s = math.cos(roll), math.sin(roll)
     level = points.double() @ torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
     (x1, _), (x2, bottom) = level.amin(0).tolist(), level.amax(0).tolist()
     half = bottom - float(level[NOSE_BRIDGE, 1])
-    if roll == 0 or x2 <= x1 or half <= 0:
+    if x2 <= x1 or half <= 0:
         return Place.of(box)
     u, v = (x1 + x2) / 2, bottom - half
     x, y, rx = c * u - s * v, s * u + c * v, (x2 - x1) / 2

@@ -45,9 +45,9 @@ class Found:
 class Tracker:
     """Follows one face. `choice` picks it when it first appears: largest, leftmost, rightmost or an index from left.
 
-    Upstream looks for landmarks in the whole picture, whose network's bins are several pixels of a frame, and of a small face
-    finds the chest. `natural`: they are looked for around the face, and a rolled head gets a turned place, for which it is
-    looked at again; else every place is the box.
+    Upstream looks for landmarks in the whole picture: a bin of the network is several pixels of the frame there, and a small
+    face's may lie on the chest. `natural`: they are looked for around the face, and a rolled head gets a turned place, for
+    which it is looked at again; else every place is the box.
     """
 
     def __init__(

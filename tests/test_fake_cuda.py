@@ -208,7 +208,8 @@ def lipsync(networks: checkpoints.Networks, mode: FakeTensorMode, monkeypatch: p
         return [Detection(FACE.x1, FACE.y1, FACE.x2, FACE.y2, 0.99)] * COUNT
 
     def read(self: Tracker, frames: list[Tensor], guesses: list[Box]) -> tuple[list[Found], bool]:
-        points, scores = faces.landmarks(self.pose, frames, [PoseFrame.around(g) for g in guesses] if self.crowded else None)
+        regions = [PoseFrame.around(g) for g in guesses] if self.natural or self.crowded else None
+        points, scores = faces.landmarks(self.pose, frames, regions)
         assert points.device.type == scores.device.type == "cpu"
         assert points.shape == (len(frames), 68, 2)
         return [Found(FACE, FACE, Place(40.25, 40, 100, 110, 0.3))] * len(frames), True

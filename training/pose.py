@@ -20,7 +20,7 @@ CONFIG = RtmPoseConfig(
     widths=(16, 32, 64, 96, 128), blocks=(1, 2, 2, 1), hidden=64, gate=128, key=32, flip_test=False)
 SIZES = ((640, 360), (360, 640), (480, 480), (512, 384), (384, 512))
 LARGE = ((1280, 720), (720, 1280))  # as sharply aliased by the network's picture as real clips are
-AROUND = 0.6  # share of the pictures that show head and shoulders only, as the worker looks at most
+AROUND = 0.6  # share of the pictures that show head and shoulders only, as the worker's natural finish looks at faces
 SIGMA = 4.0  # bins, width of the SimCC targets
 
 
