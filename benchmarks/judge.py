@@ -158,6 +158,7 @@ def write_sheet(path: Path, frames: list[Image], count: int = 24) -> None:
     picked = [frames[i] for i in np.linspace(0, len(frames) - 1, count).astype(int)]
     rows = [np.concatenate(picked[i : i + 6], axis=1) for i in range(0, count, 6)]
     image = np.concatenate(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
     height, width = image.shape[:2]
     command = [
         imageio_ffmpeg.get_ffmpeg_exe(),
