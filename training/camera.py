@@ -25,6 +25,7 @@ class Camera:
     contrast: float = 0.3  # 0 the sRGB curve alone, 1 a strong S
     saturation: float = 1.0
     vignette: float = 0.1
+    flare: tuple[float, float, float] = (0.0, 0.0, 0.0)  # a light that blinds: strength, and where (x, y), -1..1 in the picture
     quality: int = 95  # of the compression, as in JPEG; 100 is none
 
     @staticmethod
@@ -34,7 +35,7 @@ class Camera:
         angle, way = u(0, 2 * np.pi), float(u(0, 5)) if r.random() < 0.15 else 0.0
         cast = np.exp(r.normal(0, 0.09, 3))
         return Camera(
-            exposure=float(np.exp(u(-0.45, 0.4))),
+            exposure=float(np.exp(u(-0.48, 0.5))),
             white=tuple(map(float, cast / cast.mean())),  # type: ignore[arg-type]
             lens=float(0.25 + 1.1 * bad * r.random()),
             motion=(way * float(np.cos(angle)), way * float(np.sin(angle))),
@@ -42,6 +43,7 @@ class Camera:
             contrast=float(u(0, 0.9)),
             saturation=float(u(0.7, 1.25)),
             vignette=float(u(0, 0.4)),
+            flare=(float(u(0.1, 0.9)) if r.random() < 0.1 else 0.0, float(u(-1.2, 1.2)), float(u(-1.2, 1.2))),
             quality=int(100 - 70 * bad * r.random()),
         )
 
@@ -62,6 +64,8 @@ class Camera:
             * (self.exposure * np.asarray(self.white, np.float32))
             * (1 - self.vignette * 0.5 * (x * x + y * y))[..., None]
         )
+        strength, at, down = self.flare
+        image = image + (strength * np.exp(-1.2 * ((x - at) ** 2 + (y - down) ** 2)))[..., None].astype(np.float32)
         r = np.random.default_rng([seed, 86])
         grain = blur(r.standard_normal((h, w, 3)).astype(np.float32), 0.45) * 1.6
         image = np.clip(image, 0, None)

@@ -21,7 +21,7 @@ from musetalk.nets.vae import Vae
 from training import common, data, speech, unet, vae, wide
 from training.moments import moments, neighbours
 
-WIDE, DRAWN = 20, 10  # pairs in a batch: of the wide world (neighbours), and drawn ones
+WIDE, DRAWN = 20, 14  # pairs in a batch: of the wide world (neighbours), and drawn ones
 BEGIN = slice(0, WIDE, 2), slice(1, WIDE, 2)  # neighbours within a batch
 
 
@@ -139,9 +139,9 @@ def learn_to_paint(
 def main() -> None:
     """Draw and encode the pairs, train, write the checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, help="default: 3600, with --finish 1000")
+    parser.add_argument("--steps", type=int, help="default: 3600, with --finish 1400")
     parser.add_argument("--pairs", type=int, default=wide.PAIRS, help="of the wide world")
-    parser.add_argument("--drawn", type=int, default=4000)
+    parser.add_argument("--drawn", type=int, default=6000)
     parser.add_argument("--finish", action="store_true", help="go on with UNet and decoder together, after training.speaker")
     options = parser.parse_args()
     device = common.setup(16)
@@ -155,7 +155,7 @@ def main() -> None:
     both = common.on(Speaker(), device)
     common.load(both.unet, "speaker")
     common.load(both.vae, "wide")
-    learn_to_paint(common.Training("finished", both, options.steps or 1000, 5e-4, seed=18), both, corpora, ears, device)
+    learn_to_paint(common.Training("finished", both, options.steps or 1400, 5e-4, seed=18), both, corpora, ears, device)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from training.presenter import Mouth
 RATE = 16_000  # Hz, what the networks hear
 TRACK_RATE = 200  # Hz, resolution of the viseme track
 VOICES = ("en-us", "en", "en-us+f2", "en+m3", "de", "de+f3", "es", "es+m4", "fr+f1", "it", "en-us+m7", "es+f4")
-MORE_VOICES = (  # heard by the audio encoder only, so that it learns what voices have in common
+MORE_VOICES = (  # spoken after the others, so that those stay as they are
     "en-us+f1", "en-us+f3", "en-us+m1", "en-us+m2", "en-us+m4", "en-us+m5", "en-us+m6", "en+f1", "en+f3", "en+f4", "en+m2",
     "en+m8", "de", "de+m2", "de+f4", "de+m5", "es+f1", "es+f2", "es+m2", "it+f2", "it+m5", "it+f3", "fr", "fr+m3", "fr+f4",
     "en-gb-scotland", "en-gb-scotland+m3", "en-gb-scotland+f1", "en-us+croak", "en+whisper", "en-us+f4", "en+m7")
@@ -254,9 +254,9 @@ def utter(sentences: list[str], voice: str, speed: int = 165, pitch: int = 50, g
     return Utterance(pcm, tuple(phonemes), viseme_track(phonemes, len(pcm) / RATE))
 
 
-def training_set(name: str = "speech") -> list[Utterance]:
-    """The training speech, as `python -m training.speech` spoke it into the work folder: `speech` or `speech_more`."""
-    path = common.WORK / f"{name}.npz"
+def training_set() -> list[Utterance]:
+    """The training speech, as `python -m training.speech` spoke it into the work folder."""
+    path = common.WORK / "speech.npz"
     if not path.exists():
         raise SystemExit("training.speech must run first")
     with np.load(path) as file:
@@ -285,19 +285,18 @@ def as_tensor(u: Utterance) -> torch.Tensor:
 
 
 def main() -> None:
-    """Speak both training sets, in this order and in a process of their own.
+    """Speak the training set in a process of its own, each group of voices in turn.
 
     espeak-ng carries state from one sentence to the next: only a fresh process that speaks the same sentences in the
     same order gives the same samples and times again.
     """
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pieces", type=int, default=64, help="of about 30 s, in each set")
+    parser.add_argument("--pieces", type=int, default=64, help="of about 30 s, for each group of voices")
     pieces = parser.parse_args().pieces
     common.WORK.mkdir(exist_ok=True, parents=True)
-    for seed, (name, voices) in enumerate({"speech": VOICES, "speech_more": MORE_VOICES}.items()):
-        spoken = speak_training_set(voices, seed * 5, pieces)
-        pcm, tracks = {f"p{i}": u.pcm for i, u in enumerate(spoken)}, {f"t{i}": u.track for i, u in enumerate(spoken)}
-        np.savez(common.WORK / f"{name}.npz", **pcm, **tracks)  # type: ignore[arg-type]
+    spoken = speak_training_set(VOICES, 0, pieces) + speak_training_set(MORE_VOICES, 5, pieces)
+    pcm, tracks = {f"p{i}": u.pcm for i, u in enumerate(spoken)}, {f"t{i}": u.track for i, u in enumerate(spoken)}
+    np.savez(common.WORK / "speech.npz", **pcm, **tracks)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from musetalk.box import Box
-from musetalk.faces import face_box
+from musetalk.faces import NOSE_BRIDGE, face_box
 from musetalk.imaging import lanczos4
 from training import clutter, common, data, render, speech
 from training.camera import Camera
@@ -27,6 +27,7 @@ HELD_OUT = 100_000  # seeds from this one on are never trained on
 PAIRS = 8000  # that are trained on
 SCENES = 5  # pictures or neighbours of a person before the next one
 CROP = data.CROP
+TURNED = (-0.52, -0.7, -0.52), (0.52, 0.7, 0.52)  # roll, yaw and pitch of a face that is cut out, at most
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ class Scene:
 
 
 def random_pose(r: np.random.Generator) -> Pose:
-    """A head of a crop's size, turned and rolled up to 30 degrees, mostly less."""
+    """A head of a crop's size, nodding and rolled up to 30 degrees and turned up to 40, mostly less."""
     u = r.uniform
-    roll, yaw, pitch = (float(v) for v in np.clip(r.normal(0, (0.12, 0.28, 0.14)), -0.52, 0.52))
+    roll, yaw, pitch = (float(v) for v in np.clip(r.normal(0, (0.12, 0.32, 0.16)), *TURNED))
     blink = float(r.choice([0.0, r.random(), 1.0], p=[0.85, 0.1, 0.05]))
     return Pose(
         float(u(400, 410)),
@@ -99,8 +100,15 @@ def nudged(r: np.random.Generator, pose: Pose, by: float = 1.0) -> Pose:
 
 
 def _errors(r: np.random.Generator, pose: Pose) -> NDArray[np.float64]:
-    """Errors of a landmark network: some of each point, some of all."""
-    return r.normal(0, 0.012 * pose.scale, (68, 2)) + r.normal(0, 0.03 * pose.scale, (1, 2))
+    """Errors of a landmark network: some of each point, some of all; two outlines in five are hidden by hair or light."""
+    out = r.normal(0, 0.012 * pose.scale, (68, 2)) + r.normal(0, 0.03 * pose.scale, (1, 2))
+    if r.random() < 0.4:
+        left, right, chin, bridge = r.normal(0, 0.09 * pose.scale, 4)
+        out[:8, 0] += left
+        out[9:17, 0] += right
+        out[5:12, 1] += chin
+        out[NOSE_BRIDGE, 1] += 0.5 * bridge
+    return out
 
 
 def person(r: np.random.Generator) -> Person:
