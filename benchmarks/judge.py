@@ -199,6 +199,7 @@ def main() -> None:
     means = {
         f"{k}_mean": round(float(np.mean([v[k] for v in faces])), 3)
         for k in ("corr", "closures", "skin_levels", "skin_levels_local")
+        if faces
     }
     common.emit("judge", **means, faces=len(faces), files=len(verdicts))
 
