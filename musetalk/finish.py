@@ -8,8 +8,8 @@ neither seam nor tint remains. Everything is worked out at the network's size; t
 
     out = pixel + mask * (1 - own) * (drawn + grain - pixel)
 
-`own` and `drawn`, whose edges are made steeper, are stretched from the network's size; `grain` is what that size loses of the
-source, as far as it is small.
+`own` and `drawn`, whose edges are made steeper, are stretched from the network's size; `grain` is what that size, or
+the drawing of a small face, loses of the source, as far as it is small.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ LIPS = 64  # side of the map of the source's lips
 LIPS_GROW = 0.03  # how far around them is lips, too, sides of the box
 CRISP, CRISP_MOST = 0.18, 3.0  # unsharp mask on the drawing by the cube of how much it is enlarged, up to so many times more
 FINER = 2.0  # times from which that is done on a grid twice as fine: on the network's own, slanting edges become stairs
+SMALL = 1.5  # times below which, and more so down to 1, the drawing is coarser than the frame
 DETAIL = 36.0  # levels of the source's detail that the drawing gets where both are alike: creases of lips that have not moved
 USUAL = 5.0  # and on all that is like skin so much of what the skin shown has on average: pores and the camera's grain
 
@@ -77,7 +78,8 @@ def natural(planes: Sequence[Tensor], face: Tensor, place: Place, region: Region
         which = slice(steps.index(step), steps.index(step) + steps.count(step))
         area = Box(*(v // step for v in astuple(region.box)))  # even, where planes are halved
         weight = mask[0, 0] if step == 1 else F.avg_pool2d(mask, 2)[0, 0]
-        small = torch.cat([shares, source[:, which]], dim=1), _crisp(drawn[:, which], place.height / step / size)
+        coarse = _as_drawn(source[:, which], place.height / size)
+        small = torch.cat([shares, coarse], dim=1), _crisp(drawn[:, which], place.height / step / size)
         grid = positions(lower.divided(step), Place.of(area), area.height, area.width, face.device)
         (share, same, like, *old), new = (sampled(maps, grid)[0] for maps in small)
         for plane, coarse, levels in zip(planes[which], old, new, strict=True):
@@ -113,6 +115,15 @@ def _mix(source: Tensor, face: Tensor, lips: Tensor, shown: Tensor) -> tuple[Ten
     like = torch.exp((face - skin).square().sum(dim=1, keepdim=True) * (-1 / LIKE_SKIN**2))  # teeth have no skin's tint
     drawn = torch.addcmul(face, wide[:, 2:], like)
     return torch.cat([wide[:, :2], like], dim=1), drawn
+
+
+def _as_drawn(source: Tensor, times: float) -> Tensor:
+    """The source (1, C, H, S), to be enlarged so many times, as coarse as a drawing is: what it lacks is the grain.
+
+    A grid finer than the frame loses nothing of a small face by itself, but the network draws no detail that fine.
+    """
+    share = min(max(2 * (SMALL - times), 0), 1)
+    return torch.lerp(source, _blur(_blur(source)), share) if share else source
 
 
 def _crisp(drawn: Tensor, times: float) -> Tensor:
