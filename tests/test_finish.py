@@ -253,3 +253,16 @@ def test_a_beard_called_a_mouth_is_not_all_drawn() -> None:
     assert not (found[:, : LIPS // 12] > 5).any()
     assert not found[: LIPS // 2].any()
     assert (found[LIPS * 3 // 4, LIPS // 3 : LIPS * 2 // 3] > 200).all()
+
+
+def test_a_face_smaller_than_the_networks_grid_gets_its_grain_too() -> None:
+    """Its grid loses nothing of such a face, but the drawing does: flat lips would lie in grainy skin."""
+    frame = scene(grain=8)
+    box = Box(60, 60, 60 + SIDE, 60 + SIDE)
+    area = Box(60, 92, 60 + SIDE, 60 + SIDE)
+    face = torch.full((3, SIDE, SIDE), 130, dtype=torch.uint8)
+    face[:, 44:60, 20:44] -= 45  # shown, since it is not the source's
+    mask = torch.full((area.height, area.width), 255, dtype=torch.uint8)
+    natural(frame.unbind(-1), face, Place.of(box), Region(area, mask), lips())
+    drawn = frame[60 + 48 : 60 + 56, 60 + 26 : 60 + 38].float()
+    assert float(drawn.std(dim=(0, 1)).mean()) > 3
