@@ -158,7 +158,6 @@ def write_sheet(path: Path, frames: list[Image], count: int = 24) -> None:
     picked = [frames[i] for i in np.linspace(0, len(frames) - 1, count).astype(int)]
     rows = [np.concatenate(picked[i : i + 6], axis=1) for i in range(0, count, 6)]
     image = np.concatenate(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
     height, width = image.shape[:2]
     command = [
         imageio_ffmpeg.get_ffmpeg_exe(),
@@ -186,6 +185,8 @@ def main() -> None:
     parser.add_argument("--model-dir", default=str(REPOSITORY / "models" / "demo"))
     parser.add_argument("--sheet", type=Path, help="write contact sheets here")
     options = parser.parse_args()
+    if options.sheet:
+        options.sheet.mkdir(parents=True, exist_ok=True)
     lipsync = LipSync.load(options.model_dir)
     spoken = speech.utter(speech.HELD_OUT["en"][2:3], "en-us")
     verdicts = []

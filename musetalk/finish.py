@@ -8,8 +8,8 @@ neither seam nor tint remains. Everything is worked out at the network's size; t
 
     out = pixel + mask * (1 - own) * (drawn + grain - pixel)
 
-`own` and `drawn`, whose edges are made steeper, are stretched from the network's size; `grain` is what that size, or
-the drawing of a small face, loses of the source, as far as it is small.
+`own` and `drawn`, whose edges are made steeper, are stretched from the network's size; `grain` is what that size, or the
+drawing of a small face, loses of the source, as far as it is small.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def natural(planes: Sequence[Tensor], face: Tensor, place: Place, region: Region
         which = slice(steps.index(step), steps.index(step) + steps.count(step))
         area = Box(*(v // step for v in astuple(region.box)))  # even, where planes are halved
         weight = mask[0, 0] if step == 1 else F.avg_pool2d(mask, 2)[0, 0]
-        coarse = _as_drawn(source[:, which], place.height / size)
-        small = torch.cat([shares, coarse], dim=1), _crisp(drawn[:, which], place.height / step / size)
+        known = _as_drawn(source[:, which], place.height / size)
+        small = torch.cat([shares, known], dim=1), _crisp(drawn[:, which], place.height / step / size)
         grid = positions(lower.divided(step), Place.of(area), area.height, area.width, face.device)
         (share, same, like, *old), new = (sampled(maps, grid)[0] for maps in small)
         for plane, coarse, levels in zip(planes[which], old, new, strict=True):

@@ -65,7 +65,8 @@ class Camera:
             * (1 - self.vignette * 0.5 * (x * x + y * y))[..., None]
         )
         strength, at, down = self.flare
-        image = image + (strength * np.exp(-1.2 * ((x - at) ** 2 + (y - down) ** 2)))[..., None].astype(np.float32)
+        if strength > 0:
+            image = image + (strength * np.exp(-1.2 * ((x - at) ** 2 + (y - down) ** 2)))[..., None].astype(np.float32)
         r = np.random.default_rng([seed, 86])
         grain = blur(r.standard_normal((h, w, 3)).astype(np.float32), 0.45) * 1.6
         image = np.clip(image, 0, None)

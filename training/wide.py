@@ -100,7 +100,7 @@ def nudged(r: np.random.Generator, pose: Pose, by: float = 1.0) -> Pose:
 
 
 def _errors(r: np.random.Generator, pose: Pose) -> NDArray[np.float64]:
-    """Errors of a landmark network: some of each point, some of all; two outlines in five are hidden by hair or light."""
+    """Errors of a landmark network: some of each point, some of all; in two faces of five hair or light hides an outline."""
     out = r.normal(0, 0.012 * pose.scale, (68, 2)) + r.normal(0, 0.03 * pose.scale, (1, 2))
     if r.random() < 0.4:
         left, right, chin, bridge = r.normal(0, 0.09 * pose.scale, 4)
