@@ -36,6 +36,6 @@ ENV PATH=/opt/worker/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 REVI
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility,video
 USER 10001
 EXPOSE 8000
-HEALTHCHECK --interval=30s --timeout=5s --start-period=60s CMD ["python", "-m", "pipeline.health"]
+HEALTHCHECK --interval=30s --timeout=5s --start-period=60s CMD ["python", "-m", "pipeline.job.health"]
 # Python is PID 1, so SIGTERM reaches the worker: the queue door, or with `python -m pipeline.server` the HTTP door.
 CMD ["python", "handler.py"]

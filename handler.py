@@ -21,8 +21,8 @@ gc.disable()  # what is imported stays: to look through it for garbage again and
 
 import runpod
 
-from pipeline import bar, logs
-from pipeline.control import Control
+from pipeline.job import bar, logs
+from pipeline.job.control import Control
 from pipeline.run import Service
 from pipeline.settings import BadSetting, Settings
 

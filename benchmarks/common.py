@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from pipeline.metrics import gpu_name
+from pipeline.job.metrics import gpu_name
 
 
 def machine() -> dict[str, Any]:

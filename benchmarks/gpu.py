@@ -33,19 +33,21 @@ from torch import Tensor
 
 from benchmarks import common, nets, pipeline, published
 from benchmarks.report import Report
-from musetalk import LipSync, checkpoints, generate, tuning
-from musetalk.audio import whisper_states
+from musetalk import LipSync, checkpoints
+from musetalk.draw import generate
+from musetalk.draw import recorded as tuning
 from musetalk.nets.unet import UNetConfig
 from musetalk.nets.vae import VaeConfig
-from pipeline.control import Control
-from pipeline.engine import Engine, batch_for
+from musetalk.sound.features import whisper_states
 from pipeline.errors import Cancelled, DeadlineExceeded, JobError
+from pipeline.film.engine import Engine, batch_for
+from pipeline.film.stream import Result, speak
+from pipeline.film.validate import Inputs
+from pipeline.job.control import Control
+from pipeline.job.metrics import PeakMemory, gpu_driver
 from pipeline.media import video_encoder
-from pipeline.metrics import PeakMemory, gpu_driver
 from pipeline.schema import parse
 from pipeline.settings import REPOSITORY, Settings
-from pipeline.stream import Result, speak
-from pipeline.validate import Inputs
 
 LEVELS = 0.5  # mean difference of two faces that rounding explains, grey levels
 SHARE = 1.15  # goal: seconds of the inference stage over those of generation

@@ -29,9 +29,12 @@ from typing import Any
 import requests
 
 from benchmarks import common
-from musetalk import LipSync, blend, faces, generate, lipsync
-from musetalk.track import Tracker
-from pipeline import stages
+from musetalk import LipSync, lipsync
+from musetalk.draw import generate
+from musetalk.face import faces
+from musetalk.face.track import Tracker
+from musetalk.show import blend
+from pipeline.film import stages
 from pipeline.media import child
 from pipeline.run import Service
 from pipeline.settings import REPOSITORY, Settings

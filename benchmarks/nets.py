@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from musetalk import generate, layout, tuning
 from musetalk.checkpoints import default_dtype
+from musetalk.draw import generate, layout
+from musetalk.draw import recorded as tuning
 from musetalk.nets.tiny import Tiny
 from musetalk.nets.unet import UNet
 from musetalk.nets.vae import Vae

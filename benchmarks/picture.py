@@ -30,12 +30,12 @@ from benchmarks import common
 from benchmarks import measures as m
 from musetalk import LipSync, NoFace, Options
 from musetalk.avatar import Avatar
-from musetalk.box import Box
-from musetalk.faces import crop, face_box, head_place
-from musetalk.imaging import pillow_resize
+from musetalk.face.faces import crop, face_box, head_place
+from musetalk.face.track import Found, steadied
+from musetalk.geometry.box import Box
+from musetalk.geometry.place import Place
 from musetalk.options import Finish, Quality
-from musetalk.place import Place
-from musetalk.track import Found, steadied
+from musetalk.pixels.resample import pillow_resize
 from pipeline.media import ffmpeg
 from pipeline.settings import REPOSITORY
 from training import speech

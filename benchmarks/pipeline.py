@@ -21,19 +21,19 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from musetalk.audio import Prompts
 from musetalk.avatar import Avatar
 from musetalk.lipsync import LipSync, Painted, Slot
 from musetalk.options import Options
-from pipeline import runner, stream
-from pipeline.control import Control
-from pipeline.download import Source
-from pipeline.engine import Engine
+from musetalk.sound.features import Prompts
+from pipeline.film import runner, stream
+from pipeline.film.engine import Engine
+from pipeline.film.runner import Stage
+from pipeline.film.validate import Inputs, validate
+from pipeline.job.control import Control
 from pipeline.media import ffmpeg, video_encoder
-from pipeline.runner import Stage
 from pipeline.schema import parse
 from pipeline.settings import REPOSITORY, Settings
-from pipeline.validate import Inputs, validate
+from pipeline.transfer.download import Source
 
 SIZES = {"360p": "640:360", "720p": "1280:720", "1080p": "1920:1080"}
 ROUNDS = 5
@@ -161,7 +161,7 @@ class _unstreamed:
 def peak_kb(seconds: int) -> int:
     """Peak resident kB, children included, of a real job in a process of its own."""
     code = ("import sys, tempfile\nfrom pathlib import Path\nfrom benchmarks import pipeline as b\n"
-            "from pipeline.engine import Engine\nfrom pipeline.metrics import PeakMemory\n"
+            "from pipeline.film.engine import Engine\nfrom pipeline.job.metrics import PeakMemory\n"
             "from pipeline.settings import Settings\n"
             "with tempfile.TemporaryDirectory() as n, b._stubbed():\n"
             " f = Path(n); c, s = b.material(f, b.SIZES['720p'], int(sys.argv[1]))\n"

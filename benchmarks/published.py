@@ -27,19 +27,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks import common, pipeline
-from musetalk import LipSync, Options, faces
+from musetalk import LipSync, Options
 from musetalk.avatar import Avatar
-from musetalk.blend import parse_input
 from musetalk.checkpoints import PARTS, Networks, builders, default_dtype, write_manifest
-from musetalk.faces import Detection
+from musetalk.face import faces
+from musetalk.face.faces import Detection
+from musetalk.face.track import WINDOW
 from musetalk.nets.bisenet import BiSeNet
 from musetalk.nets.layers import fold_batch_norm
 from musetalk.nets.rtmpose import RtmPose
 from musetalk.nets.s3fd import S3fd
 from musetalk.nets.vae import Vae
-from musetalk.track import WINDOW
-from pipeline.engine import Engine
-from pipeline.metrics import PeakMemory
+from musetalk.show.blend import parse_input
+from pipeline.film.engine import Engine
+from pipeline.job.metrics import PeakMemory
 from pipeline.settings import Settings
 
 WIDTH, HEIGHT = 1280, 720

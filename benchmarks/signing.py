@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks import common
-from pipeline.control import Control
+from pipeline.job.control import Control
 from pipeline.media import ffmpeg
 from pipeline.provenance import Making, Marker
 from pipeline.settings import REPOSITORY, Settings

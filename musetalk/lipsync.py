@@ -22,18 +22,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from musetalk import blend, checkpoints, faces, generate, layout, tuning
-from musetalk.audio import Prompts, silent_frames
+from musetalk import checkpoints
 from musetalk.avatar import Avatar, Face
-from musetalk.box import Box, Region
+from musetalk.draw import generate, layout
+from musetalk.draw import recorded as tuning
+from musetalk.draw.interruption import check
 from musetalk.errors import NoFace, NoFastLane, NonFiniteOutput
-from musetalk.finish import lips_map, natural
-from musetalk.interruption import check
+from musetalk.face import faces
+from musetalk.face.track import Found, Tracker, steadied
+from musetalk.geometry.box import Box, Region
+from musetalk.geometry.place import Place
 from musetalk.options import Finish, Options
 from musetalk.order import source_index
-from musetalk.parts import in_parts
-from musetalk.place import Place
-from musetalk.track import Found, Tracker, steadied
+from musetalk.pixels.threads import in_parts
+from musetalk.show import blend
+from musetalk.show.finish import lips_map, natural
+from musetalk.sound.features import Prompts, silent_frames
 
 log = logging.getLogger("musetalk.lipsync")
 

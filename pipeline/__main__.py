@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 from urllib.parse import unquote, urlsplit
 
-from pipeline import __version__, bar, logs
-from pipeline.control import Control
+from pipeline import __version__
+from pipeline.job import bar, logs
+from pipeline.job.control import Control
 from pipeline.schema import Params
 from pipeline.settings import BadSetting, Settings
 

@@ -27,9 +27,9 @@ import gradio as gr
 from PIL import Image
 from pydantic import ValidationError
 
-from pipeline import logs
-from pipeline.control import Control
-from pipeline.preview import Picture, Preview
+from pipeline.film.preview import Picture, Preview
+from pipeline.job import logs
+from pipeline.job.control import Control
 from pipeline.run import Service, failure
 from pipeline.schema import JobRequest, Params, parse
 from pipeline.settings import REPOSITORY, BadSetting, Settings

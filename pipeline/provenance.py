@@ -25,8 +25,8 @@ from xml.sax.saxutils import escape
 import c2pa
 from c2pa import C2paError
 
-from pipeline.control import Control
-from pipeline.credentials import OFFLINE, Ingredient, check_signer, judged, media_type, state_of
+from pipeline.job.control import Control
+from pipeline.mark.credentials import OFFLINE, Ingredient, check_signer, judged, media_type, state_of
 from pipeline.settings import Settings
 
 SYSTEM = "MuseTalk"

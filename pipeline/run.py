@@ -14,19 +14,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-from pipeline import errors, redact, stream
-from pipeline.control import Control
-from pipeline.download import Downloader, Source
-from pipeline.engine import Engine, check_writable
+from pipeline import errors
 from pipeline.errors import JobError, Stage, StageKey
-from pipeline.metrics import PeakMemory, StageTimer, give_back_memory, gpu_class, versions
-from pipeline.preview import Preview
+from pipeline.film import stream
+from pipeline.film.engine import Engine, check_writable
+from pipeline.film.preview import Preview
+from pipeline.film.stream import Result
+from pipeline.film.validate import validate
+from pipeline.job import redact
+from pipeline.job.control import Control
+from pipeline.job.metrics import PeakMemory, StageTimer, give_back_memory, gpu_class, versions
 from pipeline.provenance import Making, Mark, Marker
 from pipeline.schema import Failure, JobRequest, Metrics, SelfTest, StageTimes, Success, parse
 from pipeline.settings import REPOSITORY, Settings
-from pipeline.storage import storage_of
-from pipeline.stream import Result
-from pipeline.validate import validate
+from pipeline.transfer.download import Downloader, Source
+from pipeline.transfer.storage import storage_of
 
 log = logging.getLogger("musetalk.job")
 

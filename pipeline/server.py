@@ -24,9 +24,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from pipeline import logs, redact
-from pipeline.control import Control
 from pipeline.errors import BadRequest, Busy, JobError, StageKey
+from pipeline.job import logs, redact
+from pipeline.job.control import Control
 from pipeline.run import Service, failure, status_of
 from pipeline.schema import Failure, JobRequest, SelfTest, Success
 from pipeline.settings import BadSetting, Settings

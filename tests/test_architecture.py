@@ -12,38 +12,25 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = [*sorted((ROOT / "musetalk").rglob("*.py")), *sorted((ROOT / "pipeline").rglob("*.py")), ROOT / "handler.py"]
 
-# who may import whom: a room, then the rooms it may use; a package is one room
+# who may import whom: a room (a folder, or a file beside the folders), then the rooms it may use
 MUSETALK = {
-    "errors": "", "options": "", "box": "", "nets": "errors", "interruption": "errors",
-    "order": "options", "imaging": "box", "place": "box", "avatar": "box place", "parts": "", "colour": "imaging parts",
-    "checkpoints": "errors nets",
-    "audio": "errors nets", "faces": "box imaging nets parts place", "track": "box faces nets place", "generate": "nets",
-    "blend": "box imaging nets options place", "finish": "blend box imaging place",
-    "tuning": "generate nets", "layout": "checkpoints nets",
-    "lipsync": "audio avatar blend box checkpoints errors faces finish generate interruption layout nets options order parts "
-               "place track tuning",
+    "errors": "", "options": "", "order": "options", "geometry": "", "nets": "errors", "pixels": "geometry",
+    "checkpoints": "errors nets", "sound": "errors nets", "avatar": "geometry", "face": "geometry nets pixels",
+    "draw": "checkpoints errors nets", "show": "geometry nets options pixels",
+    "lipsync": "avatar checkpoints draw errors face geometry nets options order pixels show sound",
 }
 PIPELINE = {
-    "errors": "", "settings": "", "redact": "", "metrics": "errors",
-    "control": "errors", "logs": "redact", "bar": "", "schema": "errors", "health": "settings", "runner": "control",
-    "media": "errors redact settings", "leave": "control",
-    "download": "control errors leave redact settings", "validate": "control download errors media settings",
-    "credentials": "control errors leave settings",
-    "provenance": "control credentials settings",
-    "b2line": "leave settings",
-    "storage": "b2line control errors leave redact settings",
-    "engine": "errors media metrics settings", "stages": "errors media runner",
-    "stream": "control engine errors leave media provenance runner schema stages validate",
-    "preview": "engine errors media schema stream validate",
-    "run": "control download engine errors metrics preview provenance redact schema settings storage stream validate",
-    "server": "control errors logs metrics redact run schema settings", "__main__": "bar control logs run schema settings",
-    "weights": "",
-    "page": "control errors logs preview run schema settings", "handler": "bar control logs run settings",
+    "errors": "", "settings": "", "job": "errors settings", "schema": "errors", "weights": "",
+    "media": "errors job settings", "transfer": "errors job settings", "mark": "errors job settings transfer",
+    "provenance": "job mark settings",
+    "film": "errors job media provenance schema settings transfer",
+    "run": "errors film job provenance schema settings transfer",
+    "server": "errors job run schema settings", "__main__": "job run schema settings",
+    "page": "errors film job run schema settings", "handler": "job run settings",
 }
-USES_MUSETALK = {"engine", "stages", "stream", "preview", "weights"}  # schema: its options alone
-OUTSIDE = {"subprocess": "media", "requests": "download storage b2line leave weights", "runpod": "handler",
-           "b2sdk": "storage b2line", "fastapi": "server", "uvicorn": "server",
-           "c2pa": "credentials provenance", "gradio": "page"}
+USES_MUSETALK = {"film", "weights"}  # schema: its options alone
+OUTSIDE = {"subprocess": "media", "requests": "transfer weights", "runpod": "handler", "b2sdk": "transfer",
+           "fastapi": "server", "uvicorn": "server", "c2pa": "mark provenance", "gradio": "page"}
 
 
 def room_of(path: Path) -> str:
@@ -87,21 +74,20 @@ def test_arrows(path: Path) -> None:
         assert not used or (package != "musetalk" and room in users.split()), name
 
 
-def training() -> dict[str, str]:
-    """What the modules of training use of each other; they need no table."""
-    files = [p for p in (ROOT / "training").glob("*.py") if not p.stem.startswith("__")]
-    names = {p.stem for p in files}
-    return {p.stem: " ".join({i.split(".")[1] for i in imports(p) if i.startswith("training.")} & names) for p in files}
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def test_no_room_walks_back() -> None:
-    """The tables have no circle: each room can be placed above all that it uses."""
-    for table in (MUSETALK, PIPELINE, training()):
-        placed: set[str] = set()
-        while len(placed) < len(table):
-            new = {room for room, uses in table.items() if room not in placed and set(uses.split()) <= placed}
-            assert new, f"a circle among {table.keys() - placed}"
-            placed |= new
+def test_no_file_walks_back() -> None:
+    """No circle among files: each can be placed above all that it uses."""
+    files = [p for folder in ("musetalk", "pipeline", "training") for p in (ROOT / folder).rglob("*.py")]
+    uses = {module_of(p): imports(p) for p in files if p.name != "__main__.py"}
+    uses = {m: {i for i in found if i in uses and i != m} for m, found in uses.items()}
+    placed: set[str] = set()
+    while len(placed) < len(uses):
+        new = {m for m, used in uses.items() if m not in placed and used <= placed | {m.rpartition(".")[0]}}
+        assert new, f"a circle among {sorted(uses.keys() - placed)}"
+        placed |= new
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "musetalk" / "nets").glob("*.py")), ids=lambda p: p.stem)
@@ -112,7 +98,7 @@ def test_networks_know_only_layers(path: Path) -> None:
     assert others <= {"musetalk.errors", "musetalk.errors.BadCheckpoint"}
 
 
-@pytest.mark.parametrize("module", ["musetalk.options", "pipeline.schema", "pipeline.settings", "pipeline.redact"])
+@pytest.mark.parametrize("module", ["musetalk.options", "pipeline.schema", "pipeline.settings", "pipeline.job.redact"])
 def test_definitions_are_light(module: str) -> None:
     """Help, settings and schemas are shown without waiting for torch."""
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from musetalk.avatar import CHUNK, Avatar, AvatarCache, Face, cache_key
-from musetalk.box import Box, Region
-from musetalk.place import Place
+from musetalk.geometry.box import Box, Region
+from musetalk.geometry.place import Place
 
 
 def face(i: int) -> Face:

@@ -22,10 +22,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from musetalk import Options
-from pipeline import errors, redact, schema
+from pipeline import errors, schema
 from pipeline.errors import BadRequest
+from pipeline.job import redact
+from pipeline.job.metrics import PeakMemory, StageTimer, normalise
 from pipeline.media import plan
-from pipeline.metrics import PeakMemory, StageTimer, normalise
 from pipeline.run import Service, failure, status_of
 from pipeline.schema import Params, parse
 from pipeline.settings import BadSetting, Settings, find_weights, table

@@ -20,11 +20,14 @@ import numpy as np
 import pytest
 import torch
 
-from musetalk import Avatar, LipSync, MuseTalkError, NonFiniteOutput, faces
+from musetalk import Avatar, LipSync, MuseTalkError, NonFiniteOutput
 from musetalk.checkpoints import default_dtype
+from musetalk.face import faces
 from musetalk.lipsync import Painted
-from pipeline import engine, logs, media
+from pipeline import media
 from pipeline.errors import DeviceLost, JobError, NoDevice, OutOfMemory
+from pipeline.film import engine
+from pipeline.job import logs
 from pipeline.media import encoder
 from pipeline.run import Service
 from pipeline.settings import Settings

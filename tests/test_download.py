@@ -16,8 +16,6 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from pipeline.control import Control
-from pipeline.download import Downloader, Source
 from pipeline.errors import (
     BadMedia,
     BadRequest,
@@ -28,8 +26,10 @@ from pipeline.errors import (
     SourceRefused,
     SourceUnavailable,
 )
+from pipeline.job.control import Control
 from pipeline.schema import parse
 from pipeline.settings import Settings
+from pipeline.transfer.download import Downloader, Source
 from tests.fakes.sources import GOOD, Sources
 from tests.faults.world import Network
 

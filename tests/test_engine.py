@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from musetalk import AvatarCache, LipSync, Options, checkpoints
-from musetalk.blend import paste
-from musetalk.colour import Colour, Planes, from_rgb, to_rgb
 from musetalk.lipsync import Slot
-from pipeline import engine, media
-from pipeline.control import Control
-from pipeline.engine import Engine
+from musetalk.pixels.colour import Colour, Planes, from_rgb, to_rgb
+from musetalk.show.blend import paste
+from pipeline import media
+from pipeline.film import engine
+from pipeline.film.engine import Engine
+from pipeline.job.control import Control
 from pipeline.media import FrameReader, FrameSource
 from pipeline.run import Service, job_folder, remove_stale
 from pipeline.settings import Settings
@@ -178,7 +179,7 @@ def test_bbox_shift_needs_the_older_weights(service: Service, short_clip: Path, 
 
 @pytest.mark.parametrize("colour", [Colour("bt709"), Colour("bt601"), Colour("bt2020", True)])
 def test_colour_round_trip(colour: Colour) -> None:
-    from musetalk.box import Box, Region
+    from musetalk.geometry.box import Box, Region
 
     generator = torch.Generator().manual_seed(1)
     buffer = torch.randint(60, 190, (64 * 48 * 3 // 2,), dtype=torch.uint8, generator=generator)

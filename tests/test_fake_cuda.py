@@ -24,13 +24,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from musetalk import LipSync, Options, blend, checkpoints, faces, imaging, tuning
+from musetalk import LipSync, Options, checkpoints
 from musetalk.avatar import Avatar
-from musetalk.box import Box, Region
-from musetalk.colour import Colour, Planes, from_rgb, to_rgb
-from musetalk.faces import Detection, PoseFrame
-from musetalk.place import Place
-from musetalk.track import Found, Tracker
+from musetalk.draw import recorded as tuning
+from musetalk.face import faces
+from musetalk.face.faces import Detection, PoseFrame
+from musetalk.face.track import Found, Tracker
+from musetalk.geometry.box import Box, Region
+from musetalk.geometry.place import Place
+from musetalk.pixels import resample as imaging
+from musetalk.pixels.colour import Colour, Planes, from_rgb, to_rgb
+from musetalk.show import blend
 from tests.conftest import DEMO
 from tests.test_tuning import Device
 

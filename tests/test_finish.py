@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from musetalk import blend
-from musetalk.box import Box, Region
-from musetalk.colour import Colour, Planes, from_rgb, to_rgb
-from musetalk.finish import LIPS, lips_map, natural
-from musetalk.place import Place
+from musetalk.geometry.box import Box, Region
+from musetalk.geometry.place import Place
+from musetalk.pixels.colour import Colour, Planes, from_rgb, to_rgb
+from musetalk.show import blend
+from musetalk.show.finish import LIPS, lips_map, natural
 
 SIDE = 64  # of the network's faces
 BOX = Box(20, 10, 212, 202)

@@ -12,7 +12,8 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.report import Report
-from musetalk import LipSync, tuning
+from musetalk import LipSync
+from musetalk.draw import recorded as tuning
 from musetalk.nets.unet import UNetConfig
 from musetalk.nets.vae import VaeConfig
 from tests.conftest import DEMO

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from musetalk import LipSync, Options, generate
+from musetalk import LipSync, Options
+from musetalk.draw import generate
 from musetalk.errors import NoFastLane
 from musetalk.nets.layers import can_pack
 from musetalk.nets.tiny import Tiny, TinyConfig

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from pipeline import media as m
-from pipeline.control import Control
 from pipeline.errors import BadMedia, Cancelled, DeadlineExceeded, FfmpegFailed, JobError
+from pipeline.job.control import Control
 from pipeline.media import FrameReader, FrameSource, Mp4Writer, Speech, child, plan, read_speech
 from pipeline.settings import REPOSITORY
 from tests.conftest import SAMPLES

@@ -128,7 +128,7 @@ def test_the_vae_takes_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
 def test_whisper() -> None:
     g = golden("whisper")
     net = build(WhisperEncoder, "whisper_encoder", "model.encoder.")
-    from musetalk.audio import log_mel, whisper_states
+    from musetalk.sound.features import log_mel, whisper_states
 
     short = torch.from_numpy(g["short_wav_int16"].astype(np.float32) / 32768)
     mel = log_mel(torch.nn.functional.pad(short, (0, 480000 - len(short))))
@@ -163,7 +163,7 @@ def test_s3fd(prefix: str) -> None:
     g = golden("s3fd")
     net = build(S3fd, "s3fd")
     if prefix:
-        from musetalk.faces import s3fd_input
+        from musetalk.face.faces import s3fd_input
 
         image = s3fd_input(torch.from_numpy(g["odd_image_bgr"].copy()).flip(-1)[None])
     else:
@@ -178,7 +178,7 @@ def test_s3fd(prefix: str) -> None:
 def test_rtmpose() -> None:
     g = golden("rtmpose_net")
     net = build(RtmPose, "dwpose")
-    from musetalk.faces import decode_simcc, pose_input, simcc_mean
+    from musetalk.face.faces import decode_simcc, pose_input, simcc_mean
 
     image = pose_input(torch.from_numpy(g["image_rgb"])[None])
     for fold in (False, True):

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from musetalk import parts
-from musetalk.colour import Colour, Planes, to_rgb
 from musetalk.nets import layers
-from musetalk.parts import in_parts
+from musetalk.pixels import threads as parts
+from musetalk.pixels.colour import Colour, Planes, to_rgb
+from musetalk.pixels.threads import in_parts
 
 CPU = torch.device("cpu")
 SAID: ContextVar[str] = ContextVar("said", default="nothing")
@@ -63,7 +63,7 @@ def test_stripes_are_the_whole_picture_bit_for_bit(monkeypatch: pytest.MonkeyPat
     planes = Planes.of(torch.randint(0, 256, (322 * 242 * 3 // 2,), dtype=torch.uint8), 322, 242)
     striped = to_rgb(planes, colour)
     monkeypatch.setattr(parts, "threads", lambda: None)
-    monkeypatch.setattr("musetalk.colour.STRIPE", 1000)
+    monkeypatch.setattr("musetalk.pixels.colour.STRIPE", 1000)
     assert torch.equal(to_rgb(planes, colour), striped)
 
 

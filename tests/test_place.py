@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from musetalk import LipSync, Options, blend, faces
-from musetalk.box import Box, Region
-from musetalk.finish import natural
-from musetalk.place import Place
+from musetalk import LipSync, Options
+from musetalk.face import faces
+from musetalk.geometry.box import Box, Region
+from musetalk.geometry.place import Place
+from musetalk.show import blend
+from musetalk.show.finish import natural
 from pipeline.run import Service
 from training.presenter import Canvas, Head, Identity, Mouth, Picture, Pose, draw
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from musetalk.colour import Colour, Planes, to_rgb
-from pipeline import preview as module
+from musetalk.pixels.colour import Colour, Planes, to_rgb
+from pipeline.film import preview as module
 from pipeline.run import Service
 from pipeline.schema import parse
 from tests.conftest import encoded

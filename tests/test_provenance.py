@@ -19,10 +19,10 @@ import pytest
 
 from benchmarks.signing import growth, large_film
 from pipeline import provenance
-from pipeline.control import Control
+from pipeline.job.control import Control
 from pipeline.provenance import COMPOSITE, Making, Marker
 from pipeline.settings import BadSetting, Settings
-from pipeline.storage import storage_of
+from pipeline.transfer.storage import storage_of
 from scripts.make_test_certificate import make
 from tests.fakes import b2 as fakes
 from tests.fakes.tsa import Authority

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from pipeline import runner
-from pipeline.control import Control
 from pipeline.errors import Cancelled, DeadlineExceeded
-from pipeline.runner import Buffers, Stage, Together
+from pipeline.film import runner
+from pipeline.film.runner import Buffers, Stage, Together
+from pipeline.job.control import Control
 
 
 class Source(Stage):

@@ -20,8 +20,8 @@ import pytest
 from cryptography.hazmat import asn1
 
 from pipeline import provenance
-from pipeline.control import Control
 from pipeline.errors import Cancelled, DeadlineExceeded, SigningFailed
+from pipeline.job.control import Control
 from pipeline.provenance import COMPOSITE, Marker
 from pipeline.run import Service
 from pipeline.settings import REPOSITORY

@@ -10,10 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from musetalk import audio, blend, faces, generate, imaging, order
-from musetalk.box import Box, Region
+from musetalk import order
+from musetalk.draw import generate
+from musetalk.face import faces
+from musetalk.geometry.box import Box, Region
+from musetalk.geometry.place import Place
 from musetalk.options import Loop
-from musetalk.place import Place
+from musetalk.pixels import resample as imaging
+from musetalk.show import blend
+from musetalk.sound import features as audio
 from tests.seeded import seeded_uniform
 from tests.test_networks import golden
 

@@ -15,10 +15,10 @@ from urllib.request import urlopen
 
 import pytest
 
-from pipeline.control import Control
 from pipeline.errors import Cancelled, DeadlineExceeded, JobError, StorageRejected
+from pipeline.job.control import Control
 from pipeline.settings import Settings
-from pipeline.storage import B2Storage, LocalStorage
+from pipeline.transfer.storage import B2Storage, LocalStorage
 from tests.fakes import b2 as fakes
 
 

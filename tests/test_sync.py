@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.sync import Ruler, correlation, peak_lag
-from musetalk.colour import Colour, Planes, to_rgb
+from musetalk.pixels.colour import Colour, Planes, to_rgb
 from pipeline.run import Service
 from tests.conftest import SAMPLES
 from tests.test_engine import decode

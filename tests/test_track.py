@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from musetalk import LipSync, Options, faces
-from musetalk.box import Box
-from musetalk.faces import Detection
-from musetalk.place import Place
-from musetalk.track import REACH, Found, Tracker, choose, steadied
+from musetalk import LipSync, Options
+from musetalk.face import faces
+from musetalk.face.faces import Detection
+from musetalk.face.track import REACH, Found, Tracker, choose, steadied
+from musetalk.geometry.box import Box
+from musetalk.geometry.place import Place
 from pipeline.run import Service
 from training.presenter import Identity, Mouth, Pose, draw
 

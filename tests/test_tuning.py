@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from musetalk import LipSync, checkpoints, generate, tuning
-from musetalk.tuning import Made, Recorded
+from musetalk import LipSync, checkpoints
+from musetalk.draw import generate
+from musetalk.draw import recorded as tuning
+from musetalk.draw.recorded import Made, Recorded
 from tests.conftest import DEMO
 from tests.fakes import cuda
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from musetalk.box import Box
-from musetalk.faces import face_box
-from musetalk.imaging import lanczos4
+from musetalk.face.faces import face_box
+from musetalk.geometry.box import Box
+from musetalk.pixels.resample import lanczos4
 from training.presenter import Canvas, Head, Identity, Mouth, Pose, draw, idle
 
 CROP = 128

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from musetalk.blend import parse_input
-from musetalk.imaging import pillow_resize
 from musetalk.nets.bisenet import BiSeNet, BiSeNetConfig
+from musetalk.pixels.resample import pillow_resize
+from musetalk.show.blend import parse_input
 from training import common, data, render, wide
 from training.presenter import Identity, Pose, draw
 

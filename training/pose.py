@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from musetalk.box import Box
-from musetalk.faces import FACE_POINTS, PoseFrame, decode_simcc, pose_input, pose_picture
+from musetalk.face.faces import FACE_POINTS, PoseFrame, decode_simcc, pose_input, pose_picture
+from musetalk.geometry.box import Box
 from musetalk.nets.rtmpose import RtmPose, RtmPoseConfig
 from training import common, data, wide
 from training.presenter import Identity, Pose, draw

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from musetalk import audio, generate
+from musetalk.draw import generate
 from musetalk.nets.unet import UNet, UNetConfig, audio_positions
 from musetalk.nets.vae import Vae
 from musetalk.nets.whisper import WhisperEncoder
+from musetalk.sound import features as audio
 from training import common, data, speech, vae, whisper
 from training.moments import RATES, moments, painted
 from training.presenter import Identity, Mouth

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musetalk.audio import PIECE, log_mel
 from musetalk.nets.whisper import WhisperConfig, WhisperEncoder
+from musetalk.sound.features import PIECE, log_mel
 from training import common, speech
 
 CONFIG = WhisperConfig(d_model=128, encoder_layers=4, encoder_attention_heads=4, encoder_ffn_dim=256)

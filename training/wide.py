@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from musetalk.box import Box
-from musetalk.faces import NOSE_BRIDGE, face_box
-from musetalk.imaging import lanczos4
+from musetalk.face.faces import NOSE_BRIDGE, face_box
+from musetalk.geometry.box import Box
+from musetalk.pixels.resample import lanczos4
 from training import clutter, common, data, render, speech
 from training.camera import Camera
 from training.light import Light

@@ -22,8 +22,8 @@ from typing import Any
 
 import imageio_ffmpeg
 
-from pipeline import redact
 from pipeline.errors import BadMedia, FfmpegFailed
+from pipeline.job import redact
 from pipeline.settings import child_environment
 
 PIPE_BYTES = 1 << 20

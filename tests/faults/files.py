@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.control import Control
+from pipeline.job.control import Control
 from pipeline.media import probe
 from pipeline.media.child import PROBE_SEC
 from pipeline.run import status_of

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import requests
 
-from pipeline.control import Control
-from pipeline.metrics import give_back_memory
+from pipeline.job.control import Control
+from pipeline.job.metrics import give_back_memory
 from pipeline.run import TEMPORARY
-from pipeline.storage import Storage
+from pipeline.transfer.storage import Storage
 from tests.conftest import make_media
 from tests.fakes import b2 as fakes
 from tests.fakes.b2 import B2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 
-from pipeline.download import IDLE_SEC
+from pipeline.transfer.download import IDLE_SEC
 from tests.faults.world import SUCCESS, Body, Expect, Network, Row, World, media
 
 GONE, LATER = media("download"), media("download", retryable=True)

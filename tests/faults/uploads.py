@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
-from pipeline.storage import UPLOAD_SEC
+from pipeline.transfer.storage import UPLOAD_SEC
 from tests.fakes import b2 as fakes
 from tests.fakes import tsa
 from tests.faults.world import SUCCESS, Body, Expect, Row, World, processing

@@ -22,8 +22,8 @@ from unittest import mock
 
 import torch
 
-from pipeline import logs
-from pipeline.control import Control
+from pipeline.job import logs
+from pipeline.job.control import Control
 from pipeline.run import Service, status_of
 from pipeline.settings import REPOSITORY, Settings
 from scripts.make_test_certificate import make

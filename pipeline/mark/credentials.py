@@ -17,10 +17,10 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
-from pipeline.control import Control
 from pipeline.errors import SigningFailed
-from pipeline.leave import leaving
+from pipeline.job.control import Control
 from pipeline.settings import BadSetting, Settings
+from pipeline.transfer.interruptible import leaving
 
 # neither a source's credentials nor a certificate may make the worker call an address of their choice
 # and a film is hashed piece by piece and its copies lie in a file: by default c2pa holds both in memory, up to 512 MB

@@ -1,6 +1,6 @@
 """One job's stream: decode -> prepare -> generate -> blend -> encode.
 
-A frame enters each stage once, in this order, in a buffer of its own; `pipeline.runner` runs the stages at once.
+A frame enters each stage once, in this order, in a buffer of its own; `pipeline.film.runner` runs the stages at once.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from pathlib import Path
 import numpy as np
 
 from musetalk import LipSync, Options
-from musetalk.audio import Prompts
 from musetalk.avatar import Avatar, cache_key
-from musetalk.colour import Colour
+from musetalk.draw.interruption import interrupt
 from musetalk.errors import NoFastLane
-from musetalk.interruption import interrupt
+from musetalk.face.track import HELD
 from musetalk.lipsync import speech_weights
 from musetalk.options import Quality
-from musetalk.track import HELD
-from pipeline import runner
-from pipeline.control import Control
-from pipeline.engine import Engine
+from musetalk.pixels.colour import Colour
+from musetalk.sound.features import Prompts
 from pipeline.errors import Cancelled, DeadlineExceeded
-from pipeline.leave import leaving
+from pipeline.film import runner
+from pipeline.film.engine import Engine
+from pipeline.film.runner import ROOM, Buffers, Stage, Together
+from pipeline.film.stages import Blend, Clock, Decode, Encode, Generate, Prepare
+from pipeline.film.validate import Inputs
+from pipeline.job.control import Control
 from pipeline.media import FrameSource, MediaInfo, Mp4Writer, plan
 from pipeline.provenance import tags
-from pipeline.runner import ROOM, Buffers, Stage, Together
 from pipeline.schema import JobRequest
-from pipeline.stages import Blend, Clock, Decode, Encode, Generate, Prepare
-from pipeline.validate import Inputs
+from pipeline.transfer.interruptible import leaving
 
 ENCODER_SEC = 120.0  # to finish the file after the last frame
 

@@ -15,12 +15,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from musetalk import faces
-from musetalk.box import Box
-from musetalk.faces import Detection, PoseFrame
+from musetalk.face import faces
+from musetalk.face.faces import Detection, PoseFrame
+from musetalk.geometry.box import Box
+from musetalk.geometry.place import Place
 from musetalk.nets.rtmpose import RtmPose
 from musetalk.nets.s3fd import S3fd
-from musetalk.place import Place
 
 WINDOW = 12  # frames, about half a second
 SMOOTH_IOU = 0.75  # consecutive landmark boxes of one face overlap at least this much

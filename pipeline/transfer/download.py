@@ -18,11 +18,11 @@ from requests_hardened.ip_filter import InvalidIPAddress
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
 from urllib3.exceptions import HTTPError
 
-from pipeline import redact
-from pipeline.control import Control
 from pipeline.errors import BadMedia, BadRequest, DiskFull, MediaError, SourceRefused, SourceUnavailable, disk_is_full
-from pipeline.leave import Reach, leaving
+from pipeline.job import redact
+from pipeline.job.control import Control
 from pipeline.settings import Settings
+from pipeline.transfer.interruptible import Reach, leaving
 
 TRIES = 3
 CONNECT_SEC, IDLE_SEC = 10.0, 20.0

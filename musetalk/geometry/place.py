@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from musetalk.box import Box
+from musetalk.geometry.box import Box
 
 
 @dataclass(frozen=True)

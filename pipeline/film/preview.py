@@ -12,19 +12,19 @@ import torch
 from numpy.typing import NDArray
 
 from musetalk import LipSync
-from musetalk.audio import Prompts
 from musetalk.avatar import Avatar, Face
-from musetalk.box import Region
-from musetalk.colour import Planes, from_rgb, to_rgb
+from musetalk.geometry.box import Region
 from musetalk.lipsync import Slot, speech_weights
 from musetalk.options import Options
 from musetalk.order import source_index
-from pipeline.engine import Engine
+from musetalk.pixels.colour import Planes, from_rgb, to_rgb
+from musetalk.sound.features import Prompts
 from pipeline.errors import BadMedia
+from pipeline.film.engine import Engine
+from pipeline.film.stream import clip_of, options_of
+from pipeline.film.validate import Inputs
 from pipeline.media import FrameReader, FrameSource
 from pipeline.schema import JobRequest
-from pipeline.stream import clip_of, options_of
-from pipeline.validate import Inputs
 
 Picture = NDArray[np.uint8]
 GREEN = np.array([70, 220, 90], np.uint8)

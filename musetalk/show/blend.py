@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from musetalk.box import Box, Region
-from musetalk.imaging import blend_u8, gaussian_blur, kept, linear, pillow_resize, row_constants
+from musetalk.geometry.box import Box, Region
+from musetalk.geometry.place import Place, cut_out, positions, resampled
 from musetalk.nets.bisenet import BiSeNet
 from musetalk.nets.layers import at_once
 from musetalk.options import ParsingMode
-from musetalk.place import Place, cut_out, positions, resampled
+from musetalk.pixels.resample import blend_u8, gaussian_blur, kept, linear, pillow_resize, row_constants
 
 SIZE = 512  # side of the parser's picture and of the label map
 SKIN, NOSE, MOUTH, NECK = 1, 10, (11, 12, 13), 14

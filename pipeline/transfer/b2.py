@@ -8,8 +8,8 @@ import requests
 from b2sdk.v3 import B2Api, B2HttpApiConfig, InMemoryAccountInfo
 from b2sdk.v3.exception import InvalidAuthToken, Unauthorized
 
-from pipeline.leave import Cut, Reach
 from pipeline.settings import Settings
+from pipeline.transfer.interruptible import Cut, Reach
 
 CONNECT_SEC, READ_SEC = 10.0, 30.0  # of one call; the SDK alone waits 128 s
 

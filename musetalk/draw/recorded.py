@@ -12,11 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from musetalk import generate
+from musetalk.draw import generate
 from musetalk.nets.unet import UNet
 from musetalk.nets.vae import Vae
 
-log = logging.getLogger("musetalk.tuning")
+log = logging.getLogger("musetalk.draw.recorded")
 
 Made = tuple[Tensor, Tensor]  # faces (N, S, S, 3) uint8, finite flags (N,)
 Generator = Callable[[Tensor, Tensor], Made]  # latents (N, 8, h, w), prompts (N, T, C) -> Made

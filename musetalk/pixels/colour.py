@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from musetalk.imaging import kept
-from musetalk.parts import in_parts
+from musetalk.pixels.resample import kept
+from musetalk.pixels.threads import in_parts
 
 LUMA = {"bt709": (0.2126, 0.0722), "bt601": (0.299, 0.114), "bt2020": (0.2627, 0.0593)}  # Kr, Kb
 STRIPE = 40  # rows of chroma that are converted at once on a CPU: at 720p their maps stay in a core's cache

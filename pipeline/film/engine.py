@@ -15,17 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from musetalk import AvatarCache, BadAudio, BadCheckpoint, LipSync, NoFace, NonFiniteOutput, Options, faces, layout
+from musetalk import AvatarCache, BadAudio, BadCheckpoint, LipSync, NoFace, NonFiniteOutput, Options
 from musetalk.avatar import Avatar
-from musetalk.box import Box
 from musetalk.checkpoints import digests
-from musetalk.colour import Colour, Planes, from_rgb, to_rgb
+from musetalk.draw import layout
+from musetalk.draw.interruption import interruptible
+from musetalk.draw.recorded import numerics, out_of_memory
 from musetalk.errors import Interrupted, NoFastLane
-from musetalk.interruption import interruptible
+from musetalk.face import faces
+from musetalk.face.track import Found
+from musetalk.geometry.box import Box
+from musetalk.geometry.place import Place
 from musetalk.lipsync import Slot
-from musetalk.place import Place
-from musetalk.track import Found
-from musetalk.tuning import numerics, out_of_memory
+from musetalk.pixels.colour import Colour, Planes, from_rgb, to_rgb
 from pipeline.errors import (
     BadMedia,
     BadOutput,
@@ -40,8 +42,8 @@ from pipeline.errors import (
     Stage,
     Unfit,
 )
+from pipeline.job.metrics import gpu_driver, gpu_name
 from pipeline.media import FrameReader, FrameSource, probe, video_encoder
-from pipeline.metrics import gpu_driver, gpu_name
 from pipeline.settings import Settings
 
 log = logging.getLogger("musetalk.engine")

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-from pipeline import redact
+from pipeline.job import redact
 
 STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName"}  # what every record has; the rest are extras
 

@@ -16,7 +16,7 @@ from requests.adapters import HTTPAdapter
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.connection import HTTPConnection
 
-from pipeline.control import Control
+from pipeline.job.control import Control
 
 POLL_SEC = 0.1  # between looks whether the job has to stop
 T = TypeVar("T")

@@ -16,7 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Generic, TypeVar
 
-from pipeline.control import Control
+from pipeline.job.control import Control
 
 POLL_SEC = 0.1  # how often cancellation and the deadline are looked at
 ROOM = 8  # items that may wait between two stages: enough to ride out a neighbour's hiccup

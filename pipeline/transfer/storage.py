@@ -28,12 +28,12 @@ from b2sdk.v3.exception import (
 )
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_before_delay
 
-from pipeline import redact
-from pipeline.b2line import Line
-from pipeline.control import Control
 from pipeline.errors import Cancelled, DeadlineExceeded, DiskFull, JobError, StorageRejected, StorageUnavailable, disk_is_full
-from pipeline.leave import Cut, leaving
+from pipeline.job import redact
+from pipeline.job.control import Control
 from pipeline.settings import Settings
+from pipeline.transfer.b2 import Line
+from pipeline.transfer.interruptible import Cut, leaving
 
 UPLOAD_SEC = 120.0  # of one upload with all its tries
 DIGEST = "content_digest"  # in an object's file info: what was signed, where signatures make each run's bytes differ

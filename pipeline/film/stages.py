@@ -18,16 +18,16 @@ import torch
 from numpy.typing import NDArray
 
 from musetalk import LipSync, NoFace, Options
-from musetalk.audio import Prompts
 from musetalk.avatar import Avatar
-from musetalk.colour import Colour, Planes, from_rgb, to_rgb
-from musetalk.interruption import interrupt
+from musetalk.draw.interruption import interrupt
 from musetalk.lipsync import Painted, Slot
 from musetalk.options import Loop
 from musetalk.order import Run, runs
+from musetalk.pixels.colour import Colour, Planes, from_rgb, to_rgb
+from musetalk.sound.features import Prompts
 from pipeline.errors import BadMedia, ProcessingError
+from pipeline.film.runner import Buffers, Stage
 from pipeline.media import FrameReader, FrameSource, Mp4Writer
-from pipeline.runner import Buffers, Stage
 
 CHUNK_BYTES = 96 << 20  # frames held to play a clip backwards
 Pixels = NDArray[np.uint8]

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from musetalk.box import Box
+from musetalk.geometry.box import Box
 
 Floats = NDArray[Any]
 Numbers = TypeVarTuple("Numbers")

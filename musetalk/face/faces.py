@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from musetalk.box import Box
-from musetalk.imaging import lanczos4, row_constants, scale_shift
+from musetalk.geometry.box import Box
+from musetalk.geometry.place import Place, cut_out
 from musetalk.nets.rtmpose import RtmPose
 from musetalk.nets.s3fd import STRIDES, S3fd
-from musetalk.parts import in_parts
-from musetalk.place import Place, cut_out
+from musetalk.pixels.resample import lanczos4, row_constants, scale_shift
+from musetalk.pixels.threads import in_parts
 
 FACE_SCORE = 0.5  # S3FD's threshold upstream
 NMS_IOU = 0.3
@@ -34,7 +34,7 @@ TURN_FROM, TURN_ALL = math.radians(10), math.radians(15)  # a head's roll at whi
 NOSE_BRIDGE = 29  # landmark at half the height of the face box
 CAFFE_MEAN = (104.0, 117.0, 123.0)  # B, G, R means, which upstream subtracts from R, G, B in this order
 POSE_MEAN, POSE_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-FLIP_INDICES: list[int] = json.loads((Path(__file__).parent / "nets" / "flip_indices_133.json").read_text())
+FLIP_INDICES: list[int] = json.loads((Path(__file__).parent.parent / "nets" / "flip_indices_133.json").read_text())
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline import media
-from pipeline.control import Control
-from pipeline.download import Source
 from pipeline.errors import BadMedia, JobError
+from pipeline.job.control import Control
 from pipeline.media import MediaInfo, Speech
 from pipeline.media.formats import ACCEPTED
 from pipeline.settings import Settings
+from pipeline.transfer.download import Source
 
 SMALLEST_SIDE = 32  # pixels
 DECODE_SEC = 120.0  # for the speech

@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from musetalk.blend import first_row
-from musetalk.box import Box, Region
-from musetalk.imaging import kept
-from musetalk.place import Place, positions, resampled, sampled
+from musetalk.geometry.box import Box, Region
+from musetalk.geometry.place import Place, positions, resampled, sampled
+from musetalk.pixels.resample import kept
+from musetalk.show.blend import first_row
 
 GRID, TINT_GRID = 64, 16  # sides of the maps on which drawing and source are compared, and of the tints
 ALIKE, ALIKE_FAR = 12.0, 80.0  # levels over which drawing and source count as different: by the mouth, and far from it

@@ -1,0 +1,1 @@
+"""Face crops and audio tokens in, generated faces out."""

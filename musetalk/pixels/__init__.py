@@ -1,0 +1,1 @@
+"""Operations on pixels that know nothing of faces: resampling, colour, work on many frames at once."""

@@ -1,0 +1,1 @@
+"""Generated faces back into their frames: parsed masks, the paste, the natural finish."""

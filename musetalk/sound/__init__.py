@@ -1,0 +1,1 @@
+"""Speech in, audio tokens for each video frame out."""

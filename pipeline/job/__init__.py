@@ -1,0 +1,1 @@
+"""What every job has around it: its stop signal, its secrets, its figures and its log lines."""

@@ -1,0 +1,1 @@
+"""What a film says about its making."""

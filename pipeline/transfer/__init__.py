@@ -1,0 +1,1 @@
+"""Files over the network: downloads of sources, uploads of films."""
