@@ -16,7 +16,7 @@ import torch
 from musetalk import LipSync, Options
 from musetalk.draw import generate
 from musetalk.errors import NoFastLane
-from musetalk.nets.layers import can_pack
+from musetalk.nets.fast import can_pack
 from musetalk.nets.tiny import Tiny, TinyConfig
 from pipeline.errors import ModelBroken
 from pipeline.media import ffmpeg
