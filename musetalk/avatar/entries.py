@@ -58,6 +58,7 @@ class Avatar:
         self._pending: list[Face | None] = []
         self._lock = threading.RLock()  # one thread may append while another reads
         self._held: OrderedDict[int, list[Face | None]] = OrderedDict()
+        self.finished = bool(index)  # whether no more will be appended
         self.complete = complete  # whether the clip ends here; else only so much was prepared as a speech needed
 
     @classmethod
@@ -84,7 +85,7 @@ class Avatar:
         with self._lock:
             if self._pending:
                 self._flush()
-            self.complete = complete
+            self.finished, self.complete = True, complete
 
     def __getitem__(self, i: int) -> Face | None:
         """Source frame i."""
