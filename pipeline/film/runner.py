@@ -152,6 +152,7 @@ def run(
     """
     stream = _Stream(stages, buffers, enter)
     try:
+        stream.start()
         while not stream.over.wait(POLL_SEC):
             control.check()
     finally:
@@ -177,6 +178,9 @@ class _Stream:
         self.threads = [
             threading.Thread(target=contextvars.copy_context().run, args=(self._work, i), name=stage.name, daemon=True)
             for i, stage in enumerate(stages)]
+
+    def start(self) -> None:
+        """Start the threads. Raises RuntimeError where the system has no more of them: `stop` ends those that run."""
         for thread in self.threads:
             thread.start()
 
