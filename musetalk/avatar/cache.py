@@ -114,41 +114,31 @@ class AvatarCache:
                 os.utime(file.path, ns=(now, now))
 
     def _write(self, key: str, avatar: Avatar) -> bool:
-        """Write the avatar into the folder once there is room for it; False where there cannot be. May raise OSError."""
+        """Write the avatar into the folder; False where it does not fit. May raise OSError.
+
+        What was used least recently makes room: within the limit, and on a disk that is full.
+        """
         assert self.folder is not None
-        frames = _frames(avatar)
+        frames, size = _frames(avatar), avatar.file_size(key)
         target = self.folder / f"{key}-{'whole' if frames == WHOLE else frames}{SUFFIX}"
-        written = self._make_room(key, avatar.file_size(key))
-        while written:
-            try:
-                avatar.save(target, key)
-                break
-            except OSError as e:  # a quota, or another one's file has come meanwhile
-                if e.errno not in DISK_FULL:
-                    raise
-                written = self._evict(key)
-        for file in self._files(f"{key}-") if written else ():
-            if _named(file.path) < frames:
-                file.path.unlink(missing_ok=True)
-        return written
-
-    def _make_room(self, key: str, size: int) -> bool:
-        """Evict until `size` bytes fit within the limit and onto the disk; False, and nothing is evicted, where they cannot."""
-        assert self.folder is not None
-        total, free = sum(file.size for file in self._files()), shutil.disk_usage(self.folder).free
-        if size > min(self.limit, free + total):
+        files = sorted(self._files(), key=lambda file: (not file.path.name.startswith(f"{key}-"), file.used))  # its own first
+        total = sum(file.size for file in files)
+        if size > min(self.limit, total + shutil.disk_usage(self.folder).free):
             return False
-        while sum(file.size for file in self._files()) + size > self.limit or shutil.disk_usage(self.folder).free < size:
-            if not self._evict(key):
-                return False
+        while True:
+            try:
+                if total + size <= self.limit:
+                    avatar.save(target, key)
+                    break
+            except OSError as e:
+                if e.errno not in DISK_FULL or not files:
+                    raise
+            total -= files[0].size
+            files.pop(0).path.unlink(missing_ok=True)
+        for file in files:
+            if file.path.name.startswith(f"{key}-"):  # fewer frames, or damaged
+                file.path.unlink(missing_ok=True)
         return True
-
-    def _evict(self, key: str) -> bool:
-        """Remove a file: of the key that is about to be written, else the least recently used; False when there is none."""
-        files = sorted(self._files(), key=lambda file: (not file.path.name.startswith(f"{key}-"), file.used))
-        if files:
-            files[0].path.unlink(missing_ok=True)
-        return bool(files)
 
 
 def _frames(avatar: Avatar) -> int:

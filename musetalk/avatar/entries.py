@@ -57,7 +57,7 @@ class Avatar:
         self.frames: list[Tensor] = []  # the clip itself, where the library holds it; the streaming worker does not
         self._pending: list[Face | None] = []
         self._lock = threading.RLock()  # one thread may append while another reads
-        self._held: OrderedDict[int, list[Face | None]] = OrderedDict()
+        self._chunks: OrderedDict[int, list[Face | None]] = OrderedDict()
         self.finished = bool(index)  # whether no more will be appended
         self.complete = complete  # whether the clip ends here; else only so much was prepared as a speech needed
 
@@ -93,7 +93,7 @@ class Avatar:
             raise IndexError(i)
         chunk, at = divmod(i, CHUNK)
         with self._lock:
-            return self._pending[at] if chunk == len(self._index) else self._chunk(chunk)[at]
+            return self._pending[at] if chunk == len(self._index) else self._read_chunk(chunk)[at]
 
     def __iter__(self) -> Iterator[Face | None]:
         return (self[i] for i in range(len(self)))
@@ -101,7 +101,7 @@ class Avatar:
     def close(self) -> None:
         """Release the file."""
         self._file.close()
-        self._held.clear()
+        self._chunks.clear()
 
     # -- chunks --
 
@@ -113,14 +113,14 @@ class Avatar:
         self._index.append((start, len(blob), hashlib.sha256(blob).hexdigest()))
         self._pending = []
 
-    def _chunk(self, chunk: int) -> list[Face | None]:
-        if chunk not in self._held:
+    def _read_chunk(self, chunk: int) -> list[Face | None]:
+        if chunk not in self._chunks:
             start, length, _ = self._index[chunk]
-            self._held[chunk] = _unpack(_read(self._file, start, length))
-            while len(self._held) > CHUNKS_HELD:
-                self._held.popitem(last=False)
-        self._held.move_to_end(chunk)
-        return self._held[chunk]
+            self._chunks[chunk] = _unpack(_read(self._file, start, length))
+            while len(self._chunks) > CHUNKS_HELD:
+                self._chunks.popitem(last=False)
+        self._chunks.move_to_end(chunk)
+        return self._chunks[chunk]
 
     # -- files --
 

@@ -116,7 +116,8 @@ class Engine:
     @property
     def numerics(self) -> str:
         """What decides the networks' rounding beside the weights; whatever is cached of their results has it in its key."""
-        return numerics(self.device, self.load().nets.dtype)
+        threads = f" {self._threads} threads" if self.device.type == "cpu" else ""
+        return numerics(self.device, self.load().nets.dtype) + threads
 
     def warm_up(self) -> None:
         """A job without sound and file, so that the first one finds every network's kernels loaded and memory laid out.
@@ -242,7 +243,9 @@ def check_writable(folder: Path, setting: str, follows: str) -> None:
 
 
 def batch_for(device: torch.device) -> int:
-    """How many frames to generate at once: what the device's memory holds, as its model says. Running out halves it."""
+    """How many frames to generate at once: what the device's whole memory holds, so that workers on one model make the same
+    bytes. Running out of what is free halves it.
+    """
     if device.type != "cuda":
         return 8
     _, total = torch.cuda.mem_get_info(device)
