@@ -29,20 +29,19 @@ from typing import Any
 import requests
 
 from benchmarks import common
-from musetalk import LipSync, lipsync
 from musetalk.draw import generate
 from musetalk.face import faces
 from musetalk.face.track import Tracker
 from musetalk.show import blend
-from pipeline.film import stages
+from musetalk.steps import frame, preparing
 from pipeline.media import child
 from pipeline.run import Service
 from pipeline.settings import REPOSITORY, Settings
 
 STEPS: dict[str, tuple[tuple[Any, str], ...]] = {  # of preparing, and what they consist of
-    "rgb": ((stages, "to_rgb"),), "detection": ((faces, "detect"),), "landmarks": ((faces, "landmarks"),),
+    "rgb": ((frame, "to_rgb"),), "detection": ((faces, "detect"),), "landmarks": ((faces, "landmarks"),),
     "crops": ((faces, "crop"),), "encoder": ((generate, "latents"),), "parser": ((blend, "parse"),),
-    "masks": ((blend, "label_mask"), (LipSync, "_region"), (lipsync, "lips_map")), "windows": ((Tracker, "_window"),),
+    "masks": ((blend, "label_mask"), (preparing, "_region"), (preparing, "lips_map")), "windows": ((Tracker, "_window"),),
 }
 
 

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from benchmarks import common, pipeline
 from musetalk import LipSync, Options
-from musetalk.avatar import Avatar
 from musetalk.checkpoints import PARTS, Networks, builders, default_dtype, write_manifest
+from musetalk.draw.generator import FaceGenerator
 from musetalk.face import faces
 from musetalk.face.faces import Detection
 from musetalk.face.track import WINDOW
@@ -74,8 +74,7 @@ def load(device: torch.device, folder: Path) -> dict[str, float]:
         lipsync = LipSync.load(folder, device)
         loads.append(time.perf_counter() - began)
         prompts = lipsync.prompts(np.zeros(1600, np.float32), Fraction(25))
-        with torch.inference_mode():
-            lipsync.generate(torch.zeros(1, 8, 32, 32), prompts.batch(range(1)))
+        FaceGenerator(lipsync.nets)(torch.zeros(1, 8, 32, 32), prompts.batch(range(1)))
         firsts.append(time.perf_counter() - began)
         del lipsync
     return {"weights_gb": size / 1e9, "load_sec": common.median(loads), "load_to_first_face_sec": common.median(firsts)}
@@ -143,9 +142,7 @@ def prepare(device: torch.device, count: int) -> dict[str, float]:
     nets: Any = Networks(None, vae, None, pose, parser, detector, None, "v15", "", device, dtype)  # type: ignore[arg-type]
     with scripted():
         def run(frames: list[Tensor]) -> None:
-            avatar = Avatar.new()
-            for _ in LipSync(nets).prepare_stream(iter(frames), avatar, Options()):
-                pass
+            avatar = LipSync(nets).prepare(frames, Options())
             assert all(avatar[i] is not None for i in range(len(frames))), "a face in every frame"
             avatar.close()
         run(frames[:WINDOW])
@@ -168,8 +165,10 @@ def job(weights: Path, seconds: int, batch_size: int | None) -> dict[str, Any]:
             done = pipeline.job(engine, inputs, clip, folder / "o.mp4")
     assert done.avatar_cached
     lipsync, batch = engine.load(), engine.batch_size
+    with engine.job() as state:
+        generator = state.generator
     latents, tokens = torch.randn(batch, 8, 32, 32), lipsync.prompts(inputs.speech.pcm, Fraction(25)).batch(range(batch))
-    alone = batch / common.median([common.timed(lambda: lipsync.generate(latents, tokens)) for _ in range(5)])
+    alone = batch / common.median([common.timed(lambda: generator(latents, tokens)) for _ in range(5)])
     rate = done.frames / done.wall_sec
     return {"cached_job_frames_per_sec": rate, "generator_frames_per_sec": alone, "cached_job_share": rate / alone,
             "cached_job_peak_vram_mib": memory.vram_mib, "cached_job_batch": batch}

@@ -42,7 +42,7 @@ class Settings(BaseModel):
     model_dir: Path = Field(asset("models/demo"), description="folder of weights, official or converted layout, or a repository in a Hugging Face cache; on RunPod required unless they lie on its volume")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes the GPU where there is one")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of UNet and VAE; `auto`: float16 on a GPU, bfloat16 on CPUs that have it")
-    batch_size: int | None = Field(None, ge=1, le=64, description="frames generated at once, unless `params.batch_size` says otherwise; by default 8 on a CPU, on a GPU what its free memory holds, up to 16")
+    batch_size: int | None = Field(None, ge=1, le=64, description="frames generated at once, unless `params.batch_size` says otherwise; by default 8 on a CPU, on a GPU what its memory holds, up to 16")
     quality: Literal["exact", "fast"] = Field("exact", description="`fast` takes the tiny decoder, unless `params.quality` says otherwise")
     storage: Literal["b2", "local"] = Field("local", description="where results go; `local` is the default only off RunPod with no B2 variable set")
     local_storage_dir: Path = Field(Path("outputs"), description="folder for `local`")

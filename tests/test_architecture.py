@@ -17,7 +17,8 @@ MUSETALK = {
     "errors": "", "options": "", "order": "options", "geometry": "", "nets": "errors", "pixels": "geometry",
     "checkpoints": "errors nets", "sound": "errors nets", "avatar": "geometry", "face": "geometry nets pixels",
     "draw": "checkpoints errors nets", "show": "geometry nets options pixels",
-    "lipsync": "avatar checkpoints draw errors face geometry nets options order pixels show sound",
+    "steps": "avatar checkpoints draw errors face geometry options pixels show sound",
+    "lipsync": "avatar checkpoints draw errors options order sound steps",
 }
 PIPELINE = {
     "errors": "", "settings": "", "job": "errors settings", "schema": "errors", "weights": "",

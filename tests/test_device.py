@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 import torch
 
-from musetalk import Avatar, LipSync, MuseTalkError, NonFiniteOutput
+from musetalk import Avatar, MuseTalkError, NonFiniteOutput
 from musetalk.checkpoints import default_dtype
 from musetalk.face import faces
-from musetalk.lipsync import Painted
+from musetalk.steps import Painted, generating, preparing
 from pipeline import media
 from pipeline.errors import DeviceLost, JobError, NoDevice, OutOfMemory
 from pipeline.film import engine
@@ -113,25 +113,24 @@ def test_five_stages_run_at_once(
     """Preparing goes on only once a first batch is generated, and blending only once a second one is."""
     generated, waited = [threading.Event(), threading.Event()], []
 
-    class Slow(LipSync):
-        def generate_batch(self, *arguments: Any) -> Any:
-            made = super().generate_batch(*arguments)
-            next((event for event in generated if not event.is_set()), generated[1]).set()
-            return made
+    def paint(*arguments: Any) -> None:
+        original[0](*arguments)
+        next((event for event in generated if not event.is_set()), generated[1]).set()
 
-        def append(self, avatar: Avatar, *arguments: Any) -> None:
-            if len(avatar):
-                waited.append(generated[0].wait(20))
-            super().append(avatar, *arguments)
+    def add_entries(avatar: Avatar, *arguments: Any) -> None:
+        if len(avatar):
+            waited.append(generated[0].wait(20))
+        original[1](avatar, *arguments)
 
-    def pasted(*arguments: Any) -> Any:
+    def paste(*arguments: Any) -> None:
         waited.append(generated[1].wait(20))
-        return paste(*arguments)
+        original[2](*arguments)
 
-    paste = Painted.paste
-    monkeypatch.setattr(Painted, "paste", pasted)
+    original = generating._paint, preparing.add_entries, Painted.paste
+    monkeypatch.setattr(generating, "_paint", paint)
+    monkeypatch.setattr(preparing, "add_entries", add_entries)
+    monkeypatch.setattr(Painted, "paste", paste)
     service = Service(settings.model_copy(update={"cache_dir": tmp_path, "device": "cuda", "dtype": FAST, "batch_size": 5}))
-    service.engine._lipsync = Slow(service.engine.load().nets)
     speak(service, short_clip, short_speech)
     assert len(waited) > 10
     assert all(waited)

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from musetalk import LipSync, Options, checkpoints
 from musetalk.avatar import Avatar
 from musetalk.draw import recorded as tuning
+from musetalk.draw.generator import FaceGenerator
 from musetalk.face import faces
 from musetalk.face.faces import Detection, PoseFrame
 from musetalk.face.track import Found, Tracker
@@ -35,6 +36,7 @@ from musetalk.geometry.place import Place
 from musetalk.pixels import resample as imaging
 from musetalk.pixels.colour import Colour, Planes, from_rgb, to_rgb
 from musetalk.show import blend
+from musetalk.steps import State
 from tests.conftest import DEMO
 from tests.test_tuning import Device
 
@@ -245,11 +247,11 @@ def test_preparing_and_speaking(lipsync: LipSync, watch: Watch, given: dict[str,
     options = Options(**given)
     pictures = [torch.zeros(160, 128, 3, dtype=torch.uint8) for _ in range(3)]
     avatar = lipsync.prepare(pictures, options)
-    assert len(avatar) == avatar.faces == 3
+    assert (len(avatar), avatar.first_face) == (3, 0)
     assert all(entry is not None and entry.latents.device.type == "cpu" for entry in avatar)
     prompts = lipsync.prompts(np.zeros(4000, np.float32), Fraction(25), options)
     assert prompts.batch(range(2)).device == CUDA
-    made = lipsync.generator(torch.stack([e.latents for e in avatar if e]), prompts.batch(range(3)))
+    made = FaceGenerator(lipsync.nets)(torch.stack([e.latents for e in avatar if e]), prompts.batch(range(3)))
     assert {t.device for t in made} == {CUDA}
     planes = Planes.of(torch.zeros(160 * 128 * 3 // 2, dtype=torch.uint8), 128, 160)
     mask = torch.ones(FACE.height, FACE.width, dtype=torch.uint8)
@@ -285,19 +287,20 @@ def captures(monkeypatch: pytest.MonkeyPatch, watch: Watch) -> Captures:
 def test_what_a_graph_records_waits_for_nothing(lipsync: LipSync, captures: Captures) -> None:
     """No value is read on the host, no host memory is touched, and pictures stay in channels-last order but for the norms'.
 
-    In both lanes, for every batch size: what is looked at is what `LipSync.tune` captures.
+    In both lanes, for every batch size: what is looked at is what a worker captures.
     """
-    lipsync.tune(4, 50)
-    assert isinstance(lipsync.generator, tuning.Recorded)
-    assert isinstance(lipsync.fast, tuning.Recorded)
-    assert list(lipsync.generator.graphs) == list(lipsync.fast.graphs) == [4, 1]
+    generator = FaceGenerator(lipsync.nets)
+    generator.record(4, 50)
+    assert isinstance(generator.exact, tuning.Recorded)
+    assert isinstance(generator.fast, tuning.Recorded)
+    assert list(generator.exact.graphs) == list(generator.fast.graphs) == [4, 1]
     assert len(captures.seen) == 4
     for calls, *faults, lost in captures.seen:
         assert len(calls) > 100
         assert faults == [[], [], []]
         assert set(lost) in ({NORM}, {NORM, EDGE}), "the fast lane's edge is repeated in the picture itself, three channels"
         assert not {"aten.clone.default", "aten.copy_.default", "aten.contiguous.default"} & set(calls)
-    for (faces_, finite), _ in lipsync.generator.graphs.values():
+    for (faces_, finite), _ in generator.exact.graphs.values():
         assert faces_.device == finite.device == CUDA
 
 
@@ -308,10 +311,11 @@ def test_speaking(
     """The library's `speak`, plain and recorded: a frame for every 1/fps, one answer a batch read by the host."""
     options = Options(batch_size=2, quality=quality)
     avatar = lipsync.prepare([torch.zeros(160, 128, 3, dtype=torch.uint8) for _ in range(3)], options)
+    state = State.of(lipsync.nets)
     if recorded:
-        lipsync.tune(2, 50)
+        state.generator.record(2, 50)
     watch.clear(), Indexing.read.clear()
-    spoken = list(lipsync.speak(avatar, np.zeros(16000 * 5 // 25, np.float32), options=options))
+    spoken = list(lipsync.speak(avatar, np.zeros(16000 * 5 // 25, np.float32), options=options, state=state))
     assert [frame.shape for frame in spoken] == [(160, 128, 3)] * 5
     assert not watch.slow
     assert Indexing.read.count("cuda") == 3, "whether a batch's faces are finite"

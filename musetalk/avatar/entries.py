@@ -1,4 +1,4 @@
-"""Everything about a source clip that does not depend on the speech, and a cache of it by content.
+"""Everything about a source clip that does not depend on the speech.
 
 An avatar is one entry per source frame: the face box, the region that blending may change with its soft mask, and the
 UNet's input latents; None for a frame without a face. Entries are kept in half precision, in chunks, so a long clip
@@ -30,11 +30,8 @@ from musetalk.geometry.box import Box, Region
 from musetalk.geometry.place import Place
 
 CHUNK = 32  # source frames
-HELD = 4  # chunks kept in memory while reading
-MEMORY = 64 << 20  # bytes of avatars kept in memory: about a thousand frames
-FORMAT = 8
-SUFFIX = ".avatar"
-STALE_SEC = 24 * 3600  # partial files of workers that died are removed after this
+CHUNKS_HELD = 4  # chunks kept in memory while reading
+FORMAT = 9
 
 
 @dataclass(frozen=True)
@@ -56,12 +53,13 @@ class Avatar:
 
     def __init__(self, file: BinaryIO, index: list[tuple[int, int, str]], count: int, complete: bool = False) -> None:
         self._file, self._index, self._count = file, index, count
-        self.faces = 0  # frames that hold a face
+        self.first_face: int | None = None  # the first frame that holds a face
         self.frames: list[Tensor] = []  # the clip itself, where the library holds it; the streaming worker does not
         self._pending: list[Face | None] = []
         self._lock = threading.RLock()  # one thread may append while another reads
-        self._held: OrderedDict[int, list[Face | None]] = OrderedDict()
-        self.complete = complete  # whether the clip ends here, or only what a short speech needed
+        self._chunks: OrderedDict[int, list[Face | None]] = OrderedDict()
+        self.finished = bool(index)  # whether no more will be appended
+        self.complete = complete  # whether the clip ends here; else only so much was prepared as a speech needed
 
     @classmethod
     def new(cls, folder: Path | None = None) -> Avatar:
@@ -75,9 +73,10 @@ class Avatar:
     def append(self, face: Face | None) -> None:
         """Add the next source frame."""
         with self._lock:
+            if face is not None and self.first_face is None:
+                self.first_face = self._count
             self._pending.append(face)
             self._count += 1
-            self.faces += face is not None
             if len(self._pending) == CHUNK:
                 self._flush()
 
@@ -86,7 +85,7 @@ class Avatar:
         with self._lock:
             if self._pending:
                 self._flush()
-            self.complete = complete
+            self.finished, self.complete = True, complete
 
     def __getitem__(self, i: int) -> Face | None:
         """Source frame i."""
@@ -94,7 +93,7 @@ class Avatar:
             raise IndexError(i)
         chunk, at = divmod(i, CHUNK)
         with self._lock:
-            return self._pending[at] if chunk == len(self._index) else self._chunk(chunk)[at]
+            return self._pending[at] if chunk == len(self._index) else self._read_chunk(chunk)[at]
 
     def __iter__(self) -> Iterator[Face | None]:
         return (self[i] for i in range(len(self)))
@@ -102,7 +101,7 @@ class Avatar:
     def close(self) -> None:
         """Release the file."""
         self._file.close()
-        self._held.clear()
+        self._chunks.clear()
 
     # -- chunks --
 
@@ -114,14 +113,14 @@ class Avatar:
         self._index.append((start, len(blob), hashlib.sha256(blob).hexdigest()))
         self._pending = []
 
-    def _chunk(self, chunk: int) -> list[Face | None]:
-        if chunk not in self._held:
+    def _read_chunk(self, chunk: int) -> list[Face | None]:
+        if chunk not in self._chunks:
             start, length, _ = self._index[chunk]
-            self._held[chunk] = _unpack(_read(self._file, start, length))
-            while len(self._held) > HELD:
-                self._held.popitem(last=False)
-        self._held.move_to_end(chunk)
-        return self._held[chunk]
+            self._chunks[chunk] = _unpack(_read(self._file, start, length))
+            while len(self._chunks) > CHUNKS_HELD:
+                self._chunks.popitem(last=False)
+        self._chunks.move_to_end(chunk)
+        return self._chunks[chunk]
 
     # -- files --
 
@@ -139,11 +138,19 @@ class Avatar:
         """Write the finished avatar into a file."""
         for start, length, _ in self._index:
             out.write(_read(self._file, start, length))
+        out.write(self._tail(key))
+
+    def file_size(self, key: str) -> int:
+        """Bytes that `write` writes."""
+        return self.size + len(self._tail(key))
+
+    def _tail(self, key: str) -> bytes:
+        """The index and what verifies it."""
         index = json.dumps({
-            "format": FORMAT, "key": key, "count": self._count, "faces": self.faces,
+            "format": FORMAT, "key": key, "count": self._count, "first_face": self.first_face,
             "complete": self.complete, "chunks": self._index,
         }).encode()
-        out.write(index + hashlib.sha256(index).digest() + len(index).to_bytes(8, "little"))
+        return index + hashlib.sha256(index).digest() + len(index).to_bytes(8, "little")
 
     @property
     def size(self) -> int:
@@ -171,7 +178,8 @@ class Avatar:
                 if hashlib.sha256(_read(file, start, count)).hexdigest() != want:
                     raise ValueError("corrupt")
             avatar = cls(file, chunks, int(index["count"]), bool(index["complete"]))
-            avatar.faces = int(index["faces"])
+            first = index["first_face"]
+            avatar.first_face = None if first is None else int(first)
             return avatar
         except (ValueError, KeyError, TypeError, OSError, SafetensorError):
             file.close()

@@ -26,11 +26,15 @@ WINDOW = 12  # frames, about half a second
 SMOOTH_IOU = 0.75  # consecutive landmark boxes of one face overlap at least this much
 SCORE_DROP = 0.6  # share of the clip's landmark score under which a face is doubted
 REACH = 6  # frames that a steady box looks back and ahead
-HELD = WINDOW + REACH  # frames that preparation holds at most
 DEVIATION = 2.5  # of the steady track's mean in time, frames
 GIVES_WAY = 0.015  # face widths from the smooth way at which a movement counts as real
 PARTS, TURNS = 64, 8192  # of a pixel and of a radian: what a steady place is rounded to
 STILL = 1.5  # mean grey levels under which a faceless picture counts as unchanged
+
+
+def frames_needed(count: int) -> int:
+    """How many frames must be fed, unless the clip ends first, until the entries of the first `count` are final."""
+    return -(-(count + REACH) // WINDOW) * WINDOW
 
 
 @dataclass(frozen=True)

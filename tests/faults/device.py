@@ -104,7 +104,7 @@ def _generating(error: BaseException) -> Callable[[World], Body]:
 
 
 def preparing(w: World) -> Body:
-    """Memory runs out while an unseen clip is encoded."""
+    """Memory does not suffice to encode one face of an unseen clip."""
     service = _fresh(w)
     with failing(service.engine.load().nets.vae.encoder, torch.OutOfMemoryError("CUDA out of memory")):
         return w.job(service, params={"extra_margin": 3})
