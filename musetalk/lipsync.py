@@ -28,15 +28,14 @@ from musetalk.draw import generate, layout
 from musetalk.draw import recorded as tuning
 from musetalk.draw.interruption import check
 from musetalk.errors import NoFace, NoFastLane, NonFiniteOutput
-from musetalk.face import faces
 from musetalk.face.track import Found, Tracker, steadied
-from musetalk.geometry.box import Box, Region
+from musetalk.geometry.box import Region
 from musetalk.geometry.place import Place
 from musetalk.options import Finish, Options
 from musetalk.order import source_index
 from musetalk.pixels.threads import in_parts
-from musetalk.show import blend
-from musetalk.show.finish import lips_map, natural
+from musetalk.show import blend, mask
+from musetalk.show.finish import natural
 from musetalk.sound.features import Prompts, silent_frames
 
 log = logging.getLogger("musetalk.lipsync")
@@ -133,24 +132,17 @@ class LipSync:
         if not present:
             return []
         device = self.nets.device
-        places = [place.lowered(options.extra_margin, frame.shape[0]) for frame, place in present]
-        frames = [frame.to(device) for frame, _ in present]
-        crops = torch.stack([faces.crop(frame, place, self.crop_size) for frame, place in zip(frames, places, strict=True)])
+        geometry = mask.geometry_of(options.finish)
+        frames, sizes = [frame.to(device) for frame, _ in present], [(f.shape[1], f.shape[0]) for f, _ in present]
+        places = [geometry.with_chin(p, options.extra_margin, size) for (_, p), size in zip(present, sizes, strict=True)]
+        crops = torch.stack([geometry.crop(*each, self.crop_size) for each in zip(frames, places, strict=True)])
         latents = generate.latents(self.nets.vae, crops, None if noise is None else noise.flatten(0, 1)).half().cpu()
-        upright = [blend.upright(frame, place) for frame, place in zip(frames, places, strict=True)]
-        labels = blend.parse(self.nets.parser, [blend.cut(picture, blend.blend_square(box)) for picture, box in upright])
-        masks = blend.label_mask(labels, options.parsing_mode, options.left_cheek_width, options.right_cheek_width)
-        boxes = [box for _, box in upright]
-        regions = [self._region(*each) for each in zip(masks, boxes, places, frames, strict=True)]
-        lips = torch.stack([lips_map(k, blend.blend_square(b), b) for k, b in zip(labels, boxes, strict=True)]).cpu()
+        views = torch.stack([geometry.view(*each) for each in zip(frames, places, strict=True)])
+        labels = mask.parse(self.nets.parser, views)
+        masks = mask.label_mask(labels, options.parsing_mode, options.left_cheek_width, options.right_cheek_width)
+        regions = [geometry.region(*each) for each in zip(masks, places, sizes, strict=True)]
+        lips = torch.stack([mask.lips_map(k, geometry.face_in_view(p)) for k, p in zip(labels, places, strict=True)]).cpu()
         return [Face(*parts) for parts in zip(places, regions, latents, lips, strict=True)]
-
-    @staticmethod
-    def _region(mask512: Tensor, box: Box, place: Place, frame: Tensor) -> Region:
-        """What blending may change in a frame (H, W, 3), with its soft mask, on the CPU."""
-        square = blend.blend_square(box)
-        mask = blend.within(blend.soft_mask(mask512, square, box).cpu(), square, box)  # trimming it needs its values
-        return blend.region_of(*blend.turned_back(mask, square, box, place), frame.shape[1], frame.shape[0])
 
     def _noise(self, seed: int | None, first: int, count: int) -> Tensor | None:
         """Standard normal noise (2, count, 4, h, w) for the posteriors of crops from frame `first` on; None without a seed."""

@@ -32,14 +32,14 @@ from musetalk.geometry.place import Place
 CHUNK = 32  # source frames
 HELD = 4  # chunks kept in memory while reading
 MEMORY = 64 << 20  # bytes of avatars kept in memory: about a thousand frames
-FORMAT = 8
+FORMAT = 9
 SUFFIX = ".avatar"
 STALE_SEC = 24 * 3600  # partial files of workers that died are removed after this
 
 
 @dataclass(frozen=True)
 class Face:
-    """One source frame's face: its place with the chin margin, blended region, latents (8, h, w) float16, `finish.lips_map`."""
+    """One source frame's face: its place with the chin margin, blended region, latents (8, h, w) float16, `mask.lips_map`."""
 
     place: Place
     region: Region
@@ -184,7 +184,7 @@ def _read(file: BinaryIO, start: int, length: int) -> bytes:
 
 
 def _pack(faces: list[Face | None]) -> bytes:
-    """Places (K, 5) float64 and regions (K, 4) int32 of the K frames with a face, their masks' bytes end to end, latents
+    """Places (K, 6) float64 and regions (K, 4) int32 of the K frames with a face, their masks' bytes end to end, latents
     (K, 8, h, w), lips (K, L, L) uint8.
     """
     present = [f for f in faces if f is not None]

@@ -17,8 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from musetalk.geometry.box import Box
-
 Floats = NDArray[Any]
 Numbers = TypeVarTuple("Numbers")
 
@@ -199,9 +197,8 @@ def _linear_taps(n_in: int, n_out: int, clamp_fraction: bool) -> tuple[Tensor, T
     return a, b, c, d
 
 
-def linear(image: Tensor, height: int, width: int, part: Box) -> Tensor:
-    """cv2.resize(..., INTER_LINEAR) to (C, height, width), `part` of it: (C, H, W) uint8 -> (C, h, w) uint8."""
-    rows, columns = slice(part.y1, part.y2), slice(part.x1, part.x2)
+def linear(image: Tensor, height: int, width: int, rows: slice, columns: slice) -> Tensor:
+    """cv2.resize(..., INTER_LINEAR) to (C, height, width), some rows and columns of it: (C, H, W) uint8 -> (C, h, w) uint8."""
     if image.shape[1:] == (2 * height, 2 * width):  # OpenCV takes the area path here
         quads = image.int().reshape(-1, height, 2, width, 2).sum(dim=(2, 4))
         return ((quads[:, rows, columns] + 2) >> 2).to(torch.uint8)
