@@ -140,17 +140,17 @@ def cut_out(frame: Tensor, place: Place, rows: int, columns: int) -> Tensor:
     Beyond the frame its border is repeated.
     """
     area = place.bounds().nearest(frame.shape[1], frame.shape[0])
-    part = frame[area.y1 : area.y2, area.x1 : area.x2].permute(2, 0, 1)[None].float()
+    part = frame[area.y1 : area.y2, area.x1 : area.x2].permute(2, 0, 1)[None].float().contiguous()
     return levels(resampled(part, Place.of(area), place, rows, columns, mode="bicubic"))
 
 
 def reduced(image: Tensor, place: Place, rows: int, columns: int, device: torch.device) -> Tensor:
     """A place of an image (C, H, W), antialiased: (1, C, rows, columns) float32. Beyond the image its border is repeated."""
     area = place.bounds().nearest(image.shape[2], image.shape[1])
-    part = image[:, area.y1 : area.y2, area.x1 : area.x2].to(device).float()[None]
+    part = image[:, area.y1 : area.y2, area.x1 : area.x2].to(device).float().contiguous()[None]  # sampled twice as fast
     finer = max(math.ceil(max(place.height / rows, place.width / columns) - 0.25), 1)  # a quarter too coarse is not visible
     fine = resampled(part, Place.of(area), place, rows * finer, columns * finer)
-    return F.interpolate(fine, size=(rows, columns), mode="bilinear", antialias=True)
+    return fine if finer == 1 else F.interpolate(fine, size=(rows, columns), mode="bilinear", antialias=True)
 
 
 def levels(image: Tensor) -> Tensor:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from musetalk.geometry.box import Region, region_of
-from musetalk.geometry.place import Place, cut_out, levels, reduced, resampled
+from musetalk.geometry.place import Place, cut_out, levels, resampled
 from musetalk.geometry.view import SIDE, UPPER, Rectangle, blur_kernel
 from musetalk.pixels.resample import gaussian_blur
 
@@ -54,7 +55,14 @@ def square_of(place: Place) -> Place:
 
 def view(frame: Tensor, place: Place) -> Tensor:
     """The parser's picture (SIDE, SIDE, 3) uint8: the face upright in the middle, antialiased."""
-    return levels(reduced(frame.permute(2, 0, 1), square_of(place), SIDE, SIDE, frame.device))
+    square = square_of(place)
+    area = square.bounds().nearest(frame.shape[1], frame.shape[0])
+    part = frame[area.y1 : area.y2, area.x1 : area.x2].permute(2, 0, 1)[None].float()
+    times = square.width / SIDE
+    if times > 1:  # as small as the picture first: sampling is not antialiased
+        size = max(round(area.height / times), 1), max(round(area.width / times), 1)
+        part = F.interpolate(part, size=size, mode="bilinear", antialias=True)
+    return levels(resampled(part.contiguous(), Place.of(area), square, SIDE, SIDE))
 
 
 def face_in_view(place: Place) -> Rectangle:
