@@ -30,10 +30,11 @@ from benchmarks import common
 from benchmarks import measures as m
 from musetalk import LipSync, NoFace, Options
 from musetalk.avatar import Avatar
-from musetalk.face.faces import crop, face_box, head_place
+from musetalk.face.faces import head_place
 from musetalk.face.track import Found, steadied
 from musetalk.geometry.box import Box
 from musetalk.geometry.place import Place
+from musetalk.geometry.upstream import crop, face_box
 from musetalk.options import Finish, Quality
 from musetalk.pixels.resample import pillow_resize
 from musetalk.steps import GROUP, State, add_entries

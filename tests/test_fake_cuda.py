@@ -31,6 +31,7 @@ from musetalk.draw.generator import FaceGenerator
 from musetalk.face import faces
 from musetalk.face.faces import Detection, PoseFrame
 from musetalk.face.track import Found, Tracker
+from musetalk.geometry import subpixel
 from musetalk.geometry.box import Box, Region
 from musetalk.geometry.place import Place
 from musetalk.pixels import resample as imaging
@@ -218,15 +219,15 @@ def lipsync(networks: checkpoints.Networks, mode: FakeTensorMode, monkeypatch: p
         points, scores = faces.landmarks(self.pose, frames, regions)
         assert points.device.type == scores.device.type == "cpu"
         assert points.shape == (len(frames), 68, 2)
-        return [Found(FACE, FACE, Place(40.25, 40, 100, 110, 0.3))] * len(frames), True
+        return [Found(FACE, FACE, Place.turned(40.25, 40, 100, 110, 0.3))] * len(frames), True
 
-    def masked(mask: Tensor, square: Box, width: int, height: int) -> Region:
+    def masked(mask: Tensor, area: Box, size: tuple[int, int]) -> Region:
         assert mask.device.type == "cpu"
         return Region(MOUTH, torch.zeros(MOUTH.height, MOUTH.width, dtype=torch.uint8))
 
     monkeypatch.setattr(faces, "decode_s3fd", decode)
     monkeypatch.setattr(Tracker, "_landmarks", read)
-    monkeypatch.setattr(blend, "region_of", masked)
+    monkeypatch.setattr(subpixel, "region_of", masked)
     taps = imaging._pillow_taps
 
     def table(device: torch.device, *numbers: Any) -> Any:

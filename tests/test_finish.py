@@ -10,7 +10,8 @@ from musetalk.geometry.box import Box, Region
 from musetalk.geometry.place import Place
 from musetalk.pixels.colour import Colour, Planes, from_rgb, to_rgb
 from musetalk.show import blend
-from musetalk.show.finish import LIPS, lips_map, natural
+from musetalk.show.finish import natural
+from musetalk.show.mask import LIPS, lips_map
 
 SIDE = 64  # of the network's faces
 BOX = Box(20, 10, 212, 202)
@@ -126,15 +127,15 @@ def test_planes_and_rgb_show_the_same() -> None:
 
 
 def test_lips_map_follows_the_labels() -> None:
-    square, box = Box(0, 0, 256, 256), Box(32, 16, 224, 208)
+    face = 64.0, 32.0, 448.0, 416.0
     labels = torch.zeros(512, 512, dtype=torch.uint8)
     labels[320:352, 200:312] = 12  # in the frame: rows 160..176, columns 100..156
-    found = lips_map(labels, square, box)
+    found = lips_map(labels, face)
     rows, columns = (found > 200).any(1).nonzero().flatten(), (found > 200).any(0).nonzero().flatten()
     unit = 192 / LIPS
     assert abs((int(rows[0]) + int(rows[-1]) + 1) / 2 * unit + 16 - 168) < unit
     assert abs((int(columns[0]) + int(columns[-1]) + 1) / 2 * unit + 32 - 128) < unit
-    assert not lips_map(torch.zeros_like(labels), square, box).any()
+    assert not lips_map(torch.zeros_like(labels), face).any()
 
 
 def test_the_drawing_gets_the_sources_grain_but_no_edge_of_it() -> None:
@@ -246,10 +247,10 @@ def test_teeth_have_no_pores() -> None:
 
 def test_a_beard_called_a_mouth_is_not_all_drawn() -> None:
     """A parser may label a whole beard as lips."""
-    square, box = Box(0, 0, 256, 256), Box(32, 16, 224, 208)
+    face = 64.0, 32.0, 448.0, 416.0
     labels = torch.zeros(512, 512, dtype=torch.uint8)
     labels[256:420, 64:448] = 12
-    found = lips_map(labels, square, box)
+    found = lips_map(labels, face)
     assert not (found[:, : LIPS // 12] > 5).any()
     assert not found[: LIPS // 2].any()
     assert (found[LIPS * 3 // 4, LIPS // 3 : LIPS * 2 // 3] > 200).all()

@@ -13,11 +13,12 @@ import torch
 from musetalk import order
 from musetalk.draw import generate
 from musetalk.face import faces
-from musetalk.geometry.box import Box, Region
+from musetalk.geometry import upstream
+from musetalk.geometry.box import Box, Region, region_of
 from musetalk.geometry.place import Place
 from musetalk.options import Loop
 from musetalk.pixels import resample as imaging
-from musetalk.show import blend
+from musetalk.show import blend, mask
 from musetalk.sound import features as audio
 from tests.seeded import seeded_uniform
 from tests.test_networks import golden
@@ -99,7 +100,7 @@ def test_face_boxes() -> None:
         if (detection < 0).all():
             continue  # no face: one None per frame here, zeros upstream
         points = t(g["keypoints133"][i][faces.FACE_POINTS]).trunc().long()
-        got = faces.face_box(points, Box(*detection.tolist()), int(g["bbox_shift"][i]))
+        got = upstream.face_box(points, Box(*detection.tolist()), int(g["bbox_shift"][i]))
         assert [got.x1, got.y1, got.x2, got.y2] == g["box"][i].tolist(), name
         inside = got.clipped(width, height)  # upstream never clamps to the far border
         assert inside.x2 <= width
@@ -113,7 +114,7 @@ def test_crops() -> None:
             break
         frame = t(g[f"frame_{g[f'crop{i}_frame']}"])
         box = Box(*g[f"crop{i}_box"].tolist()).lowered(10, frame.shape[0])
-        got = faces.crop(frame, Place.of(box), 256).numpy()
+        got = upstream.crop(frame, Place.of(box), 256).numpy()
         got = got if g[f"crop{i}"].shape[0] == 256 else got[::4, ::4]
         difference = np.abs(got.astype(int) - g[f"crop{i}"].astype(int))
         print(f"crop{i}: {int((difference > 0).sum())} of {difference.size} values differ, max {difference.max()}")
@@ -194,7 +195,7 @@ def test_linear_resize() -> None:
     thinned = {str(n) for n in g["linear_subsampled"]}
     for key in (k for k in g if k.startswith("linear_") and k != "linear_subsampled"):
         width, height = (int(v) for v in key.split("_")[1].split("x"))
-        got = imaging.linear(face.permute(2, 0, 1), height, width, Box(0, 0, width, height)).permute(1, 2, 0).numpy()
+        got = imaging.linear(face.permute(2, 0, 1), height, width, slice(0, height), slice(0, width)).permute(1, 2, 0).numpy()
         got = got[::3, ::3] if key in thinned or got.shape != g[key].shape else got
         np.testing.assert_array_equal(got, g[key], err_msg=key)
 
@@ -206,14 +207,14 @@ def test_label_masks() -> None:
     g = golden("parsing_masks")
     dot = torch.zeros(1, 512, 512, dtype=torch.bool)
     dot[0, 256, 256] = True
-    grown = blend._dilate_jaw(dot)[0, 240:273, 240:273].numpy()
+    grown = mask._dilate_jaw(dot)[0, 240:273, 240:273].numpy()
     np.testing.assert_array_equal(grown[::-1, ::-1], g["jaw_kernel"] > 0)
     for key in (k for k in g if k.startswith("mask_")):
         name, mode, cheeks = re.fullmatch(r"mask_(.+?)_(raw|neck|jaw)(?:_(\d+_\d+))?", key).groups()  # type: ignore[union-attr]
         labels = t(g[f"labels_{name}"])[None]
         left, right = (int(v) for v in cheeks.split("_")) if cheeks else (90, 90)
         want = np.unpackbits(g[key]).reshape(512, 512) > 0
-        np.testing.assert_array_equal(blend.label_mask(labels, mode, left, right)[0].numpy(), want, err_msg=key)
+        np.testing.assert_array_equal(mask.label_mask(labels, mode, left, right)[0].numpy(), want, err_msg=key)
 
 
 def test_blending() -> None:
@@ -221,16 +222,16 @@ def test_blending() -> None:
     face = t(g["face256"])
     for i, case in enumerate(g["cases"]):
         frame, box = t(g[f"frame_{g['frames'][i]}"]), Box(*g["boxes"][i].tolist())
-        square = blend.blend_square(box)
+        square = upstream.blend_square(box)
         assert [square.x1, square.y1, square.x2, square.y2] == g[f"{case}_cropbox"].tolist()
         labels = t(maps[f"labels_{g['label_maps'][i]}"])[None]
-        mask512 = blend.label_mask(labels, str(g["modes"][i]), *g["cheeks"][i].tolist())[0]  # type: ignore[arg-type]
+        mask512 = mask.label_mask(labels, str(g["modes"][i]), *g["cheeks"][i].tolist())[0]  # type: ignore[arg-type]
         for share, prefix in ((0.05, ""), (0.1, "_rt")):
             if f"{case}{prefix}_mask" not in g:
                 continue
-            mask = blend.soft_mask(mask512, square, box, share)
-            np.testing.assert_array_equal(mask.numpy(), g[f"{case}{prefix}_mask"], err_msg=f"{case}{prefix}")
-            region = blend.region_of(blend.within(mask, square, box), square, frame.shape[1], frame.shape[0])
+            soft = upstream.soft_mask(mask512, square, box, share)
+            np.testing.assert_array_equal(soft.numpy(), g[f"{case}{prefix}_mask"], err_msg=f"{case}{prefix}")
+            region = region_of(upstream.inside_box(soft, square, box), square, (frame.shape[1], frame.shape[0]))
             got = frame.clone()
             blend.paste(got.unbind(-1), face.permute(2, 0, 1), box, region)
             y0, y1, x0, x1 = g[f"{case}{prefix}_image_rect"].tolist()
@@ -246,7 +247,7 @@ def test_parser_input() -> None:
         if f"{case}_parse_in512_every4" not in g:
             continue
         frame, box = t(g[f"frame_{g['frames'][i]}"]), Box(*g["boxes"][i].tolist())
-        square = blend.cut(frame, blend.blend_square(box))
+        square = upstream.cut(frame, upstream.blend_square(box))
         if f"{case}_square_rgb" in g:
             np.testing.assert_array_equal(square.numpy()[..., ::-1], g[f"{case}_square_rgb"])  # golden frames are BGR
         got = imaging.pillow_resize(square, 512, 512)[::4, ::4].numpy()[..., ::-1]
@@ -258,14 +259,14 @@ def test_labels_from_logits() -> None:
     logits = torch.randn(2, 19, 64, 64, generator=torch.Generator().manual_seed(5)) * 3
     logits[:, 1] += 3
     plain = torch.nn.functional.interpolate(logits, size=512, mode="bilinear", align_corners=True).argmax(1).to(torch.uint8)
-    got = blend.upsampled_labels(logits)
-    assert float((got[:, blend.TOP_ROW :] != plain[:, blend.TOP_ROW :]).float().mean()) < 1e-5
+    got = mask.upsampled_labels(logits)
+    assert float((got[:, mask.TOP_ROW :] != plain[:, mask.TOP_ROW :]).float().mean()) < 1e-5
     cut = plain.clone()
-    cut[:, : blend.TOP_ROW] = 0
+    cut[:, : mask.TOP_ROW] = 0
     for mode in ("jaw", "raw", "neck"):
         for box in (Box(100, 100, 300, 340), Box(5, 7, 400, 300)):
-            square = blend.blend_square(box)
-            masks = [blend.soft_mask(blend.label_mask(labels, mode)[0], square, box) for labels in (plain, cut)]
+            square = upstream.blend_square(box)
+            masks = [upstream.soft_mask(mask.label_mask(labels, mode)[0], square, box) for labels in (plain, cut)]
             assert torch.equal(masks[0], masks[1])
 
 
@@ -275,9 +276,7 @@ def test_labels_from_logits() -> None:
 def test_rows_that_show(box: Box, side: int) -> None:
     """A face's rows above `first_row` leave no trace in the frame; those from the nearest tap on do."""
     random = torch.Generator().manual_seed(4)
-    square = blend.blend_square(box)
-    mask = blend.within(blend.soft_mask(torch.ones(512, 512, dtype=torch.bool), square, box), square, box)
-    region = blend.region_of(mask, square, 640, 480)
+    region = upstream.region(torch.ones(512, 512, dtype=torch.bool), Place.of(box), (640, 480))
     region = Region(region.box, torch.full_like(region.mask, 255))  # the soft edge's first rows hardly show
     first = blend.first_row(Place.of(box), region, side)
     face, frame = (torch.randint(0, 256, shape, dtype=torch.uint8, generator=random)

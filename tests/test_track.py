@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from musetalk.face.faces import Detection
 from musetalk.face.track import REACH, Found, Tracker, choose, steadied
 from musetalk.geometry.box import Box
 from musetalk.geometry.place import Place
+from musetalk.geometry.upstream import face_box
 from pipeline.run import Service
 from training.presenter import Identity, Mouth, Pose, draw
 
@@ -118,7 +120,7 @@ def steady_places(boxes: list[Box | None]) -> list[Place | None]:
 
 
 def corners(boxes: Sequence[Box | Place | None]) -> np.ndarray:
-    return np.array([[b.x1, b.y1, b.x2, b.y2] for b in boxes if b], float)
+    return np.array([b.edges if isinstance(b, Place) else astuple(b) for b in boxes if b], float)
 
 
 def jitter(track: np.ndarray) -> float:
@@ -178,7 +180,7 @@ def test_landmarks_of_a_small_face_are_found_around_it(service: Service, scale: 
     """In a tall picture, whose bins are too coarse for it; whatever the network finds in the whole of it does not matter."""
     lipsync: LipSync = service.engine.load()
     drawn = draw(480, 1080, WHO, Pose(240, 260, scale), Mouth())
-    truth = faces.face_box(torch.from_numpy(drawn.landmarks).long(), Box(0, 0, 480, 1080))
+    truth = face_box(torch.from_numpy(drawn.landmarks).long(), Box(0, 0, 480, 1080))
     with torch.inference_mode():
         tracker = Tracker(lipsync.nets.detector, lipsync.nets.pose, natural=True)
         found = [f for _, f in tracker.run([torch.from_numpy(drawn.image)] * 3) if f]

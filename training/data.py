@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from musetalk.face.faces import face_box
 from musetalk.geometry.box import Box
+from musetalk.geometry.upstream import face_box
 from musetalk.pixels.resample import lanczos4
 from training.presenter import Canvas, Head, Identity, Mouth, Pose, draw, idle
 

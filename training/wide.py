@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from musetalk.face.faces import NOSE_BRIDGE, face_box
 from musetalk.geometry.box import Box
+from musetalk.geometry.upstream import NOSE_BRIDGE, face_box
 from musetalk.pixels.resample import lanczos4
 from training import clutter, common, data, render, speech
 from training.camera import Camera

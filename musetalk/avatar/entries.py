@@ -36,7 +36,7 @@ FORMAT = 9
 
 @dataclass(frozen=True)
 class Face:
-    """One source frame's face: its place with the chin margin, blended region, latents (8, h, w) float16, `finish.lips_map`."""
+    """One source frame's face: its place with the chin margin, blended region, latents (8, h, w) float16, `mask.lips_map`."""
 
     place: Place
     region: Region
@@ -192,7 +192,7 @@ def _read(file: BinaryIO, start: int, length: int) -> bytes:
 
 
 def _pack(faces: list[Face | None]) -> bytes:
-    """Places (K, 5) float64 and regions (K, 4) int32 of the K frames with a face, their masks' bytes end to end, latents
+    """Places (K, 6) float64 and regions (K, 4) int32 of the K frames with a face, their masks' bytes end to end, latents
     (K, 8, h, w), lips (K, L, L) uint8.
     """
     present = [f for f in faces if f is not None]

@@ -17,9 +17,10 @@ from torch.nn.functional import interpolate
 
 from musetalk.geometry.box import Box
 from musetalk.geometry.place import Place, cut_out
+from musetalk.geometry.upstream import NOSE_BRIDGE
 from musetalk.nets.rtmpose import RtmPose
 from musetalk.nets.s3fd import STRIDES, S3fd
-from musetalk.pixels.resample import lanczos4, row_constants, scale_shift
+from musetalk.pixels.resample import row_constants, scale_shift
 from musetalk.pixels.threads import in_parts
 
 FACE_SCORE = 0.5  # S3FD's threshold upstream
@@ -31,7 +32,6 @@ RIGHT_EYE, LEFT_EYE = slice(36, 42), slice(42, 48)  # the person's own
 LOOK = 480  # pixels of the picture in which a rolled head is looked at again, upright
 HEAD = Box(-60, -70, 160, 150)  # that picture, where the face is 0..100
 TURN_FROM, TURN_ALL = math.radians(10), math.radians(15)  # a head's roll at which it begins, and ends, to be turned upright
-NOSE_BRIDGE = 29  # landmark at half the height of the face box
 CAFFE_MEAN = (104.0, 117.0, 123.0)  # B, G, R means, which upstream subtracts from R, G, B in this order
 POSE_MEAN, POSE_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 FLIP_INDICES: list[int] = json.loads((Path(__file__).parent.parent / "nets" / "flip_indices_133.json").read_text())
@@ -207,25 +207,11 @@ def _landmarks(net: RtmPose, frames: list[Tensor], regions: list[PoseFrame]) -> 
     return face.trunc().long(), scores[:, FACE_POINTS].mean(dim=1)
 
 
-# -- boxes and crops -------------------------------------------------------------------------------------------------
+# -- places --------------------------------------------------------------------------------------------------------
 
 
-def face_box(points: Tensor, detection: Box, shift: int = 0) -> Box:
-    """Landmarks (68, 2) int and the detector's box -> the face box, without the chin margin.
-
-    The nose bridge (lowered by `shift`, MuseTalk 1.0 only) lies at half the box's height, the lowest landmark at its
-    bottom. A degenerate box, or one that starts left of the picture, falls back to the detector's.
-    """
-    points = points.clone()
-    points[NOSE_BRIDGE, 1] += shift
-    middle, bottom = int(points[NOSE_BRIDGE, 1]), int(points[:, 1].max())
-    top = max(0, middle - (bottom - middle))
-    box = Box(int(points[:, 0].min()), top, int(points[:, 0].max()), bottom)
-    return detection if box.height <= 0 or box.width <= 0 or box.x1 < 0 else box
-
-
-def head_places(net: RtmPose, frames: list[Tensor], points: Tensor, boxes: list[Box]) -> list[Place]:
-    """Where the faces of frames (H, W, 3) lie, of their landmarks (N, 68, 2) and face boxes.
+def head_places(net: RtmPose, frames: list[Tensor], points: Tensor, boxes: list[Box], shift: int = 0) -> list[Place]:
+    """Where the faces of frames (H, W, 3) lie, of their landmarks (N, 68, 2) and face boxes; `shift` as for `face_box`.
 
     The network is less sure of a rolled head, so it looks at it again, turned upright by what it saw first, and the mean of
     both counts.
@@ -240,7 +226,7 @@ def head_places(net: RtmPose, frames: list[Tensor], points: Tensor, boxes: list[
         level = (seen.double() + 0.5) * (2 / LOOK) - 1
         again = level @ torch.from_numpy(where.matrix[:2, :2].T) + torch.from_numpy(where.matrix[:2, 2])
         points[i] = torch.lerp(points[i], again, shares[i] / 2)
-    return [head_place(p, b) for p, b in zip(points, boxes, strict=True)]
+    return [head_place(p, b, shift) for p, b in zip(points, boxes, strict=True)]
 
 
 def head_roll(points: Tensor) -> float:
@@ -254,35 +240,27 @@ def turned_share(roll: float) -> float:
     return min(max((abs(roll) - TURN_FROM) / (TURN_ALL - TURN_FROM), 0.0), 1.0)
 
 
-def head_place(points: Tensor, box: Box) -> Place:
-    """Where a face lies, of its landmarks (68, 2) and the face box: in that box, or turned as its head's roll calls for."""
+def head_place(points: Tensor, box: Box, shift: int = 0) -> Place:
+    """Where a face lies, of its landmarks (68, 2) and the face box, turned as its head's roll calls for."""
     roll = head_roll(points)
-    return turned_place(points, box, roll * turned_share(roll))
+    return turned_place(points, box, roll * turned_share(roll), shift)
 
 
-def turned_place(points: Tensor, box: Box, roll: float) -> Place:
-    """A face's place, turned by `roll`: made as `face_box` is, of its landmarks (68, 2) along the axes so turned; without a
-    roll, or where that place is degenerate, its face box.
+def turned_place(points: Tensor, box: Box, roll: float, shift: int = 0) -> Place:
+    """A face's place, turned by `roll`: `upstream.face_box`'s rule for its landmarks (68, 2), along the axes so turned.
+
+    The nose bridge, lowered by `shift`, lies at half the height, the lowest landmark at the bottom; the top edge's middle is
+    not above the frame. A degenerate place falls back to the face box.
     """
-    if roll == 0:
-        return Place.of(box)
     c, s = math.cos(roll), math.sin(roll)
     level = points.double() @ torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
     (x1, _), (x2, bottom) = level.amin(0).tolist(), level.amax(0).tolist()
-    half = bottom - float(level[NOSE_BRIDGE, 1])
-    if x2 <= x1 or half <= 0:
+    middle, u = float(level[NOSE_BRIDGE, 1]) + shift, (x1 + x2) / 2
+    top = middle - (bottom - middle)
+    if c > 0:  # the frame's row at (u, v) is s u + c v
+        top = max(top, -s * u / c)
+    if x2 <= x1 or bottom <= middle or bottom <= top:
         return Place.of(box)
-    u, v = (x1 + x2) / 2, bottom - half
-    x, y, rx = c * u - s * v, s * u + c * v, (x2 - x1) / 2
-    return Place(x - rx, y - half, x + rx, y + half, roll)
-
-
-def crop(frame: Tensor, place: Place, size: int) -> Tensor:
-    """RGB frame (H, W, 3) uint8 -> the place's pixels as (size, size, 3) uint8, aspect not kept (Lanczos).
-
-    Not antialiased, as upstream. One that is turned or lies between pixels is sampled by a cubic, the frame's edge repeated.
-    """
-    if place.whole:
-        inside = place.box().clipped(frame.shape[1], frame.shape[0])
-        return lanczos4(frame[inside.y1 : inside.y2, inside.x1 : inside.x2], size, size)
-    return cut_out(frame, place, size, size)
+    v, rx, ry = (top + bottom) / 2, (x2 - x1) / 2, (bottom - top) / 2
+    x, y = c * u - s * v, s * u + c * v
+    return Place.turned(x - rx, y - ry, x + rx, y + ry, roll)

@@ -19,6 +19,7 @@ from musetalk.face import faces
 from musetalk.face.faces import Detection, PoseFrame
 from musetalk.geometry.box import Box
 from musetalk.geometry.place import Place
+from musetalk.geometry.upstream import face_box
 from musetalk.nets.rtmpose import RtmPose
 from musetalk.nets.s3fd import S3fd
 
@@ -126,12 +127,14 @@ class Tracker:
         """Landmark boxes of frames that hold a face, and whether they form one smooth, confident track."""
         regions = [PoseFrame.around(g) for g in guesses] if self.natural or self.crowded else None
         points, scores = faces.landmarks(self.pose, frames, regions)
-        boxes = [faces.face_box(p, g, self.shift) for p, g in zip(points, guesses, strict=True)]
+        boxes = [face_box(p, g, self.shift) for p, g in zip(points, guesses, strict=True)]
         smooth = all(a.iou(b) >= SMOOTH_IOU for a, b in itertools.pairwise(boxes))
         inside = all(_centre_inside(b, g) for b, g in zip(boxes, guesses, strict=True))
         self.score = max(self.score, float(scores.max()))
         confident = float(scores.min()) >= SCORE_DROP * self.score
-        places = faces.head_places(self.pose, frames, points, boxes) if self.natural else [Place.of(b) for b in boxes]
+        places = [Place.of(b) for b in boxes]
+        if self.natural:
+            places = faces.head_places(self.pose, frames, points, boxes, self.shift)
         return [Found(*each) for each in zip(boxes, guesses, places, strict=True)], smooth and inside and confident
 
 
@@ -195,12 +198,12 @@ def steadied(items: Iterable[tuple[Tensor, Found | None]]) -> Iterator[tuple[Ten
 def _steadied(run: list[tuple[Tensor, Found]], first: int, end: int) -> Iterator[tuple[Tensor, Found]]:
     """Items first .. end - 1 of a run."""
     places = [f.place for _, f in run]
-    track = [[p.x1, p.y1, p.x2, p.y2, p.roll * p.width] for p in places]  # as far as the ears go when it rolls
+    track = [[*p.edges, p.roll * p.width] for p in places]  # as far as the ears go when it rolls
     for i in range(first, end):
         frame, found = run[i]
         x1, y1, x2, y2, turn = steady(track, i)
         left, top, right, bottom = (round(v * PARTS) / PARTS for v in (x1, y1, x2, y2))
-        yield frame, replace(found, place=Place(left, top, right, bottom, round(turn / (x2 - x1) * TURNS) / TURNS))
+        yield frame, replace(found, place=Place.turned(left, top, right, bottom, round(turn / (x2 - x1) * TURNS) / TURNS))
 
 
 def steady(corners: list[list[float]], at: int) -> list[float]:

@@ -1,8 +1,4 @@
-"""Where a face lies in a frame, to a part of a pixel and turned as the head is.
-
-The networks know upright faces. Upstream lays a box on whole pixels around each, however it is rolled; a place follows the
-head, and what is seen or made in one place is resampled onto another.
-"""
+"""Where a face lies in a frame: an affine map, and the resampling of pictures through it."""
 
 from __future__ import annotations
 
@@ -18,101 +14,145 @@ from torch import Tensor
 
 from musetalk.geometry.box import Box
 
+Mode = Literal["bilinear", "bicubic"]
+Padding = Literal["border", "zeros"]
+
 
 @dataclass(frozen=True)
 class Place:
-    """Where a face lies in a frame, to a part of a pixel: a rectangle, turned about its centre by `roll` radians, clockwise."""
+    """The affine map (2 x 3) from a face crop's coordinates to the frame's pixels.
 
-    x1: float
-    y1: float
-    x2: float
-    y2: float
-    roll: float = 0.0
+    Crop coordinates (u, v) run from -1 to 1, from the left edge to the right and from the top edge to the bottom:
+    column = xu u + xv v + x, row = yu u + yv v + y. The crop, the mask, both pastes and the fast lane take where the face is
+    from this map alone. `turned` makes the maps in use: a rectangle, rotated about its centre.
+    """
+
+    xu: float
+    xv: float
+    x: float
+    yu: float
+    yv: float
+    y: float
+
+    @staticmethod
+    def turned(x1: float, y1: float, x2: float, y2: float, roll: float = 0.0) -> Place:
+        """The rectangle with these edges in pixels, rotated about its centre by `roll` radians clockwise."""
+        c, s, rx, ry = math.cos(roll), math.sin(roll), (x2 - x1) / 2, (y2 - y1) / 2
+        return Place(c * rx, -s * ry, x1 + rx, s * rx, c * ry, y1 + ry)
 
     @staticmethod
     def of(box: Box) -> Place:
-        """An upright one on whole pixels."""
-        return Place(box.x1, box.y1, box.x2, box.y2)
+        """The place of an upright rectangle on whole pixels."""
+        return Place.turned(box.x1, box.y1, box.x2, box.y2)
 
     @property
     def width(self) -> float:
-        return self.x2 - self.x1
+        """Length of the top edge, pixels."""
+        return 2 * math.hypot(self.xu, self.yu)
 
     @property
     def height(self) -> float:
-        return self.y2 - self.y1
+        """Length of the left edge, pixels."""
+        return 2 * math.hypot(self.xv, self.yv)
 
     @property
-    def whole(self) -> bool:
-        """Whether it is a box: upright and on whole pixels."""
-        return self.roll == 0 and all(float(v).is_integer() for v in (self.x1, self.y1, self.x2, self.y2))
+    def roll(self) -> float:
+        """Rotation, radians clockwise."""
+        return math.atan2(self.yu, self.xu)
+
+    @property
+    def edges(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom before the rotation: `Place.turned(*place.edges, place.roll)` is the place."""
+        rx, ry = self.width / 2, self.height / 2
+        return self.x - rx, self.y - ry, self.x + rx, self.y + ry
 
     def box(self) -> Box:
-        """Its corners before it is turned, to the nearest pixel."""
-        return Box(round(self.x1), round(self.y1), round(self.x2), round(self.y2))
+        """`edges` to the nearest pixel."""
+        return Box(*(round(v) for v in self.edges))
 
     def bounds(self) -> Box:
-        """The pixels that it touches."""
-        c, s = abs(math.cos(self.roll)), abs(math.sin(self.roll))
-        x, y = (self.x1 + self.x2) / 2, (self.y1 + self.y2) / 2
-        rx, ry = (c * self.width + s * self.height) / 2, (s * self.width + c * self.height) / 2
-        return Box(math.floor(x - rx), math.floor(y - ry), math.ceil(x + rx), math.ceil(y + ry))
+        """The smallest box of whole pixels that holds the place."""
+        rx, ry = abs(self.xu) + abs(self.xv), abs(self.yu) + abs(self.yv)
+        return Box(math.floor(self.x - rx), math.floor(self.y - ry), math.ceil(self.x + rx), math.ceil(self.y + ry))
+
+    def within(self, u1: float, v1: float, u2: float, v2: float) -> Place:
+        """The place of a rectangle that is given in this place's crop coordinates; it may be larger than the crop."""
+        ru, rv, u, v = (u2 - u1) / 2, (v2 - v1) / 2, (u1 + u2) / 2, (v1 + v2) / 2
+        return Place(self.xu * ru, self.xv * rv, self.x + self.xu * u + self.xv * v,
+                     self.yu * ru, self.yv * rv, self.y + self.yu * u + self.yv * v)
 
     def part(self, box: Box, whole: Box) -> Place:
-        """What `box` covers in the frame, in an upright picture in which this place is `whole`."""
-        across, down = self.width / whole.width, self.height / whole.height
-        u, v = (box.x1 + box.x2 - whole.x1 - whole.x2) / 2 * across, (box.y1 + box.y2 - whole.y1 - whole.y2) / 2 * down
-        x = (self.x1 + self.x2) / 2 + math.cos(self.roll) * u - math.sin(self.roll) * v
-        y = (self.y1 + self.y2) / 2 + math.sin(self.roll) * u + math.cos(self.roll) * v
-        rx, ry = box.width * across / 2, box.height * down / 2
-        return Place(x - rx, y - ry, x + rx, y + ry, self.roll)
+        """The place of `box` in a picture in which `whole` is this place."""
+        def across(x: int) -> float:
+            return (2 * x - whole.x1 - whole.x2) / whole.width
 
-    def lowered(self, margin: int, height: int) -> Place:
-        """The place with `margin` pixels more chin; an upright one does not reach below the picture."""
-        if self.roll == 0:
-            return Place(self.x1, self.y1, self.x2, min(self.y2 + margin, height))
-        x, y, grown = -math.sin(self.roll) * margin / 2, math.cos(self.roll) * margin / 2, margin / 2
-        return Place(self.x1 + x, self.y1 + y - grown, self.x2 + x, self.y2 + y + grown, self.roll)
+        def down(y: int) -> float:
+            return (2 * y - whole.y1 - whole.y2) / whole.height
+
+        return self.within(across(box.x1), down(box.y1), across(box.x2), down(box.y2))
 
     def divided(self, step: int) -> Place:
-        """The place in a plane `step` times smaller."""
-        return Place(self.x1 / step, self.y1 / step, self.x2 / step, self.y2 / step, self.roll)
+        """The same place in a plane that is `step` times smaller than the frame."""
+        return Place(*(v / step for v in (self.xu, self.xv, self.x, self.yu, self.yv, self.y)))
 
     @property
     def matrix(self) -> NDArray[np.float64]:
-        """Coordinates in the place, -1..1 from edge to edge, -> the frame's: (3, 3), homogeneous."""
-        c, s, rx, ry = math.cos(self.roll), math.sin(self.roll), self.width / 2, self.height / 2
-        return np.array([[c * rx, -s * ry, self.x1 + rx], [s * rx, c * ry, self.y1 + ry], [0, 0, 1]])
+        """The map in homogeneous coordinates, (3, 3)."""
+        return np.array([[self.xu, self.xv, self.x], [self.yu, self.yv, self.y], [0, 0, 1]])
+
+
+def between(image: Place, over: Place) -> NDArray[np.float64]:
+    """The map from the crop coordinates of `over` to those of `image`: (2, 3)."""
+    return (np.linalg.inv(image.matrix) @ over.matrix)[:2]
+
+
+def centres(count: int, device: torch.device) -> Tensor:
+    """Crop coordinates of the centres of `count` cells, float32."""
+    return (torch.arange(count, device=device) + 0.5) * (2 / count) - 1
 
 
 def positions(image: Place, over: Place, rows: int, columns: int, device: torch.device) -> Tensor:
-    """Where the cells of a grid over `over` lie in an image's place: (rows, columns, 2), x and y from -1 to 1, edge to edge.
+    """Where the cells of a grid over `over` lie in an image that covers a place: (rows, columns, 2), x and y from -1 to 1.
 
     Made on the device from numbers: a copy from the host would make the host wait.
     """
-    matrix = np.linalg.inv(image.matrix) @ over.matrix
-    x, y = ((torch.arange(n, device=device) + 0.5) * (2 / n) - 1 for n in (columns, rows))
-    return torch.stack([x * a + (y * b + c)[:, None] for a, b, c in matrix[:2].tolist()], dim=-1)
+    x, y = centres(columns, device), centres(rows, device)
+    return torch.stack([x * a + (y * b + c)[:, None] for a, b, c in between(image, over).tolist()], dim=-1)
 
 
-def cut_out(frame: Tensor, place: Place, rows: int, columns: int) -> Tensor:
-    """A place of a frame (H, W, C) uint8 by a cubic: (rows, columns, C) uint8; the frame's edge is repeated beyond it."""
-    seen = place.bounds().clipped(frame.shape[1], frame.shape[0])
-    part = frame[seen.y1 : seen.y2, seen.x1 : seen.x2].permute(2, 0, 1)[None].float()
-    out = resampled(part, Place.of(seen), place, rows, columns, mode="bicubic")[0]
-    return out.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+def sampled(image: Tensor, grid: Tensor, mode: Mode = "bilinear", padding: Padding = "border") -> Tensor:
+    """An image (1, C, H, W) float32 at `positions` (rows, columns, 2): (1, C, rows, columns)."""
+    return F.grid_sample(image, grid[None], mode=mode, padding_mode=padding, align_corners=False)
 
 
 def resampled(image: Tensor, covers: Place, over: Place, rows: int, columns: int,
-              mode: Literal["bilinear", "bicubic"] = "bilinear", padding: Literal["border", "zeros"] = "border") -> Tensor:
-    """An image (1, C, H, W) float32 that covers a place, as seen on a grid over another: (1, C, rows, columns).
+              mode: Mode = "bilinear", padding: Padding = "border") -> Tensor:
+    """An image (1, C, H, W) float32 that covers a place, on a grid over another place: (1, C, rows, columns).
 
     Not antialiased: the grid must not be much coarser than the image.
     """
     return sampled(image, positions(covers, over, rows, columns, image.device), mode, padding)
 
 
-def sampled(image: Tensor, grid: Tensor, mode: Literal["bilinear", "bicubic"] = "bilinear",
-            padding: Literal["border", "zeros"] = "border") -> Tensor:
-    """An image (1, C, H, W) float32 at `positions` (rows, columns, 2): (1, C, rows, columns)."""
-    return F.grid_sample(image, grid[None], mode=mode, padding_mode=padding, align_corners=False)
+def cut_out(frame: Tensor, place: Place, rows: int, columns: int) -> Tensor:
+    """A place of a frame (H, W, C) uint8 by bicubic interpolation without antialiasing: (rows, columns, C) uint8.
+
+    Beyond the frame its border is repeated.
+    """
+    area = place.bounds().nearest(frame.shape[1], frame.shape[0])
+    part = frame[area.y1 : area.y2, area.x1 : area.x2].permute(2, 0, 1)[None].float().contiguous()
+    return levels(resampled(part, Place.of(area), place, rows, columns, mode="bicubic"))
+
+
+def reduced(image: Tensor, place: Place, rows: int, columns: int, device: torch.device) -> Tensor:
+    """A place of an image (C, H, W), antialiased: (1, C, rows, columns) float32. Beyond the image its border is repeated."""
+    area = place.bounds().nearest(image.shape[2], image.shape[1])
+    part = image[:, area.y1 : area.y2, area.x1 : area.x2].to(device).float().contiguous()[None]  # sampled twice as fast
+    finer = max(math.ceil(max(place.height / rows, place.width / columns) - 0.25), 1)  # a quarter too coarse is not visible
+    fine = resampled(part, Place.of(area), place, rows * finer, columns * finer)
+    return fine if finer == 1 else F.interpolate(fine, size=(rows, columns), mode="bilinear", antialias=True)
+
+
+def levels(image: Tensor) -> Tensor:
+    """(1, C, H, W) float32 -> (H, W, C) uint8, rounded and clamped."""
+    return image[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)

@@ -96,5 +96,6 @@ def from_rgb(faces: Tensor, colour: Colour) -> Tensor:
     n, side, _, _ = faces.shape
     matrix, offset = _from_rgb_matrix(faces.device, colour)
     pixels = faces.permute(0, 3, 1, 2).float().flatten(2)
-    levels = torch.baddbmm(offset, matrix.expand(n, 3, 3), pixels)  # never leaves 0..255: adding a half rounds
-    return levels.add_(0.5).to(torch.uint8).view(n, 3, side, side)
+    levels = torch.baddbmm(offset, matrix.expand(n, 3, 3), pixels)
+    # Full range: Cr of pure red and Cb of pure blue are 255.5, which rounds to 256 and would wrap around to 0.
+    return levels.add_(0.5).clamp_(max=255).to(torch.uint8).view(n, 3, side, side)

@@ -17,8 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from musetalk.geometry.box import Box
-
 Floats = NDArray[Any]
 Numbers = TypeVarTuple("Numbers")
 
@@ -50,8 +48,8 @@ def _positions(n_in: int, n_out: int) -> NDArray[np.float32]:
 
 
 @kept(256)
-def _lanczos4_matrix(n_in: int, n_out: int) -> tuple[Tensor]:
-    """(n_out, n_in) float32 weights in 1/2048: taps -3..+4 around the floor, border replicated."""
+def _lanczos4_taps(n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
+    """Source indices (8, n_out), -3..+4 around the floor and the border replicated; their weights in 1/2048, float32."""
     position = _positions(n_in, n_out)
     base = np.floor(position).astype(int)
     x = (position - base).astype(np.float32).astype(np.float64)
@@ -60,10 +58,8 @@ def _lanczos4_matrix(n_in: int, n_out: int) -> tuple[Tensor]:
     weights = np.sin(np.pi * d) * np.sin(np.pi * d / 4) / d**2
     weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32).astype(np.float64)
     weights[near] = np.eye(8)[3]
-    taps = np.clip(base[:, None] - 3 + np.arange(8), 0, n_in - 1)
-    matrix = np.zeros((n_out, n_in))
-    np.add.at(matrix, (np.arange(n_out)[:, None], taps), np.rint(weights * 2048))
-    return (torch.from_numpy(matrix).float(),)
+    index = np.clip(base[:, None] - 3 + np.arange(8), 0, n_in - 1)
+    return torch.from_numpy(index.T.copy()), torch.from_numpy(np.rint(weights * 2048).T.copy()).float()
 
 
 @kept(256)
@@ -94,15 +90,16 @@ def _cubic(x: Floats) -> Floats:
 
 
 @kept(64)
-def _blur_matrix(n: int, kernel: int) -> tuple[Tensor]:
-    """(n, n) float32 Gaussian weights in 1/256 with reflect-101 borders, for an odd kernel of `kernel` taps."""
-    weights, radius = gaussian_weights(kernel), kernel // 2
-    matrix = np.zeros((n, n))
-    period = max(2 * (n - 1), 1)
-    rows = np.arange(n)[:, None]
-    taps = np.abs(rows + np.arange(-radius, radius + 1)) % period
-    np.add.at(matrix, (rows, np.where(taps >= n, period - taps, taps)), weights)
-    return (torch.from_numpy(matrix).float(),)
+def _blur_block(kernel: int) -> tuple[Tensor]:
+    """(kernel, 2 kernel - 1) float32: Gaussian weights in 1/256 that make `kernel` outputs of the inputs around them.
+
+    A blur is the same band of weights in each block of rows, so no matrix of a picture's size is needed.
+    """
+    weights = gaussian_weights(kernel)
+    block = np.zeros((kernel, 2 * kernel - 1), np.float32)
+    for i in range(kernel):
+        block[i, i : i + kernel] = weights
+    return (torch.from_numpy(block),)
 
 
 def gaussian_weights(kernel: int) -> NDArray[np.int64]:
@@ -126,10 +123,20 @@ def gaussian_weights(kernel: int) -> NDArray[np.int64]:
 
 def lanczos4(image: Tensor, height: int, width: int) -> Tensor:
     """cv2.resize(..., INTER_LANCZOS4) without antialiasing: (H, W, C) uint8 -> (height, width, C) uint8."""
-    (ry,), (rx,) = (_lanczos4_matrix(image.device, *sizes) for sizes in zip(image.shape, (height, width), strict=False))
-    across = image.permute(2, 0, 1).float() @ rx.T  # below 2^20; the second pass is not below 2^24
-    total = ry.double() @ across.double()
-    return torch.floor((total + 2**21) / 2**22).clamp_(0, 255).to(torch.uint8).permute(1, 2, 0).contiguous()
+    rows, columns = (_lanczos4_taps(image.device, *sizes) for sizes in zip(image.shape, (height, width), strict=False))
+    lines = _weighted(image.flatten(1).float(), *rows)  # below 2^20; the second pass is not below 2^24
+    turned = lines.view(height, *image.shape[1:]).transpose(0, 1).reshape(image.shape[1], -1)
+    total = _weighted(turned.double(), *columns).view(width, height, image.shape[2])
+    return total.add_(2**21).div_(2**22).floor_().clamp_(0, 255).to(torch.uint8).transpose(0, 1).contiguous()
+
+
+def _weighted(lines: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of the lines at index (taps, n_out): (n_in, L) -> (n_out, L), in the lines' type."""
+    weights = weights.to(lines.dtype)
+    total = lines.index_select(0, index[0]).mul_(weights[0][:, None])
+    for taps, weight in zip(index[1:], weights[1:], strict=True):
+        total.addcmul_(lines.index_select(0, taps), weight[:, None])
+    return total
 
 
 def pillow_resize(image: Tensor, height: int, width: int, bicubic: bool = False, top: int = 0) -> Tensor:
@@ -147,14 +154,10 @@ def pillow_resize(image: Tensor, height: int, width: int, bicubic: bool = False,
 
 
 def _tap_sum(lines: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum of the lines at index (taps, n_out), weights in 2^-22, rounded and clamped: (n_in, L) -> (n_out, L)
-    int32. Of contiguous lines, since then each tap is copied line by line.
+    """`_weighted` with weights in 2^-22, rounded and clamped: (n_in, L) -> (n_out, L) int32. Of contiguous lines, since then
+    each tap is copied line by line.
     """
-    lines = lines.to(torch.int32)
-    total = lines.index_select(0, index[0]).mul_(weights[0][:, None]).add_(1 << 21)
-    for taps, weight in zip(index[1:], weights[1:], strict=True):
-        total.addcmul_(lines.index_select(0, taps), weight[:, None])
-    return total.bitwise_right_shift_(22).clamp_(0, 255)
+    return _weighted(lines.to(torch.int32), index, weights).add_(1 << 21).bitwise_right_shift_(22).clamp_(0, 255)
 
 
 def gaussian_blur(mask: Tensor, kernel: int, rows: slice, columns: slice) -> Tensor:
@@ -164,10 +167,19 @@ def gaussian_blur(mask: Tensor, kernel: int, rows: slice, columns: slice) -> Ten
     part = mask[top : rows.stop + margin, left : columns.stop + margin]
     out = torch.zeros_like(mask)
     if part.numel():
-        (ry,), (rx,) = (_blur_matrix(mask.device, n, kernel) for n in part.shape)
-        blurred = (ry @ part.float() @ rx.T).add_(32768)  # below 2^24
+        (block,) = _blur_block(mask.device, kernel)
+        blurred = _blurred_rows(_blurred_rows(part.float(), block).T, block).T.add(32768)  # below 2^24: exact
         out[top : rows.stop + margin, left : columns.stop + margin] = blurred.div_(65536).floor_()
     return out
+
+
+def _blurred_rows(image: Tensor, block: Tensor) -> Tensor:
+    """(n, L) -> (n, L): each block of rows times `_blur_block`, with reflect-101 borders."""
+    (n, count), (size, reach) = image.shape, block.shape
+    blocks, period = -(-n // size), max(2 * (n - 1), 1)
+    at = (torch.arange(-(size // 2), (blocks + 1) * size - 1 - size // 2, device=image.device).abs()) % period
+    padded = image.index_select(0, torch.where(at >= n, period - at, at))
+    return (block @ padded.unfold(0, reach, size).transpose(1, 2)).view(-1, count)[:n]
 
 
 @kept(512)
@@ -185,9 +197,8 @@ def _linear_taps(n_in: int, n_out: int, clamp_fraction: bool) -> tuple[Tensor, T
     return a, b, c, d
 
 
-def linear(image: Tensor, height: int, width: int, part: Box) -> Tensor:
-    """cv2.resize(..., INTER_LINEAR) to (C, height, width), `part` of it: (C, H, W) uint8 -> (C, h, w) uint8."""
-    rows, columns = slice(part.y1, part.y2), slice(part.x1, part.x2)
+def linear(image: Tensor, height: int, width: int, rows: slice, columns: slice) -> Tensor:
+    """cv2.resize(..., INTER_LINEAR) to (C, height, width), some rows and columns of it: (C, H, W) uint8 -> (C, h, w) uint8."""
     if image.shape[1:] == (2 * height, 2 * width):  # OpenCV takes the area path here
         quads = image.int().reshape(-1, height, 2, width, 2).sum(dim=(2, 4))
         return ((quads[:, rows, columns] + 2) >> 2).to(torch.uint8)

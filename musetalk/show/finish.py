@@ -14,7 +14,6 @@ drawing of a small face, loses of the source, as far as it is small.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import astuple
 
@@ -23,20 +22,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from musetalk.geometry.box import Box, Region
-from musetalk.geometry.place import Place, positions, resampled, sampled
+from musetalk.geometry.place import Place, positions, reduced, resampled, sampled
 from musetalk.pixels.resample import kept
 from musetalk.show.blend import first_row
+from musetalk.show.mask import MOUTH_AT, blurred
 
 GRID, TINT_GRID = 64, 16  # sides of the maps on which drawing and source are compared, and of the tints
 ALIKE, ALIKE_FAR = 12.0, 80.0  # levels over which drawing and source count as different: by the mouth, and far from it
 BUSY = 1.0  # deviations of the source's pattern that such a difference may have besides: a beard's strands are no mouth
 ALIKE_LIPS = 13.0  # and at the source's lips, where all cells around must agree, too: closed lips, a moustache called a mouth
-MOUTH_AT, MOVED = (0.5, 0.8), (0.22, 0.18, 0.3)  # where a face box has its mouth; how far beside, above, below it skin moves
-LIPS_WITHIN = (0.31, 0.18)  # how far from there lips may lie: a parser may call a whole beard a mouth
+MOVED = (0.22, 0.18, 0.3)  # where a face box has its mouth; how far beside, above, below it skin moves
 TRUST = 40.0  # levels of difference that may still be a tint
 LIKE_SKIN = 110.0  # levels from the skin's colour at which the drawing is something else, as teeth are
-LIPS = 64  # side of the map of the source's lips
-LIPS_GROW = 0.03  # how far around them is lips, too, sides of the box
 CRISP, CRISP_MOST = 0.18, 3.0  # unsharp mask on the drawing by the cube of how much it is enlarged, up to so many times more
 FINER = 2.0  # times from which that is done on a grid twice as fine: on the network's own, slanting edges become stairs
 SMALL = 1.5  # times below which, and more so down to 1, the drawing is coarser than the frame
@@ -44,33 +41,19 @@ DETAIL = 36.0  # levels of the source's detail that the drawing gets where both 
 USUAL = 5.0  # and on all that is like skin so much of what the skin shown has on average: pores and the camera's grain
 
 
-def lips_map(labels: Tensor, square: Box, box: Box, size: int = LIPS) -> Tensor:
-    """The source's lips and mouth over the face box: labels (512, 512) of its square -> (size, size) uint8, 0..255."""
-    mouth = ((labels >= 11) & (labels <= 13)).float()
-    for dim, length, first in ((0, box.height, box.y1 - square.y1), (1, box.width, box.x1 - square.x1)):
-        at = ((torch.arange(size, device=labels.device) + 0.5) * (length / size) + first) * (len(labels) / square.width)
-        mouth = mouth.index_select(dim, at.long().clamp(0, len(labels) - 1))
-    at = (torch.arange(size, device=labels.device) + 0.5) / size
-    (x, y), (rx, ry) = MOUTH_AT, LIPS_WITHIN
-    mouth *= ((at - y)[:, None] / ry).square() + ((at - x)[None] / rx).square() < 1
-    reach = round(LIPS_GROW * size)
-    small = F.max_pool2d(mouth[None, None], 2 * reach + 1, 1, reach)
-    return (_blur(small)[0, 0] * 255).round().to(torch.uint8)
-
-
 def natural(planes: Sequence[Tensor], face: Tensor, place: Place, region: Region, lips: Tensor) -> None:
     """Paste a generated face (C, S, S) uint8 into C planes of a frame in place, as `blend.paste` does, in the natural finish.
 
     `lips` is `lips_map`'s. Planes are full size, or half (chroma of 4:2:0).
     """
-    if not region.mask.numel():
+    if region.empty:
         return
     size, mask = face.shape[-1], region.mask.to(face.device).float()[None, None] / 255
     steps = [planes[0].shape[0] // p.shape[0] for p in planes]
     cell = max(size // GRID, 1)
-    top = -(-first_row(place, region, size) // cell) * cell  # rows above are not looked at: the fast lane draws none
+    top = min(-(-first_row(place, region, size) // cell) * cell, size - cell)  # rows above are not looked at: the fast lane draws none
     lower = place.part(Box(0, top, size, size), Box(0, 0, size, size))  # what is shown
-    source = torch.cat([_seen(plane, lower.divided(step), size - top, size, face.device)
+    source = torch.cat([reduced(plane[None], lower.divided(step), size - top, size, face.device)
                         for plane, step in zip(planes, steps, strict=True)], dim=1)
     shown = resampled(mask, Place.of(region.box), lower, (size - top) // cell, size // cell, padding="zeros")
     shares, drawn = _mix(source, face.float()[None, :, top:], lips.to(face.device), shown)
@@ -104,12 +87,12 @@ def _mix(source: Tensor, face: Tensor, lips: Tensor, shown: Tensor) -> tuple[Ten
     small = F.avg_pool2d(source, step)
     difference = small - F.avg_pool2d(face, step)
     tint, skin = _tint(difference, free * shown), _mean(small - difference, free * shown)
-    apart = _blur(difference - tint).square().sum(dim=1, keepdim=True)
-    contrast = (small - _blur(small)).square().sum(dim=1, keepdim=True)
+    apart = blurred(difference - tint).square().sum(dim=1, keepdim=True)
+    contrast = (small - blurred(small)).square().sum(dim=1, keepdim=True)
     (tolerance,) = _tolerance(face.device, size // step)
-    alike = torch.exp(-apart / (tolerance[:, :, below] + BUSY**2 * free * _blur(contrast * free)))
+    alike = torch.exp(-apart / (tolerance[:, :, below] + BUSY**2 * free * blurred(contrast * free)))
     same = -F.max_pool2d(-torch.exp(apart * (-1 / ALIKE_LIPS**2)), 3, 1, 1)
-    alike, same = torch.split(_blur(-F.max_pool2d(-torch.cat([alike, same], dim=1), 3, 1, 1)), 1, dim=1)
+    alike, same = torch.split(blurred(-F.max_pool2d(-torch.cat([alike, same], dim=1), 3, 1, 1)), 1, dim=1)
     own = torch.lerp(same, alike, free)
     wide = F.interpolate(torch.cat([own, same, tint], dim=1), size=(rows, size), mode="bilinear")
     like = torch.exp((face - skin).square().sum(dim=1, keepdim=True) * (-1 / LIKE_SKIN**2))  # teeth have no skin's tint
@@ -123,7 +106,7 @@ def _as_drawn(source: Tensor, times: float) -> Tensor:
     A grid finer than the frame loses nothing of a small face by itself, but the network draws no detail that fine.
     """
     share = min(max(2 * (SMALL - times), 0), 1)
-    return torch.lerp(source, _blur(_blur(source)), share) if share else source
+    return torch.lerp(source, blurred(blurred(source)), share) if share else source
 
 
 def _crisp(drawn: Tensor, times: float) -> Tensor:
@@ -183,19 +166,3 @@ def _tint(difference: Tensor, free: Tensor) -> Tensor:
 def _mean(image: Tensor, weight: Tensor) -> Tensor:
     """Of (1, C, H, W) under a weight (1, 1, H, W): (1, C, 1, 1)."""
     return (image * weight).sum(dim=(2, 3), keepdim=True) / weight.sum().clamp(min=1e-6)
-
-
-def _blur(image: Tensor) -> Tensor:
-    """Mean over 3 x 3, twice: a deviation of 1.2."""
-    for _ in range(2):
-        image = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    return image
-
-
-def _seen(plane: Tensor, place: Place, rows: int, columns: int, device: torch.device) -> Tensor:
-    """A place of a plane at the network's size: (1, 1, rows, columns) float32; the border repeats beyond the frame."""
-    area = place.bounds().clipped(plane.shape[1], plane.shape[0])
-    part = plane[area.y1 : area.y2, area.x1 : area.x2].to(device).float()[None, None]
-    finer = max(math.ceil(max(place.height / rows, place.width / columns) - 0.25), 1)  # a quarter too coarse is not seen
-    fine = resampled(part, Place.of(area), place, rows * finer, columns * finer)
-    return F.interpolate(fine, size=(rows, columns), mode="bilinear", antialias=True)

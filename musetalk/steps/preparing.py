@@ -18,14 +18,11 @@ from musetalk.avatar import Avatar, Face
 from musetalk.checkpoints import Networks
 from musetalk.draw import generate
 from musetalk.errors import NoFace
-from musetalk.face import faces
 from musetalk.face.track import Found, Tracker, frames_needed, steadied
-from musetalk.geometry.box import Box, Region
 from musetalk.geometry.place import Place
 from musetalk.options import Options
 from musetalk.pixels.threads import in_parts
-from musetalk.show import blend
-from musetalk.show.finish import lips_map
+from musetalk.show import mask
 from musetalk.steps.frame import Frame, Speaker
 from musetalk.steps.state import State
 
@@ -122,25 +119,19 @@ def add_entries(avatar: Avatar, group: Sequence[tuple[Tensor, Found | None]], op
 
 def _faces(present: list[tuple[Tensor, Place]], noise: Tensor | None, options: Options, nets: Networks) -> list[Face]:
     """The entries of pictures with the places of their faces; `noise` (2, N, 4, h, w)."""
-    size = nets.vae.cfg.crop_size
-    places = [place.lowered(options.extra_margin, picture.shape[0]) for picture, place in present]
+    geometry = mask.geometry_of(options.finish)
     pictures = [picture.to(nets.device) for picture, _ in present]
-    crops = torch.stack([faces.crop(picture, place, size) for picture, place in zip(pictures, places, strict=True)])
+    sizes = [(picture.shape[1], picture.shape[0]) for picture in pictures]
+    places = [geometry.with_chin(place, options.extra_margin, size)
+              for (_, place), size in zip(present, sizes, strict=True)]
+    crops = torch.stack([geometry.crop(*each, nets.vae.cfg.crop_size) for each in zip(pictures, places, strict=True)])
     latents = generate.latents(nets.vae, crops, None if noise is None else noise.flatten(0, 1)).half().cpu()
-    upright = [blend.upright(picture, place) for picture, place in zip(pictures, places, strict=True)]
-    labels = blend.parse(nets.parser, [blend.cut(picture, blend.blend_square(box)) for picture, box in upright])
-    masks = blend.label_mask(labels, options.parsing_mode, options.left_cheek_width, options.right_cheek_width)
-    boxes = [box for _, box in upright]
-    regions = [_region(*each) for each in zip(masks, boxes, places, pictures, strict=True)]
-    lips = torch.stack([lips_map(k, blend.blend_square(b), b) for k, b in zip(labels, boxes, strict=True)]).cpu()
+    views = torch.stack([geometry.view(*each) for each in zip(pictures, places, strict=True)])
+    labels = mask.parse(nets.parser, views)
+    masks = mask.label_mask(labels, options.parsing_mode, options.left_cheek_width, options.right_cheek_width)
+    regions = [geometry.region(*each) for each in zip(masks, places, sizes, strict=True)]
+    lips = torch.stack([mask.lips_map(k, geometry.face_in_view(p)) for k, p in zip(labels, places, strict=True)]).cpu()
     return [Face(*parts) for parts in zip(places, regions, latents, lips, strict=True)]
-
-
-def _region(mask512: Tensor, box: Box, place: Place, picture: Tensor) -> Region:
-    """What blending may change in a picture (H, W, 3), with its soft mask, on the CPU."""
-    square = blend.blend_square(box)
-    mask = blend.within(blend.soft_mask(mask512, square, box).cpu(), square, box)  # trimming it needs its values
-    return blend.region_of(*blend.turned_back(mask, square, box, place), picture.shape[1], picture.shape[0])
 
 
 def _noise(nets: Networks, seed: int | None, first: int, count: int) -> Tensor | None:
