@@ -30,6 +30,7 @@ PIPE_BYTES = 1 << 20
 MEMORY_LIMIT = 6 << 30  # bytes of address space of a child that reads a stranger's file
 PROBE_SEC = 20  # to describe a file
 CHECK_SEC = 0.2  # how often a child that is waited for is asked after
+LOG_BYTES = 8 << 10  # of a log's end from which a message is made: its size is up to a stranger's file
 END_SEC = 10.0  # from the end of a child's output to its own
 STARVED = re.compile(r"Cannot allocate memory|Resource temporarily unavailable|error while loading shared libraries")
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGTRAP}  # nobody sends them
@@ -107,12 +108,19 @@ def check_exit(name: str, code: int, said: str, foreign: bool) -> None:
         if foreign and -code in CRASHES:
             raise BadMedia(f"the file is damaged: {name} crashed on it ({name_of})", exit_status=code)
         raise FfmpegFailed(f"{name} was killed ({name_of})", exit_status=code)
+    said = complaints(said)
     if code and STARVED.search(said) and CROWDED not in said:
         raise FfmpegFailed(f"{name} ran out of memory", exit_status=code, ffprobe_stderr=tail(said))
 
 
+def complaints(text: str) -> str:
+    """ffmpeg's log without the indented lines: those describe a file, in the words of whoever wrote its tags."""
+    return "\n".join(line for line in text.split("\n") if not line.startswith(" "))
+
+
 def tail(text: str, path: Path | None = None, limit: int = 400) -> str:
-    """The end of ffmpeg's complaints, without the file's local path."""
+    """The end of ffmpeg's complaints, without the file's local path. Only the log's last LOG_BYTES are looked at."""
+    text = text[-LOG_BYTES:]
     text = redact.text(text.replace(f"file:{path}", "input").replace(str(path), "input") if path else text)
     return text.strip()[-limit:]
 
@@ -132,7 +140,7 @@ class Child:
 
     def complaint(self) -> str:
         """What ffmpeg said, without the local path of its file."""
-        self._log.seek(0)
+        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - LOG_BYTES))
         return tail(self._log.read().decode(errors="replace"), self._path)
 
     def abort(self) -> None:
