@@ -34,6 +34,8 @@ LOG_BYTES = 8 << 10  # of a log's end from which a message is made: its size is 
 END_SEC = 10.0  # from the end of a child's output to its own
 STARVED = re.compile(r"Cannot allocate memory|Resource temporarily unavailable|error while loading shared libraries")
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGTRAP}  # nobody sends them
+CONSEQUENCE = re.compile(r"^( |frame=|size=|Output #|Press |Conversion failed)|^\[([av]f|[av]ost|out)#|"
+                         r"Task finished with|Terminating thread|Decode error rate")
 CROWDED = "exceeds max_streams parameter"  # a file's fault, for which ffmpeg has no error number of its own but ENOMEM's
 
 
@@ -125,6 +127,13 @@ def tail(text: str, path: Path | None = None, limit: int = 400) -> str:
     return text.strip()[-limit:]
 
 
+def about_file(log: str, path: Path) -> str:
+    """What is wrong with a file that ffmpeg reads: what its demuxers and decoders say, not what the rest of ffmpeg, which lacks
+    their frames, says of itself. Empty when nothing is."""
+    said = [line for line in log[-LOG_BYTES:].split("\n") if line.strip() and not CONSEQUENCE.search(line)]
+    return tail("\n".join(said), path) or ("the file is damaged or cut off" if log.strip() else "")
+
+
 class Child:
     """An ffmpeg process that runs along, its complaints kept in a temporary file."""
 
@@ -138,10 +147,14 @@ class Child:
                 with contextlib.suppress(OSError):  # a larger pipe: fewer wake-ups for each frame
                     fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
-    def complaint(self) -> str:
-        """What ffmpeg said, without the local path of its file."""
+    def log(self) -> str:
+        """The end of what ffmpeg has said so far."""
         self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - LOG_BYTES))
-        return tail(self._log.read().decode(errors="replace"), self._path)
+        return self._log.read().decode(errors="replace")
+
+    def complaint(self) -> str:
+        """The same without the local path of its file."""
+        return tail(self.log(), self._path)
 
     def abort(self) -> None:
         """Make a read or write in another thread end at once."""

@@ -19,7 +19,13 @@ from pipeline.media.child import tail
 from pipeline.media.description import Stream, read_description
 from pipeline.media.formats import ACCEPTED_TEXT, UNKNOWN, Opener, guarded, opener
 
-MATRICES = {"bt709": "bt709", "smpte170m": "bt601", "bt470bg": "bt601", "bt2020nc": "bt2020", "bt2020c": "bt2020"}
+MATRICES = {"bt709": "bt709", "smpte170m": "bt601", "bt470bg": "bt601", "fcc": "bt601", "bt2020nc": "bt2020"}
+CONVERTED = ("ycgco", "smpte240m", "chroma-derived-nc", "chroma-derived-c", "bt2020c", "ictcp")  # to another while decoding
+REFUSED = ("smpte2085", "ipt-c2", "ycgco-re", "ycgco-ro")  # matrices that no filter of ffmpeg converts
+PRIMARIES = ("bt709", "bt470m", "bt470bg", "smpte170m", "smpte240m", "film", "bt2020", "smpte428", "smpte431", "smpte432")
+TRANSFERS = ("bt709", "bt470m", "bt470bg", "smpte170m", "linear", "iec61966-2-1", "bt2020-10", "bt2020-12", "smpte2084",
+             "arib-std-b67")  # that zscale knows, as the primaries
+ALPHA = ("yuva", "ya8", "ya16", "gbrap", "rgba", "bgra", "argb", "abgr", "pal8", "ayuv", "vuya")
 JOINABLE = ("mpegts", "mpeg", "matroska,webm")  # files of these, put one after the other, are read as one
 HDR = ("smpte2084", "arib-std-b67")  # transfers of PQ (HDR10, Dolby Vision) and HLG
 
@@ -50,14 +56,39 @@ class VideoInfo:
     @property
     def is_hdr(self) -> bool:
         """Whether the frames are PQ or HLG, which are mapped to BT.709 while they are decoded."""
-        return self.color_transfer in HDR
+        return self.transfer in HDR
+
+    @property
+    def has_alpha(self) -> bool:
+        """Whether parts of the frames may be transparent."""
+        return self.pix_fmt.startswith(ALPHA)
+
+    @property
+    def transfer(self) -> str:
+        """Transfer of the stored frames: the tag, or the one that their matrix is made for, or BT.709's."""
+        if self.color_space == "ictcp" and self.color_transfer not in HDR:
+            return "smpte2084"
+        return self.color_transfer if self.color_transfer in TRANSFERS else "bt709"
+
+    @property
+    def primaries(self) -> str:
+        """Primaries of the stored frames: the tag, or BT.2020's where the rest is made for these, or BT.709's."""
+        wide = self.is_hdr or self.color_space in ("bt2020c", "bt2020nc", "ictcp")
+        return self.color_primaries if self.color_primaries in PRIMARIES else "bt2020" if wide else "bt709"
+
+    @property
+    def matrix_tag(self) -> str:
+        """Tag of the matrix of the frames read, HDR not yet mapped: the file's, but for matrices that are converted."""
+        if self.color_space not in CONVERTED:
+            return self.color_space
+        return "bt2020nc" if self.color_space in ("bt2020c", "ictcp") else "bt709"
 
     @property
     def matrix(self) -> str:
         """Matrix of the frames read: the tag, or by custom BT.709 from 720 lines on and BT.601 below."""
         if self.is_rgb or self.is_hdr:
             return "bt709"
-        return MATRICES.get(self.color_space, "bt709" if min(self.width, self.height) >= 720 else "bt601")
+        return MATRICES.get(self.matrix_tag, "bt709" if min(self.width, self.height) >= 720 else "bt601")
 
     @property
     def full_range(self) -> bool:
@@ -129,7 +160,9 @@ def _with_picture(info: MediaInfo, stream: Stream, max_pixels: int, check: Calla
         raise BadMedia(explain(info.path, log), ffprobe_stderr=tail(log, info.path))
     shown = [line for line in log.split("\n") if line.startswith(f"[showinfo@{nonce} @ ")]
     if (video := _video(stream, "\n".join(shown))) is None:
-        return replace(info, undecodable=_complaint(log, info.path) or "no frame can be decoded")
+        return replace(info, undecodable=child.about_file(log.rpartition("\nStream mapping:\n")[2], info.path))
+    if video.color_space in REFUSED:
+        return replace(info, undecodable=f"its colour matrix, {video.color_space}, is none that this worker converts")
     if info.format in JOINABLE:
         video = replace(video, joined=_joined(info, stream.index, max_pixels, check))
     return replace(info, video=video)
@@ -186,11 +219,6 @@ def _too_many_pixels(err: str) -> bool:
 _PICTURE = re.compile(r"\] n: *0 .* fmt:(\w+) .*sar:(\d+)/(\d+) s:(\d+)x(\d+) i:(\w)")
 _COLOURS = re.compile(r"\] color_range:(\S+) color_space:(\S+) color_primaries:(\S+) color_trc:(\S+)")
 _CHANNELS = {"mono": 1, "stereo": 2, "2.1": 3, "quad": 4, "4.0": 4, "5.0": 5, "5.1": 6, "6.1": 7, "7.1": 8}
-
-
-def _complaint(log: str, path: Path) -> str:
-    """What ffmpeg complained of while it decoded."""
-    return tail(log.rpartition("\nStream mapping:\n")[2], path)
 
 
 def _video(stream: Stream, shown: str) -> VideoInfo | None:
