@@ -154,7 +154,7 @@ def test_a_part_of_another_shape_keeps_its_own(media: Make, tmp_path: Path) -> N
         assert abs(int(dark.any(0).sum()) - int(dark.any(1).sum())) <= 3, "round"
     assert got[5].min(0)[10] > 200, "the first fills the frame"
     assert got[15][:, :65].max() < 30, "the second has bars"
-    np.testing.assert_allclose(got[25], got[5], atol=12, err_msg="the third is as wide as the first")
+    assert np.abs(got[25] - got[5]).mean() < 1, "the third is as wide as the first"
     assert got[-3][:, :100].max() < 30, "the last is upright"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import time
 import zlib
@@ -134,10 +135,9 @@ def test_a_cut_picture_is_called_damaged(media: Make, tmp_path: Path) -> None:
     data = media("cut.png", "-f", "lavfi", "-i", "testsrc2=s=320x180", "-frames:v", "1").read_bytes()
     for kept in (100, 60):
         (tmp_path / "cut.png").write_bytes(data[:kept])
-        with pytest.raises(BadMedia, match="damaged") as caught:
-            info = m.probe(tmp_path / "cut.png", PIXELS)
-            raise BadMedia(info.undecodable)
-        assert "ncoder" not in caught.value.message
+        said = m.probe(tmp_path / "cut.png", PIXELS).undecodable
+        assert said.startswith("the file is damaged or cut off")
+        assert not re.search("encoder|0x|Task|null|Conversion", said)
 
 
 def test_speech_of_a_file_with_two_pictures(media: Make) -> None:

@@ -36,6 +36,7 @@ STARVED = re.compile(r"Cannot allocate memory|Resource temporarily unavailable|e
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGTRAP}  # nobody sends them
 CONSEQUENCE = re.compile(r"^( |frame=|size=|Output #|Press |Conversion failed)|^\[([av]f|[av]ost|out)#|"
                          r"Task finished with|Terminating thread|Decode error rate")
+CONTEXT = re.compile(r"\[[^\s\[\]]{1,80} @ 0x[0-9a-f]+\] ")
 CROWDED = "exceeds max_streams parameter"  # a file's fault, for which ffmpeg has no error number of its own but ENOMEM's
 
 
@@ -130,8 +131,9 @@ def tail(text: str, path: Path | None = None, limit: int = 400) -> str:
 def about_file(log: str, path: Path) -> str:
     """What is wrong with a file that ffmpeg reads: what its demuxers and decoders say, not what the rest of ffmpeg, which lacks
     their frames, says of itself. Empty when nothing is."""
-    said = [line for line in log[-LOG_BYTES:].split("\n") if line.strip() and not CONSEQUENCE.search(line)]
-    return tail("\n".join(said), path) or ("the file is damaged or cut off" if log.strip() else "")
+    lines = [CONTEXT.sub("", line) for line in log[-LOG_BYTES:].split("\n") if line.strip() and not CONSEQUENCE.search(line)]
+    said = tail("\n".join(dict.fromkeys(lines)), path)
+    return ": ".join(filter(None, ["the file is damaged or cut off" if log.strip() else "", said]))
 
 
 class Child:

@@ -191,7 +191,7 @@ class FrameReader(Child):
             raise FfmpegFailed("the decoder closed its output but does not end", timeout_seconds=END_SEC) from None
         if self._aborted:
             return False
-        child.check_exit("the decoder", self._status, self.complaint(), True)
+        child.check_exit("the decoder", self._status, self.log(), True)
         if got:
             raise FfmpegFailed(f"the decoder ended inside a frame (exit {self._status})", exit_status=self._status)
         return False
