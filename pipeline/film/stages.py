@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,7 @@ class Decode(Stage):
         if not self.count:
             raise BadMedia(f"video_url: no frame can be decoded {self.damaged}".strip(), stage="preprocessing",
                            field="video_url", ffprobe_stderr=self.damaged)
+        self.source = replace(self.source, from_start=bool(self.damaged))  # frames after damage are found by counting alone
         ways = {1: self._forwards, -1: self._backwards, 0: self._held}
         for part in runs(self.count, self.outputs, self.loop):
             again = 0
