@@ -50,6 +50,7 @@ class FrameSource:
     fps: Fraction
     filters: tuple[str, ...]
     max_pixels: int
+    from_start: bool = False  # never seek: in a damaged clip a frame depends on all that was decoded before it
 
     @property
     def frame_bytes(self) -> int:
@@ -67,7 +68,7 @@ class FrameSource:
         a, b = self.fps.numerator, self.fps.denominator
         unit = Fraction(b, 1000) if b > 1 and a % 1000 == 0 else Fraction(b)  # seconds that are whole frames
         # of joined files a moment is no place: they are read from the beginning
-        origin = Fraction(0) if video.joined else max(0, int(start / self.fps / unit) - 1) * unit
+        origin = Fraction(0) if video.joined or self.from_start else max(0, int(start / self.fps / unit) - 1) * unit
         drop = start - int(origin * self.fps)
         seek = ["-noaccurate_seek", "-ss", f"{float(origin):.6f}"] if origin else []
         rate = ["settb=1/1000000", *([ONWARD] if video.joined else []), "setpts=PTS+7",
@@ -79,11 +80,17 @@ class FrameSource:
         # count from its origin
         fixed = [] if video.interlaced else ["-reinit_filter", "0"]
         return [
-            child.ffmpeg(), "-nostdin", "-v", "error", "-threads", "2", "-copyts", "-start_at_zero", *seek, *fixed,
+            child.ffmpeg(), "-nostdin", "-v", "error", "-threads", _threads(video), "-copyts", "-start_at_zero", *seek, *fixed,
             *guarded(info.path, self.max_pixels, info.opener), "-an", "-sn", "-dn",
             *filtered(f"0:{video.index}", info.opener, ",".join(chain)), "-fps_mode", "passthrough",
             "-frames:v", str(drop + count), "-f", "yuv4mpegpipe", "pipe:1",
         ], drop
+
+
+def _threads(video: VideoInfo) -> str:
+    """Decoding threads: one up to 1080p, so that a damaged clip is decoded alike each time. With more, what hides the damage is
+    copied from frames that are still being decoded; larger pictures need a second thread to keep up."""
+    return "1" if video.width * video.height <= 1920 * 1088 else "2"
 
 
 def _fit(video: VideoInfo) -> str:
