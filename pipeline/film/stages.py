@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ class Decode(Stage):
     def run(self, items: Iterator[Any]) -> Frames:  # noqa: ARG002 - it begins the stream
         """Every output frame's source frame."""
         yield from self.first_pass()
+        self.source = replace(self.source, from_start=bool(self.complaint))  # frames after damage are found by counting alone
         ways = {1: self._forwards, -1: self._backwards, 0: self._still}
         for part in runs(self.count, self.outputs, self.loop):
             again = 0

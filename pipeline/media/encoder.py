@@ -108,7 +108,7 @@ def colour_tags(video: VideoInfo) -> list[str]:
     if video.is_rgb or video.is_hdr:
         return ["-vf", "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"]
     tags = [f"{name}={value}" for name, value in (
-        ("colorspace", video.color_space), ("color_primaries", video.color_primaries), ("color_trc", video.color_transfer),
+        ("colorspace", video.matrix_tag), ("color_primaries", video.color_primaries), ("color_trc", video.color_transfer),
     ) if value not in ("unknown", "reserved", "gbr", "N/A")]
     if video.full_range or video.color_range == "tv":
         tags.append(f"range={'pc' if video.full_range else 'tv'}")

@@ -16,7 +16,7 @@ CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,"
               "wav,mp3,flac,ogg,aac,amr,aiff,caf")
 ACCEPTED = {
     "video": "MP4, MOV, 3GP, MKV, WebM, AVI, MPEG-TS, MPEG-PS, FLV, WMV/ASF",
-    "animation": "GIF, animated WebP",
+    "animation": "GIF, APNG, animated WebP, animated AVIF",
     "picture": "PNG, JPEG, WebP, BMP, TIFF, AVIF, HEIC",
     "audio": "WAV, MP3, M4A/AAC, FLAC, Ogg, Opus, AMR, AIFF, CAF, WMA, or the sound track of any video above",
 }
@@ -41,8 +41,9 @@ class Opener:
 
 
 UNKNOWN = Opener()
+PNG, APNG = Opener("png_pipe", True), Opener("apng")
 PICTURES = {
-    b"\x89PNG\r\n\x1a\n": Opener("png_pipe", True), b"\xff\xd8\xff": Opener("jpeg_pipe", True),
+    b"\x89PNG\r\n\x1a\n": PNG, b"\xff\xd8\xff": Opener("jpeg_pipe", True),
     b"II*\0": Opener("tiff_pipe", True), b"MM\0*": Opener("tiff_pipe", True),
     b"GIF87a": Opener("gif"), b"GIF89a": Opener("gif"),
 }
@@ -92,7 +93,7 @@ def opener(path: Path) -> Opener:
     with path.open("rb") as file:
         head = file.read(64)
         if how := _picture(head):
-            return how
+            return APNG if how == PNG and _is_animated(file) else how
         chain = next((c for c in CHAINS if c.part(head)[0] == c.first and head[8:].startswith(c.form)), None)
         how = _after(file, chain) if chain else UNKNOWN
     return replace(how, demuxer="webp_anim") if head[8:12] == b"WEBP" else how
@@ -104,9 +105,23 @@ def _picture(head: bytes) -> Opener | None:
         return Opener("webp_pipe", True)
     if head[:2] == b"BM" and head[6:10] == b"\0\0\0\0":
         return Opener("bmp_pipe", True)
-    if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"mif1", b"heic", b"heix"):
+    if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"mif1", b"heic", b"heix") and b"avis" not in head[16:]:
         return Opener("mov", True)
     return next((how for magic, how in PICTURES.items() if head.startswith(magic)), None)
+
+
+def _is_animated(file: BinaryIO) -> bool:
+    """Whether a PNG says before its first picture that there are more (APNG)."""
+    at = 8
+    for _ in range(PARTS):
+        file.seek(at)
+        head = file.read(8)
+        if len(head) < 8 or head[4:] == b"IDAT":
+            return False
+        if head[4:] == b"acTL":
+            return int.from_bytes(file.read(4)) > 1
+        at += 12 + int.from_bytes(head[:4])
+    return False
 
 
 def _after(file: BinaryIO, chain: Chain) -> Opener:
