@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pipeline.errors import BadMedia
 from pipeline.media import child
+from pipeline.media.channels import channel_names
 from pipeline.media.child import tail
 from pipeline.media.formats import ACCEPTED_TEXT, UNKNOWN, Opener, guarded, opener
 
@@ -66,11 +67,13 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """The first audio stream."""
+    """The audio stream that is the speech: the one flagged as default, else the first, before any for people who cannot see
+    or hear and before comments."""
 
     index: int
     rate: int
     channels: int
+    layout: str = ""  # of the channels, in ffmpeg's words
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class MediaInfo:
     audio: AudioInfo | None
     opener: Opener = UNKNOWN
     undecodable: str = ""  # why there is no video though the file has a video stream
+    stated: float | None = None  # `duration` where a header states it, rather than the file's size and bit rate
 
     @property
     def picture(self) -> VideoInfo:
@@ -169,13 +173,14 @@ _CHOSEN = re.compile(r"^  Stream #0:(\d+) -> #0:0 ", re.MULTILINE)
 _PICTURE = re.compile(r"^\[Parsed_showinfo_0 @ \w+\] n: *0 .* fmt:(\w+) .*sar:(\d+)/(\d+) s:(\d+)x(\d+) i:(\w)", re.MULTILINE)
 _COLOURS = re.compile(r"^\[Parsed_showinfo_0 @ \w+\] color_range:(\S+) color_space:(\S+) color_primaries:(\S+) color_trc:(\S+)",
                       re.MULTILINE)
-_CHANNELS = {"mono": 1, "stereo": 2, "2.1": 3, "quad": 4, "4.0": 4, "5.0": 5, "5.1": 6, "6.1": 7, "7.1": 8}
+_ASIDE = re.compile(r" \((?:comment|descriptions|visual impaired|hearing impaired|clean effects|karaoke)\)")
 
 
 def _read(path: Path, log: str, how: Opener) -> MediaInfo:
     described, _, rest = log.partition("\nOutput #0")
     streams = [(int(m[1]), m[2], m[3]) for line in described.splitlines() if (m := _STREAM.match(line))]
-    audio = next((found for index, kind, text in streams if kind == "Audio" and (found := _audio(index, text))), None)
+    sounds = sorted((_rank(text), index, text) for index, kind, text in streams if kind == "Audio")
+    audio = next((found for _, index, text in sounds if (found := _audio(index, text))), None)
     video, undecodable = None, ""
     if how.grid is not None and (grid := _GRID.search(described)):
         video = _video(0, grid[2], log)
@@ -191,7 +196,8 @@ def _read(path: Path, log: str, how: Opener) -> MediaInfo:
     length = re.search(r"^  Duration: (\d+):(\d+):([\d.]+)", log, re.MULTILINE)
     duration = int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3]) if length and not how.still else None
     name = re.search(r"^Input #0, (.+?), from", log, re.MULTILINE)
-    return MediaInfo(path, name[1] if name else "?", duration, video, audio, how, undecodable)
+    stated = None if "Estimating duration from bitrate" in log else duration
+    return MediaInfo(path, name[1] if name else "?", duration, video, audio, how, undecodable, stated)
 
 
 def _video(index: int, text: str, log: str) -> VideoInfo | None:
@@ -216,11 +222,15 @@ def _video(index: int, text: str, log: str) -> VideoInfo | None:
         (width, height))
 
 
+def _rank(text: str) -> tuple[bool, bool]:
+    """What sorts an audio stream before others, by its flags: not for a few, then the default."""
+    return bool(_ASIDE.search(text)), " (default)" not in text
+
+
 def _audio(index: int, text: str) -> AudioInfo | None:
     rate, layout = re.search(r"(\d+) Hz", text), re.search(r"Hz, ([^,]+)", text)
     if rate is None or int(rate[1]) <= 0:
         return None
     named = layout[1] if layout else ""
     count = re.match(r"(\d+) channels", named)
-    channels = int(count[1]) if count else _CHANNELS.get(named.split("(")[0].strip(), 2)
-    return AudioInfo(index, int(rate[1]), channels)
+    return AudioInfo(index, int(rate[1]), int(count[1]) if count else len(channel_names(named)), named)
