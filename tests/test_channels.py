@@ -72,8 +72,11 @@ def test_a_side_in_opposite_phase_drives_the_mouth(words: Floats, music: Floats,
 def test_ordinary_stereo_is_the_mean_to_the_bit(words: Floats, music: Floats, tmp_path: Path) -> None:
     for left, right in ((words, words), (words, 0 * words), (words, music), (words + music, words - 0.4 * music)):
         both = wav(tmp_path / "both.wav", (left, right))
-        mean = make_media(tmp_path / "mean.raw", "-i", str(both), "-af", "pan=mono|c0=0.5*c0+0.5*c1,aresample=16000:"
-                          "filter_size=64:cutoff=0.95", "-f", "f32le")
+        mean = tmp_path / "mean.raw"
+        make_media(
+            tmp_path / "film.wav", "-i", str(both), "-filter_complex", "aresample=async=1:first_pts=0,asplit[film][b];"
+            "[b]pan=mono|c0=0.5*c0+0.5*c1,aresample=16000:filter_size=64:cutoff=0.95[mouth]", "-map", "[mouth]", "-ar", "16000",
+            "-ac", "1", "-f", "f32le", str(mean), "-map", "[film]", "-c:a", "pcm_s16le", "-ar", "48000")
         np.testing.assert_array_equal(speech(both, tmp_path).pcm, np.fromfile(mean, np.float32))
 
 
@@ -123,7 +126,7 @@ TONES = ("-f", "lavfi", "-i", "sine=300:d=1:r=16000", "-f", "lavfi", "-i", "sine
 @pytest.mark.parametrize(("kind", "flags", "wanted"), [
     ("mkv", ("0", "0"), 300), ("mkv", ("0", "default"), 700), ("mkv", ("visual_impaired", "0"), 700),
     ("mkv", ("default+visual_impaired", "0"), 700), ("mkv", ("comment", "0"), 700), ("mkv", ("hearing_impaired", "0"), 700),
-    ("mkv", ("descriptions", "0"), 700), ("mkv", ("0", "default+comment"), 300), ("mkv", ("visual_impaired", "comment"), 300),
+    ("mp4", ("descriptions", "0"), 700), ("mkv", ("0", "default+comment"), 300), ("mkv", ("visual_impaired", "comment"), 300),
     ("mp4", ("0", "default"), 700), ("ts", ("visual_impaired", "0"), 700),
 ])
 def test_of_several_sounds_the_default_is_the_speech(

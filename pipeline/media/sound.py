@@ -91,9 +91,11 @@ def _graph(audio: AudioInfo, end: float) -> tuple[str, int]:
     mixes = candidates(names)
     panned = "|".join(f"c{i}={mix}" for i, mix in enumerate(mixes))
     layout = "mono" if len(mixes) == 1 else f"{len(mixes)}c"
+    # without it, ffmpeg mixes all down to the film's two before they are split
+    held = f",aformat=channel_layouts={'+'.join(names)}" if len(names) > 2 else ""
     return (  # cut before gaps are filled, too: a gap of a day would be filled in memory
-        f"[0:{audio.index}]{first}{ONWARD},atrim=end={end:.6f},aresample=async=1:first_pts=0,atrim=end={end:.6f},asplit[film][b];"
-        f"[b]pan={layout}|{panned},aresample={SAMPLE_RATE}:filter_size=64:cutoff=0.95[mouth]"), len(mixes)
+        f"[0:{audio.index}]{first}{ONWARD},atrim=end={end:.6f},aresample=async=1:first_pts=0{held},atrim=end={end:.6f},"
+        f"asplit[film][b];[b]pan={layout}|{panned},aresample={SAMPLE_RATE}:filter_size=64:cutoff=0.95[mouth]"), len(mixes)
 
 
 def _missing(info: MediaInfo, seconds: float, end: float) -> str:
