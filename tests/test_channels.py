@@ -97,8 +97,8 @@ def test_the_centre_of_a_surround_sound_drives_the_mouth(words: Floats, music: F
 
 
 @pytest.mark.parametrize(("names", "count"), [
-    ("SL SR", 2), ("BL BR", 2), ("FL FC", 2), ("FL SL", 2), ("FL FR BL", 3), ("TFL TFR", 2), ("FL FR TFL", 3), ("FL FR FC LFE TFL", 5),
-    ("TC", 1), ("", 3), ("", 9), ("", 64),
+    ("SL SR", 2), ("BL BR", 2), ("FL FC", 2), ("FL SL", 2), ("FL FR BL", 3), ("TFL TFR", 2), ("FL FR TFL", 3),
+    ("FL FR FC LFE TFL", 5), ("TC", 1), ("", 3), ("", 9), ("", 64),
 ])
 def test_any_layout_of_channels_is_decoded(words: Floats, names: str, count: int, tmp_path: Path) -> None:
     """The film gets stereo in which each side has something, the mouth the speech that all channels hold."""

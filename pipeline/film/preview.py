@@ -15,7 +15,7 @@ from musetalk import LipSync
 from musetalk.avatar import Avatar, Face
 from musetalk.geometry.box import Region
 from musetalk.lipsync import Slot, speech_weights
-from musetalk.options import Options
+from musetalk.options import Finish, Options
 from musetalk.order import source_index
 from musetalk.pixels.colour import Planes, from_rgb, to_rgb
 from musetalk.sound.features import Prompts
@@ -64,7 +64,7 @@ class Preview:
         with self.engine.job() as lipsync:
             options = options_of(self.engine, lipsync, request, batch_size=1)
             source, colour, key = clip_of(self.engine, lipsync, request, options, self.inputs.clip, self.content)
-            prompts = self._prompts(source.fps, options.audio_padding_left, options.audio_padding_right)
+            prompts = self._prompts(source.fps, options.audio_padding_left, options.audio_padding_right, options.finish)
             output = min(max(int(second * source.fps), 0), len(prompts) - 1)
             at = source_index(output, self._length(source.fps), options.loop)
             at, pixels = self._pixels(source, at)
@@ -77,9 +77,9 @@ class Preview:
                 painted.paste(planes, from_rgb(painted.face[None], colour)[0])
             return Shown(before.numpy(), to_rgb(planes, colour).numpy(), painted.region if painted else None)
 
-    def _heard(self, fps: Fraction, left: int, right: int) -> Prompts:
-        padding = Options(audio_padding_left=left, audio_padding_right=right)
-        return self.engine.load().prompts(self.inputs.speech.pcm, fps, padding)
+    def _heard(self, fps: Fraction, left: int, right: int, finish: Finish) -> Prompts:
+        options = Options(audio_padding_left=left, audio_padding_right=right, finish=finish)
+        return self.engine.load().prompts(self.inputs.speech.pcm, fps, options)
 
     def _length(self, fps: Fraction) -> int:
         """Frames of the clip by its header, which is good enough to look at one."""
