@@ -28,6 +28,7 @@ from musetalk.errors import NoFace
 from musetalk.options import Options
 from musetalk.order import source_index
 from musetalk.sound.features import Prompts
+from musetalk.sound.level import raised
 from musetalk.steps import RGB, Frame, Speaker, State, blend, follow, generate, speech_weights
 
 
@@ -64,8 +65,13 @@ class LipSync:
 
     @torch.inference_mode()
     def prompts(self, pcm: np.ndarray | Tensor, fps: Fraction, options: Options | None = None) -> Prompts:
-        """Speech (S,) float32 mono at 16 kHz -> audio tokens for every frame at `fps`. Raises BadAudio."""
+        """Speech (S,) float32 mono at 16 kHz -> audio tokens for every frame at `fps`. Raises BadAudio.
+
+        The official finish hears the speech as it is, the natural one a quiet speech raised (musetalk.sound.level).
+        """
         options = options or Options.for_version(self.nets.version)
+        if options.finish == "natural":
+            pcm = raised(np.ravel(np.asarray(pcm, np.float32)))
         return Prompts(self.nets.whisper, pcm, fps, options.audio_padding_left, options.audio_padding_right)
 
     def speak(

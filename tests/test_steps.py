@@ -89,6 +89,19 @@ def test_frame_count_is_the_speech_length_at_fractional_rates() -> None:
     assert audio.frame_count(1, Fraction(25)) == 1
 
 
+@pytest.mark.parametrize("fps", ["1", "2", "3", "5", "10", "12", "15", "24000/1001", "24", "25", "30000/1001", "30", "50",
+                                 "60"])
+def test_a_slow_film_is_as_long_as_its_speech(fps: str) -> None:
+    """From 23.976 fps on the count is the nearest; below, less than 21 ms of the end have no frame."""
+    rate = Fraction(fps)
+    for samples in range(1, 64_000, 97):
+        count = audio.frame_count(samples, rate)
+        assert samples / 16_000 - count / rate <= Fraction(21, 1000)
+        assert count == 1 or (count - 1) / rate < Fraction(samples, 16_000), "no frame begins after the speech's end"
+        if rate > 23:
+            assert count == max(1, round(samples * rate / 16_000))
+
+
 # -- faces -----------------------------------------------------------------------------------------------------------
 
 

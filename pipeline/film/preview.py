@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from musetalk import Options, steps
 from musetalk.avatar import Avatar
 from musetalk.geometry.box import Region
+from musetalk.options import Finish
 from musetalk.order import source_index
 from musetalk.sound.features import Prompts
 from musetalk.steps import Frame, Speaker, State, Yuv420, speech_weights
@@ -65,7 +66,7 @@ class Preview:
         with self.engine.job() as state:
             options = options_of(self.engine, state, request)
             source, form, key = clip_of(self.engine, state, request, options, self.inputs.clip, self.content)
-            prompts = self._prompts(source.fps, options.audio_padding_left, options.audio_padding_right)
+            prompts = self._prompts(source.fps, options.audio_padding_left, options.audio_padding_right, options.finish)
             output = min(max(int(second * source.fps), 0), len(prompts) - 1)
             first = output - output % options.batch_size
             batch = range(first, min(first + options.batch_size, len(prompts)))
@@ -81,9 +82,9 @@ class Preview:
             (frame,) = steps.blend([frame])
             return Shown(before, frame.rgb().numpy(), region)
 
-    def _heard(self, fps: Fraction, left: int, right: int) -> Prompts:
-        padding = Options(audio_padding_left=left, audio_padding_right=right)
-        return self.engine.load().prompts(self.inputs.speech.pcm, fps, padding)
+    def _heard(self, fps: Fraction, left: int, right: int, finish: Finish) -> Prompts:
+        options = Options(audio_padding_left=left, audio_padding_right=right, finish=finish)
+        return self.engine.load().prompts(self.inputs.speech.pcm, fps, options)
 
     def _decoded(self, source: FrameSource, at: int) -> Picture:
         """Frame `at`."""

@@ -60,13 +60,25 @@ class Chain:
     begin: int
     part: Callable[[bytes], tuple[bytes, int]]  # its first 24 bytes -> its name and whole length; not positive: to the end
     more: Opener | None = None  # how to open a file that goes on after its last part; parts' names are printable
+    body: tuple[bytes, ...] = ()  # names of the parts that hold sound and pictures: one that ends after the file is cut
 
 
 def _riff(order: Literal["little", "big"]) -> Callable[[bytes], tuple[bytes, int]]:
     def part(head: bytes) -> tuple[bytes, int]:
         size = int.from_bytes(head[4:8], order)
-        return head[:4], 8 + size + size % 2
+        return head[:4], 8 + size + size % 2 if size < STREAMED else 0
     return part
+
+
+def _avi(head: bytes) -> tuple[bytes, int]:
+    """The whole RIFF of an AVI by the name of its form: a large file goes on with others, named AVIX."""
+    name, length = _riff("little")(head)
+    return (head[8:12] if name == b"RIFF" else name), length
+
+
+def _caf(head: bytes) -> tuple[bytes, int]:
+    size = int.from_bytes(head[4:12], signed=True)
+    return head[:4], 12 + size if size >= 0 else 0
 
 
 def _atom(head: bytes) -> tuple[bytes, int]:
@@ -75,16 +87,21 @@ def _atom(head: bytes) -> tuple[bytes, int]:
 
 
 ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
 PARTS = 1_000_000  # that are looked at: ten minutes of FLV have less than a tenth
+STREAMED = 0x7FFF_F000  # bytes; sizes from here on are what programs write who did not know the size
+MISSING, MISSING_BYTES = 0.02, 512  # share and bytes of what a header states that may be missing without a word
+OGG_PAGE = 27 + 255 + 255 * 255  # bytes of the largest
 CHAINS = (
-    Chain(b"RIFF", b"WAVE", 12, _riff("little"), Opener("wav", more=("-ignore_length", "1"))),
-    Chain(b"FORM", b"AIFF", 12, _riff("big"), Opener(doubt=UNSTATED)),
-    Chain(b"FORM", b"AIFC", 12, _riff("big"), Opener(doubt=UNSTATED)),
-    Chain(b"caff", b"", 8, lambda h: (h[:4], 12 + int.from_bytes(h[4:12], signed=True)), Opener(doubt=UNSTATED)),
+    Chain(b"RIFF", b"WAVE", 12, _riff("little"), Opener("wav", more=("-ignore_length", "1")), (b"data",)),
+    Chain(b"FORM", b"AIFF", 12, _riff("big"), Opener(doubt=UNSTATED), (b"SSND",)),
+    Chain(b"FORM", b"AIFC", 12, _riff("big"), Opener(doubt=UNSTATED), (b"SSND",)),
+    Chain(b"caff", b"", 8, _caf, Opener(doubt=UNSTATED), (b"data",)),
+    Chain(b"AVI ", b"AVI ", 0, _avi, body=(b"AVI ", b"AVIX")),
     Chain(b"RIFF", b"WEBP", 12, _riff("little")),
     Chain(b"FLV", b"", 13, lambda h: (h[:3], 15 + int.from_bytes(h[1:4]))),
-    Chain(ASF, b"", 0, lambda h: (h[:16], int.from_bytes(h[16:24], "little"))),
-    Chain(b"ftyp", b"", 0, _atom),
+    Chain(ASF, b"", 0, lambda h: (h[:16], int.from_bytes(h[16:24], "little")), body=(ASF_DATA,)),
+    Chain(b"ftyp", b"", 0, _atom, body=(b"mdat", b"moof")),
 )
 
 
@@ -95,7 +112,7 @@ def opener(path: Path) -> Opener:
         if how := _picture(head):
             return APNG if how == PNG and _is_animated(file) else how
         chain = next((c for c in CHAINS if c.part(head)[0] == c.first and head[8:].startswith(c.form)), None)
-        how = _after(file, chain) if chain else UNKNOWN
+        how = _by_chain(file, chain) if chain else Opener(doubt=_ogg_cut(file)) if head[:4] == b"OggS" else UNKNOWN
     return replace(how, demuxer="webp_anim") if head[8:12] == b"WEBP" else how
 
 
@@ -124,8 +141,8 @@ def _is_animated(file: BinaryIO) -> bool:
     return False
 
 
-def _after(file: BinaryIO, chain: Chain) -> Opener:
-    """How to open a file that may go on where its chain ends."""
+def _by_chain(file: BinaryIO, chain: Chain) -> Opener:
+    """How to open a file that may end inside its chain of parts or go on after it."""
     end, at = file.seek(0, os.SEEK_END), chain.begin
     for _ in range(PARTS):
         if end - at < 12:
@@ -141,7 +158,20 @@ def _after(file: BinaryIO, chain: Chain) -> Opener:
         if length <= 0:
             break
         at += length
+        if name in chain.body and end < at * (1 - MISSING) - MISSING_BYTES:
+            return Opener(doubt=f"the file ends early: it has {end} of the {at} bytes that its header states")
     return UNKNOWN
+
+
+def _ogg_cut(file: BinaryIO) -> str:
+    """What to say of an Ogg file whose last page is not whole; how long the file was, nothing in it tells."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - OGG_PAGE))
+    data = file.read()
+    page = data[max(0, data.rfind(b"OggS\0")) :]
+    sizes = page[27 : 27 + page[26]] if len(page) > 27 else b""
+    whole = len(page) > 27 and len(sizes) == page[26] and len(page) >= 27 + len(sizes) + sum(sizes)
+    return "" if whole else "the file ends early: its last page is not whole, and what came after it is missing"
 
 
 def guarded(path: Path, max_pixels: int, how: Opener) -> list[str]:

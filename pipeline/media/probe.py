@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pipeline.errors import BadMedia
 from pipeline.media import child
+from pipeline.media.channels import channel_names
 from pipeline.media.child import tail
 from pipeline.media.description import Stream, read_description
 from pipeline.media.formats import ACCEPTED_TEXT, UNKNOWN, Opener, guarded, opener
@@ -99,11 +100,13 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """The first audio stream."""
+    """The audio stream that is the speech: the one flagged as default, else the first, before any for people who cannot see
+    or hear and before comments."""
 
     index: int
     rate: int
     channels: int
+    layout: str = ""  # of the channels, in ffmpeg's words
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,7 @@ class MediaInfo:
     audio: AudioInfo | None
     opener: Opener = UNKNOWN
     undecodable: str = ""  # why there is no video though the file has a video stream
+    stated: float | None = None  # `duration` where a header states it, rather than the file's size and bit rate
 
     @property
     def picture(self) -> VideoInfo:
@@ -137,8 +141,10 @@ def probe(path: Path, max_pixels: int, check: Callable[[], None] = lambda: None)
     described = read_description(log, path, nonce)
     if described is None or _too_many_pixels(log):
         raise BadMedia(explain(path, log), ffprobe_stderr=tail(log, path))
-    audio = next((found for s in described.of("Audio") if (found := _audio(s))), None)
-    info = MediaInfo(path, described.format, None if how.still else described.duration, None, audio, how)
+    audio = next((found for s in sorted(described.of("Audio"), key=_rank) if (found := _audio(s))), None)
+    duration = None if how.still else described.duration
+    stated = None if "Estimating duration from bitrate" in log else duration
+    info = MediaInfo(path, described.format, duration, None, audio, how, stated=stated)
     stream = described.picture(how.still)
     if stream is None:  # of a still, whose tiles are no streams, this means that they do not fit
         return replace(info, undecodable="the picture's tiles do not make a whole" if how.still else "")
@@ -218,7 +224,7 @@ def _too_many_pixels(err: str) -> bool:
 
 _PICTURE = re.compile(r"\] n: *0 .* fmt:(\w+) .*sar:(\d+)/(\d+) s:(\d+)x(\d+) i:(\w)")
 _COLOURS = re.compile(r"\] color_range:(\S+) color_space:(\S+) color_primaries:(\S+) color_trc:(\S+)")
-_CHANNELS = {"mono": 1, "stereo": 2, "2.1": 3, "quad": 4, "4.0": 4, "5.0": 5, "5.1": 6, "6.1": 7, "7.1": 8}
+_ASIDE = re.compile(r" \((?:comment|descriptions|visual impaired|hearing impaired|clean effects|karaoke)\)")
 
 
 def _video(stream: Stream, shown: str) -> VideoInfo | None:
@@ -243,6 +249,11 @@ def _video(stream: Stream, shown: str) -> VideoInfo | None:
         (width, height))
 
 
+def _rank(stream: Stream) -> tuple[bool, bool]:
+    """What sorts an audio stream before others, by its flags: not for a few, then the default."""
+    return bool(_ASIDE.search(stream.text)), not stream.default
+
+
 def _audio(stream: Stream) -> AudioInfo | None:
     text = stream.text
     rate, layout = re.search(r"(\d+) Hz", text), re.search(r"Hz, ([^,]+)", text)
@@ -250,5 +261,4 @@ def _audio(stream: Stream) -> AudioInfo | None:
         return None
     named = layout[1] if layout else ""
     count = re.match(r"(\d+) channels", named)
-    channels = int(count[1]) if count else _CHANNELS.get(named.split("(")[0].strip(), 2)
-    return AudioInfo(stream.index, int(rate[1]), channels)
+    return AudioInfo(stream.index, int(rate[1]), int(count[1]) if count else len(channel_names(named)), named)
