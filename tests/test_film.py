@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,7 @@ def test_the_batch_size_is_no_part_of_the_avatar(service: Service, speeches: dic
 
 def test_two_films_at_once(service: Service, speeches: dict[str, Path], short_clip: Path, late: Path, tmp_path: Path) -> None:
     """Over the same networks, each as it is alone."""
-    jobs = [(short_clip, speeches["long"], "exact"), (late, speeches["middle"], "fast")]
+    jobs = [(short_clip, speeches["middle"], "exact"), (late, speeches["middle"], "fast")]
     alone = [film(worker(service, tmp_path / f"alone{i}"), clip, speech, quality=lane)[1]
              for i, (clip, speech, lane) in enumerate(jobs)]
     together: dict[int, str] = {}
@@ -179,6 +180,27 @@ def test_a_network_that_fails_in_the_warm_up_is_not_ready(service: Service, tmp_
         sick.engine.warm_up()
     assert sick.engine.failed == "ValueError: unforeseen"
     assert not sick.engine.ready
+
+
+def test_a_job_that_waits_for_a_warm_up_that_fails_does_not_run(
+    service: Service, speeches: dict[str, Path], short_clip: Path, tmp_path: Path
+) -> None:
+    sick, bodies = worker(service, tmp_path), list[dict[str, Any]]()
+    job = threading.Thread(target=lambda: bodies.append(film(sick, short_clip, speeches["short"])[0]))
+
+    def fail(*_: Any) -> None:
+        job.start()
+        time.sleep(1.5)  # the job has come as far as it can
+        raise ValueError("unforeseen")
+
+    hook = service.engine.load().nets.unet.register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(ValueError, match="unforeseen"):
+            sick.engine.warm_up()
+    finally:
+        hook.remove()
+    job.join()
+    assert Unfit.__name__ in bodies[0]["stack_trace"]
 
 
 def test_the_look_ahead_is_read_and_not_shown(service: Service, speeches: dict[str, Path], short_clip: Path,

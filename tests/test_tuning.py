@@ -192,6 +192,9 @@ class Stream:
     def wait_stream(self, _: Stream) -> None:
         """Everything here happens at once."""
 
+    def synchronize(self) -> None:
+        """The same."""
+
 
 class Graph:
     def replay(self) -> None:

@@ -120,34 +120,24 @@ class Engine:
         return numerics(self.device, self.load().nets.dtype) + threads
 
     def warm_up(self) -> None:
-        """A job without sound and file, so that the first one finds every network's kernels loaded and memory laid out.
-
-        On a GPU this records the generator, too. Where it fails, every later job does.
+        """The steps over a drawn face, each where its thread will work, so that the first job finds every network's kernels
+        loaded and memory laid out. On a GPU this records the generator, too. Where it fails, every later job does.
         """
-        try:
-            self._speak_drawn()
-        except Exception as e:
-            self.failed = e.message if isinstance(e, JobError) else f"{type(e).__name__}: {e}"
-            raise
-        self._warm = True
-
-    def _speak_drawn(self) -> None:
-        """The steps over a drawn face, each where its thread will work."""
-        lipsync = self.load()
-        options = Options.for_version(lipsync.nets.version, batch_size=self.batch_size)
-        with self.job() as state:
-            with self.thread("generate"):
-                prompts = lipsync.prompts(np.zeros(int(16000 * self.batch_size / FPS), np.float32), FPS, options)
-                state.generator.record(self.batch_size, prompts.batch(range(1)).shape[1])
+        with self.job(warming_up=True) as state:
+            options = Options.for_version(state.nets.version, batch_size=self.batch_size)
+            silence = np.zeros(int(16000 * self.batch_size / FPS), np.float32)
+            prompts = self.load().prompts(silence, FPS, options)
+            state.generator.record(self.batch_size, prompts.batch(range(1)).shape[1])
             drawn = drawn_frame()
             frames = [replace(drawn, output=i, buffer=drawn.buffer.clone(), painted=[]) for i in range(len(prompts))]
             with self.thread("prepare"):
-                avatar = drawn_avatar(frames[0], options, state)
+                avatar = drawn_avatar(drawn, options, state)
             with self.thread("generate"), closing(avatar):
                 frames = list(steps.generate(frames, [Speaker(avatar, prompts, [1.0] * len(prompts), options)], state))
             with self.thread("blend"):
                 assert all(frame.painted for frame in frames)
                 list(steps.blend(frames))
+            self._warm = True
 
     @contextmanager
     def thread(self, name: str) -> Iterator[None]:
@@ -185,23 +175,25 @@ class Engine:
         }
 
     @contextmanager
-    def job(self, check: Callable[[], None] = lambda: None) -> Iterator[State]:
-        """The state of a film, for one job at a time, musetalk's exceptions translated; a lost GPU fails every later job.
+    def job(self, check: Callable[[], None] = lambda: None, warming_up: bool = False) -> Iterator[State]:
+        """The state of a film, for one job at a time, musetalk's exceptions translated.
 
-        `check` may raise while the job waits for its turn: it was cancelled or is out of time.
+        A lost GPU or a failed warm-up fails every later job, and those that wait. `check` may raise while the job waits for
+        its turn: it was cancelled or is out of time.
         """
-        if self.failed is not None:
-            raise Unfit(f"this worker is being replaced: {self.failed}", stage="inference")
         while not self._running.acquire(timeout=TURN_SEC):
             check()
         try:
+            if self.failed is not None:
+                raise Unfit(f"this worker is being replaced: {self.failed}", stage="inference")
             nets = self.load().nets
             known = self._state is not None and self._state.nets is nets
             self._state = self._state.next() if self._state is not None and known else State.of(nets)
             with interruptible(self._state.stop), translated("inference"), self.thread("generate"):
                 yield self._state
-        except DeviceLost:
-            self.failed = "the GPU is lost"
+        except Exception as e:
+            if warming_up or isinstance(e, DeviceLost):
+                self.failed = self.failed or (e.message if isinstance(e, JobError) else f"{type(e).__name__}: {e}")
             raise
         finally:
             self._running.release()
