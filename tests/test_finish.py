@@ -267,3 +267,27 @@ def test_a_face_smaller_than_the_networks_grid_gets_its_grain_too() -> None:
     natural(frame.unbind(-1), face, Place.of(box), Region(area, mask), lips())
     drawn = frame[60 + 48 : 60 + 56, 60 + 26 : 60 + 38].float()
     assert float(drawn.std(dim=(0, 1)).mean()) > 3
+
+
+def dark(brightest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A dark skin of levels around 40 with a patch of the brightest level beside the mouth's rows, and a drawing with teeth."""
+    frame = (scene(grain=3).float() * 0.3).to(torch.uint8)
+    frame[40:60, 60:90] = brightest
+    face = small(frame)
+    face[:, 48:54, 27:37] = 220
+    return frame, face
+
+
+def test_teeth_do_not_glow_in_a_dark_picture() -> None:
+    """Networks draw teeth as in daylight; nothing around the face is brighter than 70 levels."""
+    frame, face = dark(70)
+    ours = shown(frame, face)
+    teeth = ours[10 + 49 * 3 : 10 + 53 * 3, 20 + 29 * 3 : 20 + 35 * 3].float()
+    assert 55 < float(teeth.mean()) < 80
+    assert float((ours[112:140, 34:64].float() - frame[112:140, 34:64].float()).abs().mean()) < 1.5, "skin stays the source's"
+
+
+def test_dark_skin_in_daylight_keeps_white_teeth() -> None:
+    frame, face = dark(235)
+    teeth = shown(frame, face)[10 + 49 * 3 : 10 + 53 * 3, 20 + 29 * 3 : 20 + 35 * 3].float()
+    assert float(teeth.mean()) > 205

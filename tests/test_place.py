@@ -100,7 +100,8 @@ def test_both_geometries_see_the_same_face_on_whole_pixels() -> None:
 
 def test_parts_of_a_pixel_are_kept() -> None:
     ramp = torch.arange(0, 200)[None, :, None].expand(200, 200, 3).to(torch.uint8)
-    crops = [subpixel.crop(ramp, Place.turned(50 + shift, 50, 100 + shift, 100), 100).double().mean() for shift in (0, 0.25, 0.5, 0.75)]
+    places = [Place.turned(50 + shift, 50, 100 + shift, 100) for shift in (0, 0.25, 0.5, 0.75)]
+    crops = [subpixel.crop(ramp, place, 100).double().mean() for place in places]
     assert np.allclose(np.diff(crops), 0.25, atol=0.04)
 
 
