@@ -135,7 +135,7 @@ def test_a_header_that_states_too_few_samples_is_damage(
     whole = media(f"chunks.{kind}", *WORDS)
     assert not speech(whole, tmp_path).damaged
     (tmp_path / f"lies.{kind}").write_bytes(stated(whole.read_bytes(), chunk, layout, 16_000))
-    assert "fewer samples" in speech(tmp_path / f"lies.{kind}", tmp_path).damaged
+    assert "header states" in speech(tmp_path / f"lies.{kind}", tmp_path).damaged
 
 
 # kind -> ffmpeg's arguments; each states its length in a header
