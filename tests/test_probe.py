@@ -131,6 +131,28 @@ def test_an_animation_moves(media: Make, kind: str) -> None:
     assert len({frame.tobytes() for frame in got}) == 10
 
 
+@pytest.mark.parametrize(("kind", "stated", "shown"), [("gif", 0, 100), ("gif", 1, 100), ("gif", 2, 20), ("gif", 8, 80),
+                                                       ("apng", 0, 100), ("apng", 1, 100), ("apng", 3, 30)])
+def test_a_delay_of_10_ms_or_less_is_100_ms(media: Make, tmp_path: Path, kind: str, stated: int, shown: int) -> None:
+    """As browsers play it. `stated` is in hundredths of a second."""
+    data = bytearray(media(f"delays.{kind}", "-f", "lavfi", "-i", "testsrc2=s=64x64:r=25:d=1", "-f", kind).read_bytes())
+    for found in re.finditer(rb"\x21\xf9\x04" if kind == "gif" else b"fcTL", bytes(data)):
+        at = found.start()
+        if kind == "gif":
+            data[at + 4 : at + 6] = stated.to_bytes(2, "little")
+        else:
+            data[at + 24 : at + 28] = struct.pack(">HH", stated, 100)
+            data[at + 30 : at + 34] = struct.pack(">I", zlib.crc32(data[at : at + 30]))
+    path = tmp_path / f"delays.{kind}"
+    path.write_bytes(data)
+    assert m.probe(path, PIXELS).video
+    src = source(path, "100")
+    whole = frames(src)
+    assert abs(len(whole) - 25 * shown / 10) <= 2
+    assert len({frame.tobytes() for frame in whole[: shown // 10 - 1]}) == 1
+    np.testing.assert_array_equal(frames(src, len(whole) // 2, 3), whole[len(whole) // 2 : len(whole) // 2 + 3])
+
+
 def test_a_cut_picture_is_called_damaged(media: Make, tmp_path: Path) -> None:
     data = media("cut.png", "-f", "lavfi", "-i", "testsrc2=s=320x180", "-frames:v", "1").read_bytes()
     for kept in (100, 60):

@@ -31,6 +31,7 @@ class Opener:
     still: bool = False
     grid: int | None = None  # of a picture in tiles: which of the file's stream groups they are
     more: tuple[str, ...] = ()  # further input options
+    seekable: bool = True  # else times are known only by reading from the start
     doubt: str = ""  # what is wrong with the file where ffmpeg would not say so
 
     def options(self) -> list[str]:
@@ -41,11 +42,14 @@ class Opener:
 
 
 UNKNOWN = Opener()
-PNG, APNG = Opener("png_pipe", True), Opener("apng")
+# As browsers do: a picture that is to be shown for 10 ms or less is shown for 100 ms. ffmpeg does so for WebP by itself.
+UNHURRIED = ("-bsf:v", r"setts=duration=if(lte(DURATION*TB\,0.0101)\,0.1/TB\,DURATION):ts=if(N\,PREV_OUTPTS+PREV_OUTDURATION\,TS)")
+GIF = Opener("gif", more=UNHURRIED, seekable=False)
+PNG, APNG = Opener("png_pipe", True), Opener("apng", more=("-default_fps", "10", *UNHURRIED), seekable=False)
 PICTURES = {
     b"\x89PNG\r\n\x1a\n": PNG, b"\xff\xd8\xff": Opener("jpeg_pipe", True),
     b"II*\0": Opener("tiff_pipe", True), b"MM\0*": Opener("tiff_pipe", True),
-    b"GIF87a": Opener("gif"), b"GIF89a": Opener("gif"),
+    b"GIF87a": GIF, b"GIF89a": GIF,
 }
 UNSTATED = "the header states fewer samples than the file holds"
 JOINED = "another file is put after the first, and is not read"
