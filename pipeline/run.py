@@ -17,7 +17,7 @@ from typing import Any, get_args
 from pipeline import errors
 from pipeline.errors import JobError, Stage, StageKey
 from pipeline.film import stream
-from pipeline.film.engine import Engine, check_writable
+from pipeline.film.engine import Engine
 from pipeline.film.preview import Preview
 from pipeline.film.stream import Result
 from pipeline.film.validate import validate
@@ -47,8 +47,7 @@ class Service:
         self.downloader = Downloader(settings)
         self.samples = Downloader(settings.model_copy(update={"local_input_root": REPOSITORY / "samples"}))
         self.storage = storage_of(settings)
-        if settings.storage == "local":
-            check_writable(settings.local_storage_dir, "LOCAL_STORAGE_DIR", "every job will fail at its end")
+        self.storage.check()
         self.marker = Marker(settings)
         remove_stale()
 
@@ -94,7 +93,7 @@ class Service:
             result = stream.speak(self.engine, request, inputs, video.sha256, folder / "output.mp4", control)
             mark = self._mark(folder / "output.mp4", request, video, audio, control)
         with self._stage("upload", request, timer, control):
-            url = self.storage.upload(folder / "output.mp4", request.musetalk_job_id, control, mark.digest)
+            url = self.storage.upload(folder / "output.mp4", f"{request.musetalk_job_id}.mp4", control, digest=mark.digest)
             report = {"worker": self.settings.revision, **versions(), **self.engine.report()} if test else None
             cleanup.close()
         return self._success(request, url, result, mark, timer, memory, report)

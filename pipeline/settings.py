@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 CHILD_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES",
                    "NVIDIA_DRIVER_CAPABILITIES")
+NETWORK_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "REQUESTS_CA_BUNDLE",
+                     "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
 B2_REALMS = ("production", "staging", "dev")
 REPOSITORY = Path(__file__).resolve().parent.parent
 VOLUME = Path("/runpod-volume")  # where RunPod mounts a network volume
@@ -185,6 +187,11 @@ def find_weights(volume: Path = VOLUME) -> Path:
 def child_environment() -> dict[str, str]:
     """What child processes may know: how to find libraries and devices, no credentials."""
     return {"LANG": "C.UTF-8", **{k: os.environ[k] for k in CHILD_VARIABLES if k in os.environ}}
+
+
+def helper_environment() -> dict[str, str]:
+    """What the worker's own helper processes may know besides: the way to the network and where temporary files go."""
+    return {**child_environment(), **{k: os.environ[k] for k in (*NETWORK_VARIABLES, "TMPDIR") if k in os.environ}}
 
 
 def table() -> str:

@@ -21,7 +21,7 @@ MUSETALK = {
 }
 PIPELINE = {
     "errors": "", "settings": "", "job": "errors settings", "schema": "errors", "weights": "",
-    "media": "errors job settings", "transfer": "errors job settings", "mark": "errors job settings transfer",
+    "media": "errors job settings", "transfer": "errors job media settings", "mark": "errors job settings transfer",
     "provenance": "job mark settings",
     "film": "errors job media provenance schema settings transfer",
     "run": "errors film job provenance schema settings transfer",
@@ -29,7 +29,7 @@ PIPELINE = {
     "page": "errors film job run schema settings", "handler": "job run settings",
 }
 USES_MUSETALK = {"film", "weights"}  # schema: its options alone
-OUTSIDE = {"subprocess": "media", "requests": "transfer weights", "runpod": "handler", "b2sdk": "transfer",
+OUTSIDE = {"subprocess": "media transfer", "requests": "transfer weights", "runpod": "handler", "b2sdk": "transfer",
            "fastapi": "server", "uvicorn": "server", "c2pa": "mark provenance", "gradio": "page"}
 
 

@@ -41,21 +41,21 @@ def client(b2: fakes.B2, **changes: str) -> B2Storage:
 
 
 def test_upload_gives_the_accounts_own_url(b2: fakes.B2, movie: Path) -> None:
-    url = client(b2).upload(movie, "job-1", Control(60))
+    url = client(b2).upload(movie, "job-1.mp4", Control(60))
     assert url == f"{b2.url}/file/talking-avatar/avatar/outputs/job-1.mp4"
     with urlopen(url) as answer:
         assert answer.read() == movie.read_bytes()
 
 
 def test_prefix_and_cdn(b2: fakes.B2, movie: Path) -> None:
-    url = client(b2, B2_PREFIX="x/y", B2_PUBLIC_URL_BASE="https://cdn.example/").upload(movie, "j", Control(60))
+    url = client(b2, B2_PREFIX="x/y", B2_PUBLIC_URL_BASE="https://cdn.example/").upload(movie, "j.mp4", Control(60))
     assert url == "https://cdn.example/x/y/j.mp4"
     assert list(b2.objects) == ["x/y/j.mp4"]
 
 
 def test_the_same_job_again_is_the_same_object(b2: fakes.B2, movie: Path) -> None:
-    first = client(b2).upload(movie, "job-1", Control(60))
-    second = client(b2).upload(movie, "job-1", Control(60))  # another worker: nothing remembered
+    first = client(b2).upload(movie, "job-1.mp4", Control(60))
+    second = client(b2).upload(movie, "job-1.mp4", Control(60))  # another worker: nothing remembered
     assert first == second
     assert len(b2.objects["avatar/outputs/job-1.mp4"]) == 1
 
@@ -67,14 +67,14 @@ def test_the_same_job_again_is_the_same_object(b2: fakes.B2, movie: Path) -> Non
 ], ids=["503 twice", "429", "reset", "expired token", "checksum", "500"])
 def test_passing_faults_are_survived(b2: fakes.B2, movie: Path, faults: list[fakes.Fault]) -> None:
     b2.faults.extend(faults)
-    assert client(b2).upload(movie, "job-1", Control(60)).endswith("job-1.mp4")
+    assert client(b2).upload(movie, "job-1.mp4", Control(60)).endswith("job-1.mp4")
     assert b2.objects["avatar/outputs/job-1.mp4"][-1] == movie.read_bytes()
 
 
 def stopped_after(b2: fakes.B2, path: Path, control: Control, began: Callable[[], None]) -> tuple[JobError, float]:
     """Upload while the server hangs; `began` waits until it does and stops the job. The error, and seconds from then."""
     with ThreadPoolExecutor(1) as pool:
-        upload = pool.submit(client(b2).upload, path, "job-1", control)
+        upload = pool.submit(client(b2).upload, path, "job-1.mp4", control)
         began()
         since = time.monotonic()
         error = upload.exception(timeout=300)
@@ -134,7 +134,7 @@ def test_cancel_ends_connecting(tmp_path: Path, movie: Path) -> None:
         timer.start()
         since = time.monotonic()
         with pytest.raises(Cancelled):
-            storage.upload(movie, "job-1", control)
+            storage.upload(movie, "job-1.mp4", control)
         assert time.monotonic() - since < 6
 
 
@@ -160,9 +160,9 @@ def test_another_job_goes_on_after_a_stopped_one(b2: fakes.B2, movie: Path) -> N
     b2.hangs = "upload"
     threading.Timer(1, control.cancel).start()
     with pytest.raises(Cancelled):
-        storage.upload(movie, "job-1", control)
+        storage.upload(movie, "job-1.mp4", control)
     b2.hangs = ""
-    assert storage.upload(movie, "job-2", Control(60)).endswith("job-2.mp4")
+    assert storage.upload(movie, "job-2.mp4", Control(60)).endswith("job-2.mp4")
 
 
 @pytest.mark.parametrize("prefix", ["", "unverified:"])
@@ -172,7 +172,7 @@ def test_the_same_large_file_again_is_the_same_object(tmp_path: Path, prefix: st
     path.write_bytes(os.urandom(12_000_000))
     server = fakes.B2(part_size=5_000_000)
     try:
-        client(server).upload(path, "job-1", Control(60))
+        client(server).upload(path, "job-1.mp4", Control(60))
         assert "b2_finish_large_file" in server.calls
         name = "avatar/outputs/job-1.mp4"
         assert server.objects[name] == [path.read_bytes()]
@@ -180,7 +180,7 @@ def test_the_same_large_file_again_is_the_same_object(tmp_path: Path, prefix: st
         assert sha1 == "none"
         if prefix:
             server.stated[name] = prefix + info["large_file_sha1"], {}
-        client(server).upload(path, "job-1", Control(60))
+        client(server).upload(path, "job-1.mp4", Control(60))
         assert len(server.objects[name]) == 1
     finally:
         server.close()
@@ -193,7 +193,7 @@ def test_the_same_large_file_again_is_the_same_object(tmp_path: Path, prefix: st
 def test_refusals_are_final(b2: fakes.B2, movie: Path, fault: fakes.Fault, reason: str) -> None:
     b2.faults.extend([fault] * 10)
     with pytest.raises(StorageRejected) as e:
-        client(b2).upload(movie, "job-1", Control(60))
+        client(b2).upload(movie, "job-1.mp4", Control(60))
     assert not e.value.retryable
     assert e.value.details["reason"] == reason
 
@@ -201,7 +201,7 @@ def test_refusals_are_final(b2: fakes.B2, movie: Path, fault: fakes.Fault, reaso
 def test_wrong_key_and_missing_bucket(b2: fakes.B2, movie: Path) -> None:
     for change in ({"B2_APP_KEY": "canary-wrong-key"}, {"B2_BUCKET_NAME": "elsewhere"}):
         with pytest.raises(StorageRejected) as e:
-            client(b2, **change).upload(movie, "job-1", Control(60))
+            client(b2, **change).upload(movie, "job-1.mp4", Control(60))
         assert "canary" not in str(e.value) + str(e.value.details)
 
 
@@ -209,14 +209,14 @@ def test_wrong_key_and_missing_bucket(b2: fakes.B2, movie: Path) -> None:
 def test_a_rejected_key_is_named(b2: fakes.B2, movie: Path, code: str) -> None:
     b2.refusal = code
     with pytest.raises(StorageRejected) as e:
-        client(b2, B2_APP_KEY="canary-wrong-key").upload(movie, "job-1", Control(60))
+        client(b2, B2_APP_KEY="canary-wrong-key").upload(movie, "job-1.mp4", Control(60))
     assert "B2_KEY_ID" in e.value.message
 
 
 def test_a_key_that_may_not_write_is_named(b2: fakes.B2, movie: Path) -> None:
     b2.faults.extend([fakes.status(401, "unauthorized")] * 50)
     with pytest.raises(StorageRejected) as e:
-        client(b2).upload(movie, "job-1", Control(60))
+        client(b2).upload(movie, "job-1.mp4", Control(60))
     assert "B2_KEY_ID" in e.value.message
 
 
@@ -225,15 +225,15 @@ def test_cancel_stops_the_waiting(b2: fakes.B2, movie: Path) -> None:
     control = Control(60)
     control.cancel()
     with pytest.raises(Cancelled):
-        client(b2).upload(movie, "job-1", control)
+        client(b2).upload(movie, "job-1.mp4", control)
 
 
 def test_local_storage(tmp_path: Path, movie: Path) -> None:
-    url = LocalStorage(tmp_path / "out").upload(movie, "job-1", Control(60))
+    url = LocalStorage(tmp_path / "out").upload(movie, "job-1.mp4", Control(60))
     assert url == (tmp_path / "out" / "job-1.mp4").as_uri()
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["job-1.mp4"]
     blocked = tmp_path / "file"
     blocked.write_text("")
     with pytest.raises(JobError) as e:
-        LocalStorage(blocked).upload(movie, "job-1", Control(60))
+        LocalStorage(blocked).upload(movie, "job-1.mp4", Control(60))
     assert not e.value.retryable
