@@ -46,7 +46,7 @@ DIGEST = "content_digest"  # in an object's file info: what was signed, where si
 STARTED = "upload_started"  # in a large file's: "seconds since 1970, a random name", so that no two tries share one
 PERMANENT = (Unauthorized, AccessDenied, CapExceeded, NonExistentBucket, RestrictedBucket, NotAllowedByAppKeyError, BadRequest,
              BadFileInfo, UnusableFileName, MaxFileSizeExceeded)
-REFUSED_STATUS = re.compile(r"4\d\d ")  # how the SDK begins the text of a status that it does not know
+STATUS = re.compile(r"(\d\d\d) ")  # how the SDK begins the text of a status that it does not know
 ENDED = re.compile("no active upload", re.IGNORECASE)  # B2 on a large file that is finished or cancelled
 NO_READ = ("the key lacks readFiles: a job that is sent again is stored again, as a new version of the same file")
 NO_LIST = ("the key lacks listFiles: large files that a killed worker left unfinished are not cancelled at start; "
@@ -161,7 +161,7 @@ class Client:
         except FileNotPresent:
             return False
         except UnknownError as e:
-            if str(e).startswith("403"):  # of a HEAD there is no more to know; the upload's own refusal will say why
+            if _status(e) == 403:  # of a HEAD there is no more to know; the upload's own refusal will say why
                 return False
             raise
         if digest:
@@ -218,7 +218,13 @@ def _translated(client: Client) -> Any:
 def _is_final(e: Exception) -> bool:
     if isinstance(e, InvalidAuthToken) or (isinstance(e, BadRequest) and ENDED.search(str(e))):
         return False
-    return isinstance(e, PERMANENT) or (isinstance(e, UnknownError) and bool(REFUSED_STATUS.match(str(e))))
+    return isinstance(e, PERMANENT) or 400 <= _status(e) < 500
+
+
+def _status(e: Exception) -> int:
+    """The HTTP status that the SDK does not know; 0 of any other exception."""
+    found = STATUS.match(str(e.args[0])) if isinstance(e, UnknownError) and e.args else None
+    return int(found[1]) if found else 0
 
 
 def _text(e: Exception) -> str:

@@ -106,6 +106,10 @@ class Routes(http.server.BaseHTTPRequestHandler):
             return None
         if not self.keep():
             return self.error(400, "bad_request", "Checksum did not match data received")
+        return self.confirm()
+
+    def confirm(self) -> None:
+        """Answer that what was sent is stored."""
         if part := self.headers["X-Bz-Part-Number"]:
             return self.answer({"partNumber": int(part), "contentSha1": hashlib.sha1(self.body).hexdigest(),
                                 "contentLength": len(self.body), "fileId": self._large_id()})
