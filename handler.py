@@ -96,5 +96,10 @@ async def handler(job: dict[str, Any]) -> dict[str, Any]:
     return body
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Take jobs from the queue until the platform stops the worker."""
     runpod.serverless.start({"handler": handler})
+
+
+if __name__ == "__main__":
+    main()

@@ -26,7 +26,7 @@ from pipeline.job.control import Control
 from pipeline.job.metrics import PeakMemory, StageTimer, give_back_memory, gpu_class, versions
 from pipeline.provenance import Making, Mark, Marker
 from pipeline.schema import Failure, JobRequest, Metrics, SelfTest, StageTimes, Success, parse
-from pipeline.settings import REPOSITORY, Settings
+from pipeline.settings import Settings, asset
 from pipeline.transfer.download import Downloader, Source
 from pipeline.transfer.storage import storage_of
 
@@ -45,7 +45,7 @@ class Service:
         self.engine = Engine(settings)
         self.gpu_class = gpu_class(settings.gpu_class_name, self.engine.device.type == "cuda")
         self.downloader = Downloader(settings)
-        self.samples = Downloader(settings.model_copy(update={"local_input_root": REPOSITORY / "samples"}))
+        self.samples = Downloader(settings.model_copy(update={"local_input_root": asset("samples")}))
         self.storage = storage_of(settings)
         self.storage.check()
         self.marker = Marker(settings)

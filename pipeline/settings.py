@@ -22,7 +22,14 @@ NETWORK_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "htt
                      "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
 B2_REALMS = ("production", "staging", "dev")
 REPOSITORY = Path(__file__).resolve().parent.parent
+
 VOLUME = Path("/runpod-volume")  # where RunPod mounts a network volume
+
+
+def asset(name: str) -> Path:
+    """A file or folder that comes with the worker: in a checkout beside `pipeline`, in an installed package inside it."""
+    beside = REPOSITORY / name
+    return beside if beside.exists() else Path(__file__).resolve().parent / "assets" / name
 
 
 class BadSetting(ValueError):
@@ -34,7 +41,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
-    model_dir: Path = Field(REPOSITORY / "models" / "demo", description="folder of weights, official or converted layout, or a repository in a Hugging Face cache; on RunPod required unless they lie on its volume")
+    model_dir: Path = Field(asset("models/demo"), description="folder of weights, official or converted layout, or a repository in a Hugging Face cache; on RunPod required unless they lie on its volume")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes the GPU where there is one")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of UNet and VAE; `auto`: float16 on a GPU, bfloat16 on CPUs that have it")
     batch_size: int | None = Field(None, ge=1, le=64, description="frames generated at once, unless `params.batch_size` says otherwise; by default 8 on a CPU, on a GPU what its free memory holds, up to 16")
@@ -124,7 +131,7 @@ class Settings(BaseModel):
         has_b2 = any(values.get(n) for n in ("b2_key_id", "b2_app_key", "b2_bucket_name"))
         values.setdefault("storage", "b2" if on_runpod or has_b2 else "local")
         if not on_runpod:
-            values.setdefault("local_input_root", REPOSITORY / "samples")
+            values.setdefault("local_input_root", asset("samples"))
         elif "model_dir" not in values:
             values["model_dir"] = find_weights()
         try:
