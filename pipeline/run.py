@@ -24,7 +24,7 @@ from pipeline.film.validate import validate
 from pipeline.job import redact
 from pipeline.job.control import Control
 from pipeline.job.metrics import PeakMemory, StageTimer, give_back_memory, gpu_class, versions
-from pipeline.provenance import Making, Mark, Marker
+from pipeline.mark.marker import Making, Mark, Marker
 from pipeline.schema import Failure, JobRequest, Metrics, SelfTest, StageTimes, Success, parse
 from pipeline.settings import Settings, asset
 from pipeline.transfer.download import Downloader, Source

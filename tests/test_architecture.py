@@ -21,10 +21,10 @@ MUSETALK = {
 }
 PIPELINE = {
     "errors": "", "settings": "", "job": "errors settings", "schema": "errors", "weights": "",
-    "media": "errors job settings", "transfer": "errors job media settings", "mark": "errors job settings transfer",
-    "provenance": "job mark settings",
-    "film": "errors job media provenance schema settings transfer",
-    "run": "errors film job provenance schema settings transfer",
+    "media": "errors job settings", "transfer": "errors job media settings", "mark": "errors job media settings transfer",
+    "provenance": "mark",
+    "film": "errors job mark media schema settings transfer",
+    "run": "errors film job mark schema settings transfer",
     "server": "errors job run schema settings", "__main__": "job run schema settings",
     "page": "errors film job run schema settings", "handler": "job run settings",
 }

@@ -6,9 +6,9 @@ import contextlib
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator

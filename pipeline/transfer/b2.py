@@ -60,7 +60,7 @@ class _Session(requests.Session):
         return super().request(*args, **{**kwargs, "timeout": (CONNECT_SEC, READ_SEC)})
 
 
-class _AlreadyThere(B2HttpCallbackPreRequestException):
+class _AlreadyThere(B2HttpCallbackPreRequestException):  # type: ignore[misc]  # b2sdk has no types
     """Another worker stored the same film while this one sent it in parts."""
 
 

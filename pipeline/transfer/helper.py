@@ -59,8 +59,9 @@ class Helper:
         return self._child.poll() is None
 
     def call(self, request: dict[str, Any], control: Control, seconds: float) -> Any:
-        """The answer's value. Raises HelperFailed; TimeoutError after `seconds`, Cancelled and DeadlineExceeded: then close it."""
-        assert self._child.stdin and self._child.stdout
+        """The answer's value. Raises HelperFailed; TimeoutError after `seconds`, Cancelled, DeadlineExceeded: close it then."""
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
         limit, answer = Control(seconds), bytearray()
         waiter = select.poll()
         waiter.register(self._child.stdout, select.POLLIN)

@@ -24,15 +24,16 @@ class Failed(Exception):
         self.kind, self.message, self.details = kind, message, details
 
 
-def serve(work: Callable[[dict[str, Any]], Any], at_end: Callable[[], None] = lambda: None) -> None:
+def serve(work: Callable[[dict[str, Any]], Any], at_end: Callable[[], None] | None = None) -> None:
     """Answer requests with what `work` returns or raises, until stdin ends: the parent closed it, or is gone.
 
-    The end of stdin interrupts a request under way; `at_end` then cleans up, in the little time that the parent gives.
+    The end of stdin ends a request under way. `at_end` then cleans up, in the little time that the parent gives.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
     requests: SimpleQueue[bytes] = SimpleQueue()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # raises SystemExit in the main thread, whatever it waits for
+    if at_end is not None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # raises SystemExit in the main thread, whatever it waits for
     threading.Thread(target=_read, args=(requests,), daemon=True).start()
     try:
         while True:
@@ -40,7 +41,8 @@ def serve(work: Callable[[dict[str, Any]], Any], at_end: Callable[[], None] = la
             answers.flush()
     except SystemExit:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        at_end()
+        if at_end is not None:
+            at_end()
     except BaseException:
         traceback.print_exc()
     finally:

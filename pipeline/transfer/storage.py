@@ -74,13 +74,15 @@ class LocalStorage:
         for partial in self.folder.rglob(".*.part"):
             _remove_stale(partial)
 
-    def upload(self, path: Path, key: str, control: Control, *, content_type: str = MP4, cache_control: str | None = None,
-               digest: str = "") -> str:  # noqa: ARG002 - a folder keeps none of these
+    def upload(  # a folder keeps no type, caching or digest
+        self, path: Path, key: str, control: Control, *, content_type: str = MP4,  # noqa: ARG002
+        cache_control: str | None = None, digest: str = "",  # noqa: ARG002
+    ) -> str:
         """Copy beside the target, then rename: nobody sees half a file, and the last of several attempts stays."""
         control.check()
         parts = parts_of(key)
         try:
-            with (self._opened(parts[:-1]) as folder, _partial(folder) as (partial, target), path.open("rb") as source):
+            with self._opened(parts[:-1]) as folder, _partial(folder) as (partial, target), path.open("rb") as source:
                 while piece := source.read(COPY_BYTES):
                     control.check()
                     target.write(piece)

@@ -236,9 +236,9 @@ class Large:
 class B2:
     """Objects by name (all versions kept). `faults` are taken one for each upload, first come first served.
 
-    `broken` holds a fault for every call of a name, or of any HEAD. `capabilities` are the key's; a `restricted` key is so to
-    the bucket, one with a `name_prefix` to names. `hangs` names the call that is never answered, or "sending": an upload's body is not read. Files larger than
-    `part_size` bytes come in parts, as the account's authorisation says.
+    `broken` holds a fault for every call of a name, or of any HEAD. `hangs` names the call that is never answered, or
+    "sending": an upload's body is not read. `capabilities` are the key's; a `restricted` key is so to the bucket, one with a
+    `name_prefix` to names. Files larger than `part_size` bytes come in parts, as the account's authorisation says.
     """
 
     def __init__(self, part_size: int = 10**8) -> None:
