@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -31,6 +30,7 @@ from tests.conftest import make_media
 from tests.fakes import b2 as fakes
 from tests.fakes import tsa
 from tests.test_provenance import SAMPLES, credentials, ffmpeg, frames, making, settings
+from tests.test_storage import children
 
 Pair = tuple[Path, Path]
 
@@ -47,13 +47,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     clip = make_media(folder / "clip.mp4", "-i", str(SAMPLES / "presenter.mp4"), "-frames:v", "6", "-vf", "scale=640:360")
     speech = make_media(folder / "speech.wav", "-ss", "0.3", "-i", str(SAMPLES / "speech.wav"), "-t", "0.3")
     return {"musetalk_job_id": "signed-1", "video_url": str(clip), "audio_url": str(speech)}
-
-
-@pytest.fixture
-def b2() -> Iterator[fakes.B2]:
-    server = fakes.B2()
-    yield server
-    server.close()
 
 
 def worker(service: Service, pair: Pair | None = None, b2: fakes.B2 | None = None, **changes: str) -> Service:
@@ -275,10 +268,9 @@ def test_a_hanging_time_stamp_server_holds_no_job(film: Path, pair: Pair, how: s
 
 def left() -> tuple[set[str], int, set[str]]:
     """This process's threads but for those of the test's server, how many files it has open, and its children."""
-    children = {pid for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
     links = (os.readlink(f) for f in Path("/proc/self/fd").iterdir() if f.is_symlink())
     threads = {t.name for t in threading.enumerate() if "process_request" not in t.name}
-    return threads, len([link for link in links if "socket" not in link]), children
+    return threads, len([link for link in links if "socket" not in link]), children()
 
 
 def test_jobs_with_a_hanging_time_stamp_server_leave_nothing(film: Path, pair: Pair) -> None:

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
+import pytest
+
+from pipeline.settings import BadSetting
 from pipeline.transfer.storage import UPLOAD_SEC
 from tests.fakes import b2 as fakes
 from tests.fakes import tsa
@@ -61,6 +64,40 @@ def never_answers(w: World) -> Body:
         return w.job(w.with_b2(b2))
 
 
+def never_starts(**changes: str) -> Callable[[World], None]:
+    """What can never store anything stops the worker before it takes a job."""
+    def act(w: World) -> None:
+        with pytest.raises(BadSetting) as e:
+            w.with_b2(**changes)
+        assert "canary" not in str(e.value), "the key was said"
+    return act
+
+
+def withdrawn(w: World) -> Body:
+    """The key is deleted after the start."""
+    with closing(fakes.B2()) as b2:
+        service = w.with_b2(b2)
+        b2.faults.extend([fakes.status(401, "unauthorized")] * 50)
+        return w.job(service)
+
+
+def outage_in_parts(w: World) -> Body:
+    """Large files that were started are finished or cancelled."""
+    with closing(fakes.B2(part_size=10_000)) as b2:
+        b2.faults.extend([fakes.status(503, "service_unavailable")] * 25)
+        body = w.job(w.with_b2(b2))
+        assert b2.started > 1, "the outage is longer than the SDK's own tries"
+        assert not b2.large, "left unfinished"
+        return body
+
+
+def half_answers(w: World) -> Body:
+    """What is no answer of B2's says nothing about the film."""
+    with closing(fakes.B2()) as b2:
+        b2.faults.extend([fakes.breaks_off, fakes.page])
+        return w.job(w.with_b2(b2))
+
+
 def again(part_size: int, signed: bool = False) -> Callable[[World], None]:
     """The same job sent to a second worker after the first one's answer was lost: one object, one URL."""
     def act(w: World) -> None:
@@ -108,8 +145,11 @@ def time_stamps(answer: Callable[[tsa.Authority], Callable[[bytes], bytes]]) -> 
 
 ROWS = [
     *map(_row, FAULTS),
-    Row("storage", "wrong key", lambda w: w.job(w.with_b2(B2_APP_KEY="canary-wrong-key")), REFUSED),
-    Row("storage", "no such bucket", lambda w: w.job(w.with_b2(B2_BUCKET_NAME="elsewhere")), REFUSED),
+    Row("storage", "wrong key at the start", never_starts(B2_APP_KEY="canary-wrong-key")),
+    Row("storage", "no such bucket at the start", never_starts(B2_BUCKET_NAME="elsewhere")),
+    Row("storage", "key withdrawn while the worker runs", withdrawn, REFUSED),
+    Row("storage", "an outage while parts are sent", outage_in_parts, SUCCESS),
+    Row("storage", "half an answer, then a web page", half_answers, SUCCESS),
     Row("storage", "nobody listens", lambda w: w.job(w.with_b2(B2_REALM="http://127.0.0.1:9")), DOWN,
         limit_sec=UPLOAD_SEC + 30, aside=True),
     Row("storage", "never answers", never_answers, DOWN, limit_sec=UPLOAD_SEC + 10, aside=True),
