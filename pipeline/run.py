@@ -42,12 +42,12 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         redact.hide(*settings.secrets())
+        self.storage = storage_of(settings)
+        self.storage.check()
         self.engine = Engine(settings)
         self.gpu_class = gpu_class(settings.gpu_class_name, self.engine.device.type == "cuda")
         self.downloader = Downloader(settings)
         self.samples = Downloader(settings.model_copy(update={"local_input_root": asset("samples")}))
-        self.storage = storage_of(settings)
-        self.storage.check()
         self.marker = Marker(settings)
         remove_stale()
 

@@ -30,7 +30,8 @@ PIPELINE = {
 }
 USES_MUSETALK = {"film", "weights"}  # schema: its options alone
 OUTSIDE = {"subprocess": "media transfer", "requests": "transfer weights", "runpod": "handler", "b2sdk": "transfer",
-           "fastapi": "server", "uvicorn": "server", "c2pa": "mark provenance", "gradio": "page"}
+           "boto3": "transfer", "botocore": "transfer", "fastapi": "server", "uvicorn": "server", "c2pa": "mark provenance",
+           "gradio": "page"}
 
 
 def room_of(path: Path) -> str:

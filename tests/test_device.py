@@ -221,7 +221,7 @@ def test_a_user_who_cannot_write_the_volume_is_told_at_start(settings: Settings,
         assert os.waitpid(child, 0)[1] == 0
     user = os.getuid() or 10001
     if setting == "LOCAL_STORAGE_DIR":
-        assert said.read_text() == f"LOCAL_STORAGE_DIR={volume!r} cannot be written by user {user}: Permission denied"
+        assert said.read_text() == f"LOCAL_STORAGE_DIR={volume!r}: user {user} cannot write there: Permission denied"
         return
     line = json.loads(said.read_text())
     assert line["message"].startswith(f"{setting} cannot be written: ")

@@ -19,12 +19,12 @@ from pipeline.errors import Cancelled, DeadlineExceeded, JobError, StorageReject
 from pipeline.job.control import Control
 from pipeline.run import Service
 from pipeline.settings import BadSetting, Settings
-from pipeline.transfer.storage import B2Storage
+from pipeline.transfer.storage import BucketStorage, b2_storage
 from tests.fakes import b2 as fakes
 
 
-def client(b2: fakes.B2, **changes: str) -> B2Storage:
-    return B2Storage(Settings.from_env({**b2.environment(), **changes}))
+def client(b2: fakes.B2, **changes: str) -> BucketStorage:
+    return b2_storage(Settings.from_env({**b2.environment(), **changes}))
 
 
 def test_upload_gives_the_accounts_own_url(b2: fakes.B2, movie: Path) -> None:
@@ -119,7 +119,7 @@ def test_cancel_ends_connecting(tmp_path: Path, movie: Path) -> None:
             filler.setblocking(False)
             filler.connect_ex(full.getsockname())
         control = Control(540)
-        storage = B2Storage(Settings.from_env({"B2_KEY_ID": "i", "B2_APP_KEY": "k", "B2_BUCKET_NAME": "b",
+        storage = b2_storage(Settings.from_env({"B2_KEY_ID": "i", "B2_APP_KEY": "k", "B2_BUCKET_NAME": "b",
                                                "B2_REALM": f"http://127.0.0.1:{full.getsockname()[1]}"}))
         timer = threading.Timer(1, control.cancel)
         timer.start()
@@ -275,14 +275,14 @@ def test_what_can_never_store_is_told_at_the_start(b2: fakes.B2, change: dict[st
     for name, value in change.items():
         setattr(b2, name, value)
     with pytest.raises(BadSetting, match=said) as e:
-        B2Storage(Settings.from_env(environment)).check()
+        b2_storage(Settings.from_env(environment)).check()
     assert "canary" not in str(e.value)
 
 
 @pytest.mark.full
 def test_the_worker_starts_while_b2_is_down(movie: Path, caplog: pytest.LogCaptureFixture) -> None:
     environment = {"B2_KEY_ID": "i", "B2_APP_KEY": "k", "B2_BUCKET_NAME": "b", "B2_REALM": "http://127.0.0.1:9"}
-    B2Storage(Settings.from_env(environment)).check()
+    b2_storage(Settings.from_env(environment)).check()
     assert "could not be tried" in caplog.text
 
 

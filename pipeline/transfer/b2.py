@@ -1,4 +1,4 @@
-"""Backblaze B2 through b2sdk, as a helper process of `storage.B2Storage`: one authorised client, one request at a time.
+"""Backblaze B2 through b2sdk, as a helper process of `storage.BucketStorage`: one authorised client, one request at a time.
 
     python -m pipeline.transfer.b2        (requests at stdin, see `serve`)
 
@@ -38,23 +38,19 @@ from b2sdk.v3.exception import (
     UnusableFileName,
 )
 
-from pipeline.transfer.serve import Failed, serve
+from pipeline.transfer.bucket import ABANDONED_SEC, CONNECT_SEC, NO_LIST, NO_LOOK, READ_SEC, serve_bucket
+from pipeline.transfer.serve import Failed
 
-CONNECT_SEC, READ_SEC = 10.0, 30.0  # of one call; the SDK alone waits 128 s
-ABANDONED_SEC = 3600.0  # after which nobody works at a large file any more: an upload takes minutes
 DIGEST = "content_digest"  # in an object's file info: what was signed, where signatures make each run's bytes differ
 STARTED = "upload_started"  # in a large file's: "seconds since 1970, a random name", so that no two tries share one
 PERMANENT = (Unauthorized, AccessDenied, CapExceeded, NonExistentBucket, RestrictedBucket, NotAllowedByAppKeyError, BadRequest,
              BadFileInfo, UnusableFileName, MaxFileSizeExceeded)
 STATUS = re.compile(r"(\d\d\d) ")  # how the SDK begins the text of a status that it does not know
 ENDED = re.compile("no active upload", re.IGNORECASE)  # B2 on a large file that is finished or cancelled
-NO_READ = ("the key lacks readFiles: a job that is sent again is stored again, as a new version of the same file")
-NO_LIST = ("the key lacks listFiles: large files that a killed worker left unfinished are not cancelled at start; "
-           "give the bucket a lifecycle rule for unfinished large files")
 
 
 class _Session(requests.Session):
-    """Gives every call a time limit that the SDK's own defaults do not."""
+    """Gives every call a time limit; the SDK alone waits 128 s."""
 
     def request(self, *args: Any, **kwargs: Any) -> requests.Response:
         return super().request(*args, **{**kwargs, "timeout": (CONNECT_SEC, READ_SEC)})
@@ -127,7 +123,7 @@ class Client:
             bucket = self.bucket
             if self._may("listFiles"):
                 self._cancel_abandoned(bucket)
-        return [said for capability, said in (("readFiles", NO_READ), ("listFiles", NO_LIST)) if not self._may(capability)]
+        return [said for capability, said in (("readFiles", NO_LOOK), ("listFiles", NO_LIST)) if not self._may(capability)]
 
     def upload(self, path: str, key: str, content_type: str, cache_control: str | None, digest: str) -> str:
         """One try to store a file; returns its URL. Raises Failed."""
@@ -241,24 +237,5 @@ def _retry_after(e: Exception) -> float:
         return 0.0
 
 
-class Work:
-    """What this process does, for `serve`."""
-
-    def __init__(self) -> None:
-        self._client: Client | None = None
-
-    def __call__(self, request: dict[str, Any]) -> Any:
-        if self._client is None or self._client.account != request["account"]:
-            self._client = Client(request["account"])
-        return self._client.upload(**request["upload"]) if "upload" in request else self._client.check()
-
-    def end(self) -> None:
-        """Leave no large file behind, if B2 answers in time."""
-        if self._client is not None:
-            with contextlib.suppress(Exception):
-                self._client.cancel_open()
-
-
 if __name__ == "__main__":
-    work = Work()
-    serve(work, work.end)
+    serve_bucket(Client)

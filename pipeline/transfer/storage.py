@@ -1,4 +1,4 @@
-"""File -> URL: Backblaze B2, or a local folder. Uploading the same job twice gives one object and one URL."""
+"""File -> URL: Backblaze B2, an S3 bucket or a local folder. Uploading the same job twice gives one object and one URL."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ class LocalStorage:
             with self._opened([]) as folder, _partial(folder):
                 pass
         except OSError as e:
-            raise BadSetting(f"LOCAL_STORAGE_DIR={str(self.folder)!r} cannot be written by user {os.getuid()}: {e.strerror}"
-                             ) from e
+            raise BadSetting(f"LOCAL_STORAGE_DIR={str(self.folder)!r}: user {os.getuid()} cannot write there: "
+                             f"{e.strerror}") from e
         for partial in self.folder.rglob(".*.part"):
             _remove_stale(partial)
 
@@ -132,32 +132,30 @@ def _remove_stale(partial: Path) -> None:
             partial.unlink()
 
 
-class B2Storage:
-    """A B2 bucket. The SDK runs in a helper process, which stays authorised from one upload to the next."""
+class BucketStorage:
+    """A bucket. Its SDK runs in a helper process, which keeps its connection from one upload to the next."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.prefix = settings.b2_prefix.strip("/")
-        self._helpers = Helpers("pipeline.transfer.b2")
-        self._account = {"key_id": settings.b2_key_id, "app_key": settings.b2_app_key, "realm": settings.b2_realm,
-                         "bucket": settings.b2_bucket_name, "prefix": f"{self.prefix}/".lstrip("/")}
+    def __init__(self, module: str, account: dict[str, str | None], prefix: str, public_url_base: str | None) -> None:
+        """`module` is the helper's (see `bucket`), `account` what it needs to know; `account["names"]` the settings' names."""
+        self.prefix, self.base = prefix.strip("/"), public_url_base
+        self._helpers, self._bucket, self._names = Helpers(module), account["bucket"], account["names"]
+        self._account = {**account, "prefix": f"{self.prefix}/".lstrip("/")}
 
     def check(self) -> None:
-        """Try credentials, bucket and capabilities; a B2 that cannot be reached is a warning, since it may come back."""
+        """Try credentials, bucket and permissions; a storage that cannot be reached is a warning, since it may come back."""
         try:
             for said in self._helpers.call({"account": self._account}, Control(CHECK_SEC), CHECK_SEC):
-                log.warning("B2: %s", said)
+                log.warning("storage: %s", said)
         except HelperFailed as e:
             if e.kind == "rejected":
-                raise BadSetting(f"B2_KEY_ID, B2_APP_KEY, B2_BUCKET_NAME={self.settings.b2_bucket_name!r}: nothing can be "
-                                 f"stored: {e.message}") from e
-            log.warning("B2 could not be tried: %s", e.message)
+                raise BadSetting(f"{self._names}: nothing can be stored in the bucket {self._bucket!r}: {e.message}") from e
+            log.warning("the storage could not be tried: %s", e.message)
         except (TimeoutError, DeadlineExceeded):
-            log.warning("B2 could not be tried: no answer within %g s", CHECK_SEC)
+            log.warning("the storage could not be tried: no answer within %g s", CHECK_SEC)
 
     def upload(self, path: Path, key: str, control: Control, *, content_type: str = MP4, cache_control: str | None = None,
                digest: str = "") -> str:
-        """Upload with waits between tries until it is there, B2 refuses for good, or UPLOAD_SEC or the job is over."""
+        """Upload with waits between tries until it is there, it is refused for good, or UPLOAD_SEC or the job is over."""
         control.check()
         name = "/".join([*([self.prefix] if self.prefix else []), *parts_of(key)])
         limit = Control(min(UPLOAD_SEC, control.remaining))
@@ -166,12 +164,11 @@ class B2Storage:
         tries = Retrying(sleep=control.sleep, retry=retry_if_exception_type(StorageUnavailable), wait=_wait, reraise=True,
                          stop=stop_before_delay(limit.limit))
         url: str = tries(self._try, wanted, control, limit)
-        base = self.settings.b2_public_url_base
-        return f"{base.rstrip('/')}/{quote(name)}" if base else url
+        return f"{self.base.rstrip('/')}/{quote(name)}" if self.base else url
 
     def _try(self, wanted: dict[str, Any], control: Control, limit: Control) -> str:
         """One try; its failure translated."""
-        where: dict[str, Any] = {"stage": "upload", "bucket": self.settings.b2_bucket_name, "file_name": wanted["key"]}
+        where: dict[str, Any] = {"stage": "upload", "bucket": self._bucket, "file_name": wanted["key"]}
         try:
             return str(self._helpers.call({"account": self._account, "upload": wanted}, control, limit.remaining))
         except HelperFailed as e:
@@ -181,6 +178,21 @@ class B2Storage:
             raise StorageUnavailable(f"Upload failed: {e.message}", reason=reason, **where) from e
         except TimeoutError as e:
             raise StorageUnavailable(f"Upload failed: {e}", reason="TimeoutError", **where) from e
+
+
+def b2_storage(settings: Settings) -> BucketStorage:
+    """Backblaze B2 through its native API."""
+    account = {"key_id": settings.b2_key_id, "app_key": settings.b2_app_key, "realm": settings.b2_realm,
+               "bucket": settings.b2_bucket_name, "names": "B2_KEY_ID, B2_APP_KEY, B2_BUCKET_NAME"}
+    return BucketStorage("pipeline.transfer.b2", account, settings.b2_prefix, settings.b2_public_url_base)
+
+
+def s3_storage(settings: Settings) -> BucketStorage:
+    """Any storage that speaks S3."""
+    account = {"key_id": settings.s3_access_key_id, "app_key": settings.s3_secret_access_key, "bucket": settings.s3_bucket,
+               "endpoint": settings.s3_endpoint_url, "region": settings.s3_region,
+               "names": "S3_ACCESS_KEY_ID, S3_SECRET_ACCESS_KEY, S3_BUCKET"}
+    return BucketStorage("pipeline.transfer.s3", account, settings.s3_prefix, settings.s3_public_url_base)
 
 
 def _wait(state: RetryCallState) -> float:
@@ -193,4 +205,6 @@ def _wait(state: RetryCallState) -> float:
 
 def storage_of(settings: Settings) -> Storage:
     """The storage the settings name."""
-    return B2Storage(settings) if settings.storage == "b2" else LocalStorage(settings.local_storage_dir)
+    if settings.storage == "local":
+        return LocalStorage(settings.local_storage_dir)
+    return b2_storage(settings) if settings.storage == "b2" else s3_storage(settings)
