@@ -27,6 +27,7 @@ UPLOAD_SEC = 120.0  # of one upload with all its tries
 CHECK_SEC = 15.0  # to try the storage at start
 COPY_BYTES = 4 << 20
 STALE_SEC = 60.0  # after which a partial file that nobody holds is a dead worker's
+PARTIAL = ".musetalk-{}.part"  # names of files that are being written
 MP4 = "video/mp4"
 
 
@@ -71,8 +72,9 @@ class LocalStorage:
         except OSError as e:
             raise BadSetting(f"LOCAL_STORAGE_DIR={str(self.folder)!r}: user {os.getuid()} cannot write there: "
                              f"{e.strerror}") from e
-        for partial in self.folder.rglob(".*.part"):
-            _remove_stale(partial)
+        for place in ("", "*/"):  # no deeper: the folder may hold much that is not ours
+            for partial in self.folder.glob(f"{place}{PARTIAL.format('*')}"):
+                _remove_stale(partial)
 
     def upload(  # a folder keeps no type, caching or digest
         self, path: Path, key: str, control: Control, *, content_type: str = MP4,  # noqa: ARG002
@@ -112,7 +114,7 @@ class LocalStorage:
 @contextlib.contextmanager
 def _partial(folder: int) -> Iterator[tuple[str, IO[bytes]]]:
     """A new file in a folder, its name and itself, locked while it is written; what has not been renamed is removed."""
-    name = f".{secrets.token_hex(16)}.part"
+    name = PARTIAL.format(secrets.token_hex(16))
     descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
     try:
         with os.fdopen(descriptor, "wb") as file:
