@@ -68,7 +68,8 @@ def test_no_key_leaves_the_folder(tmp_path: Path, movie: Path, key: str) -> None
 
 def test_what_dead_workers_left_is_removed_at_the_start(tmp_path: Path, movie: Path) -> None:
     LocalStorage(tmp_path).upload(movie, "job-1/seg.mp4", Control(60))
-    for name in (".musetalk-old.part", ".musetalk-busy.part", ".musetalk-new.part", "job-1/.musetalk-old.part", ".foreign.part"):
+    for name in (".musetalk-old.part", ".musetalk-busy.part", ".musetalk-new.part", "job-1/.musetalk-old.part",
+                 ".foreign.part"):
         (tmp_path / name).write_bytes(b"half")
         if "new" not in name:
             os.utime(tmp_path / name, (1, 1))
