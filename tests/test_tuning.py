@@ -118,7 +118,10 @@ def accelerator_error(code: int) -> torch.AcceleratorError:
     return error
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), accelerator_error(tuning.OUT_OF_MEMORY)])
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"), accelerator_error(tuning.OUT_OF_MEMORY),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED")])
 def test_memory_that_another_thread_held_costs_nothing(
     nets: checkpoints.Networks, error: BaseException
 ) -> None:
@@ -194,6 +197,9 @@ class Graph:
         """Nothing was captured."""
 
 
+RECORD_CUDA = tuning.record_cuda  # as it is without the fake device
+
+
 @pytest.fixture
 def flags() -> Iterator[None]:
     """The process's flags as they were."""
@@ -213,6 +219,7 @@ def test_the_flags_under_which_is_recorded() -> None:
     torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     with cuda.device(), pytest.MonkeyPatch.context() as patch:
         device = Device(patch)
+        patch.setattr(tuning, "record_cuda", RECORD_CUDA)
         patch.setattr(generate, "faces", lambda *_: device.work())
         LipSync.load(DEMO, "cuda").tune(4, TOKENS)
     assert [f[0] for f in device.flags] == (["aside"] * tuning.ROUNDS + ["capture"]) * 2 * len((4, 1))
