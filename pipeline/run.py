@@ -16,14 +16,14 @@ from typing import Any, get_args
 from pipeline import errors
 from pipeline.errors import JobError, Stage, StageKey
 from pipeline.film import stream
-from pipeline.film.engine import Engine, check_writable
+from pipeline.film.engine import Engine
 from pipeline.film.preview import Preview
 from pipeline.film.stream import Result
 from pipeline.film.validate import validate
 from pipeline.job import redact
 from pipeline.job.control import Control
 from pipeline.job.metrics import PeakMemory, StageTimer, give_back_memory, gpu_class, versions
-from pipeline.provenance import Making, Mark, Marker
+from pipeline.mark.marker import Making, Mark, Marker
 from pipeline.schema import Failure, JobRequest, Metrics, SelfTest, StageTimes, Success, parse
 from pipeline.settings import Settings, asset
 from pipeline.transfer.download import Downloader, Source
@@ -41,13 +41,12 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         redact.hide(*settings.secrets())
+        self.storage = storage_of(settings)
+        self.storage.check()
         self.engine = Engine(settings)
         self.gpu_class = gpu_class(settings.gpu_class_name, self.engine.device.type == "cuda")
         self.downloader = Downloader(settings)
         self.samples = Downloader(settings.model_copy(update={"local_input_root": asset("samples")}))
-        self.storage = storage_of(settings)
-        if settings.storage == "local":
-            check_writable(settings.local_storage_dir, "LOCAL_STORAGE_DIR", "every job will fail at its end")
         self.marker = Marker(settings)
         remove_stale()
 
@@ -96,7 +95,7 @@ class Service:
                                   use_cache=test is None)  # a self-test runs every network, and leaves nothing behind
             mark = self._mark(folder / "output.mp4", request, video, audio, control)
         with self._stage("upload", request, timer, control):
-            url = self.storage.upload(folder / "output.mp4", request.musetalk_job_id, control, mark.digest)
+            url = self.storage.upload(folder / "output.mp4", f"{request.musetalk_job_id}.mp4", control, digest=mark.digest)
             report = {"worker": self.settings.revision, **versions(), **self.engine.report()} if test else None
             cleanup.close()
         return self._success(request, url, result, mark, timer, memory, report)

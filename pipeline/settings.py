@@ -18,6 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 CHILD_VARIABLES = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES",
                    "NVIDIA_DRIVER_CAPABILITIES")
+NETWORK_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "REQUESTS_CA_BUNDLE",
+                     "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
+AWS_NAMES = {"AWS_DEFAULT_REGION": "s3_region", "AWS_REGION": "s3_region", "AWS_ENDPOINT_URL_S3": "s3_endpoint_url",
+             "AWS_ACCESS_KEY_ID": "s3_access_key_id", "AWS_SECRET_ACCESS_KEY": "s3_secret_access_key"}
 B2_REALMS = ("production", "staging", "dev")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -44,7 +48,7 @@ class Settings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="of UNet and VAE; `auto`: float16 on a GPU, bfloat16 on CPUs that have it")
     batch_size: int | None = Field(None, ge=1, le=64, description="frames generated at once, unless `params.batch_size` says otherwise; by default 8 on a CPU, on a GPU what its memory holds, up to 16")
     quality: Literal["exact", "fast"] = Field("exact", description="`fast` takes the tiny decoder, unless `params.quality` says otherwise")
-    storage: Literal["b2", "local"] = Field("local", description="where results go; `local` is the default only off RunPod with no B2 variable set")
+    storage: Literal["b2", "s3", "local"] = Field("local", description="where results go; `local` is the default only off RunPod with no variable of B2 or S3 set")
     local_storage_dir: Path = Field(Path("outputs"), description="folder for `local`")
     b2_key_id: str | None = Field(None, description="Backblaze B2 application key id")
     b2_app_key: str | None = Field(None, description="Backblaze B2 application key")
@@ -52,6 +56,13 @@ class Settings(BaseModel):
     b2_prefix: str = Field("avatar/outputs", description="folder in the bucket")
     b2_realm: str = Field("production", description="B2 realm, or the URL of another native-API server")
     b2_public_url_base: str | None = Field(None, description="CDN base in front of the bucket")
+    s3_bucket: str | None = Field(None, description="bucket for results in a storage that speaks S3 (AWS, R2, MinIO, ...)")
+    s3_endpoint_url: str | None = Field(None, description="its address; by default AWS in `S3_REGION`. Also `AWS_ENDPOINT_URL_S3`")
+    s3_region: str | None = Field(None, description="region; `auto` for R2. Also `AWS_REGION`, `AWS_DEFAULT_REGION`")
+    s3_prefix: str = Field("avatar/outputs", description="folder in the bucket")
+    s3_access_key_id: str | None = Field(None, description="access key id. Also `AWS_ACCESS_KEY_ID`")
+    s3_secret_access_key: str | None = Field(None, description="its secret. Also `AWS_SECRET_ACCESS_KEY`")
+    s3_public_url_base: str | None = Field(None, description="CDN base in front of the bucket, or its public address")
     ai_label: Literal["on", "off"] = Field("on", description="mark every film as made with generative models (IPTC metadata); `off` for operators who mark downstream")
     c2pa_cert: str | None = Field(None, description="certificate chain that signs content credentials, leaf first: PEM text or path")
     c2pa_key: str | None = Field(None, description="its private key: PEM text or path")
@@ -96,7 +107,7 @@ class Settings(BaseModel):
     def _realm(cls, value: str) -> str:
         return value if value in B2_REALMS else _web_address(value, f"{', '.join(B2_REALMS)} or an http(s) URL")
 
-    @field_validator("b2_public_url_base", "c2pa_tsa_url")
+    @field_validator("b2_public_url_base", "s3_public_url_base", "s3_endpoint_url", "c2pa_tsa_url")
     @classmethod
     def _address(cls, value: str | None) -> str | None:
         return value if value is None else _web_address(value, "an http(s) URL")
@@ -117,7 +128,7 @@ class Settings(BaseModel):
     @classmethod
     def for_shell(cls, **changes: str) -> Settings:
         """For a person at a shell: nothing is uploaded, so what is set for RunPod and B2 does not matter."""
-        ignored = ("RUNPOD_", "B2_", "STORAGE")
+        ignored = ("RUNPOD_", "B2_", "S3_", "STORAGE")
         return cls.from_env({**{k: v for k, v in os.environ.items() if not k.startswith(ignored)}, **changes})
 
     @classmethod
@@ -127,7 +138,9 @@ class Settings(BaseModel):
         on_runpod = bool(env.get("RUNPOD_ENDPOINT_ID") or env.get("RUNPOD_POD_ID"))
         values: dict[str, Any] = {n: env[n.upper()] for n in cls.model_fields if env.get(n.upper(), "") != ""}
         has_b2 = any(values.get(n) for n in ("b2_key_id", "b2_app_key", "b2_bucket_name"))
-        values.setdefault("storage", "b2" if on_runpod or has_b2 else "local")
+        values.setdefault("storage", "b2" if has_b2 else "s3" if "s3_bucket" in values else "b2" if on_runpod else "local")
+        if values["storage"] == "s3":
+            values = {n: env[v] for v, n in AWS_NAMES.items() if env.get(v)} | values
         if not on_runpod:
             values.setdefault("local_input_root", asset("samples"))
         elif "model_dir" not in values:
@@ -155,15 +168,19 @@ class Settings(BaseModel):
 
     def secrets(self) -> tuple[str | None, ...]:
         """The values that must never be said."""
-        return self.b2_key_id, self.b2_app_key, self.c2pa_key if self.c2pa_key and "-----BEGIN" in self.c2pa_key else None
+        return self.b2_key_id, self.b2_app_key, self.s3_access_key_id, self.s3_secret_access_key, self.c2pa_key if self.c2pa_key and "-----BEGIN" in self.c2pa_key else None
 
     def _check_storage(self, on_runpod: bool) -> None:
         if self.storage == "local":
             return
-        missing = [n.upper() for n in ("b2_key_id", "b2_app_key", "b2_bucket_name") if not getattr(self, n)]
+        needed = {"b2": ("b2_key_id", "b2_app_key", "b2_bucket_name"),
+                  "s3": ("s3_bucket", "s3_access_key_id", "s3_secret_access_key")}[self.storage]
+        missing = [n.upper() for n in needed if not getattr(self, n)]
+        if self.storage == "s3" and not (self.s3_endpoint_url or self.s3_region):
+            missing.append("S3_REGION or S3_ENDPOINT_URL")
         if missing:
             where = " (a result must not stay on a machine that vanishes)" if on_runpod else ""
-            raise BadSetting(f"{', '.join(missing)} not set: storage is b2{where}; set them, or STORAGE=local")
+            raise BadSetting(f"{', '.join(missing)} not set: storage is {self.storage}{where}; set them, or STORAGE=local")
 
 
 def _web_address(value: str, accepted: str) -> str:
@@ -192,6 +209,11 @@ def find_weights(volume: Path = VOLUME) -> Path:
 def child_environment() -> dict[str, str]:
     """What child processes may know: how to find libraries and devices, no credentials."""
     return {"LANG": "C.UTF-8", **{k: os.environ[k] for k in CHILD_VARIABLES if k in os.environ}}
+
+
+def helper_environment() -> dict[str, str]:
+    """What the worker's own helper processes may know besides: the way to the network and where temporary files go."""
+    return {**child_environment(), **{k: os.environ[k] for k in (*NETWORK_VARIABLES, "TMPDIR") if k in os.environ}}
 
 
 def table() -> str:

@@ -22,16 +22,17 @@ MUSETALK = {
 }
 PIPELINE = {
     "errors": "", "settings": "", "job": "errors settings", "schema": "errors", "weights": "",
-    "media": "errors job settings", "transfer": "errors job settings", "mark": "errors job settings transfer",
-    "provenance": "job mark settings",
-    "film": "errors job media provenance schema settings transfer",
-    "run": "errors film job provenance schema settings transfer",
+    "media": "errors job settings", "transfer": "errors job media settings", "mark": "errors job media settings transfer",
+    "provenance": "mark",
+    "film": "errors job mark media schema settings transfer",
+    "run": "errors film job mark schema settings transfer",
     "server": "errors job run schema settings", "__main__": "job run schema settings",
     "page": "errors film job run schema settings", "handler": "job run settings",
 }
 USES_MUSETALK = {"film", "weights"}  # schema: its options alone
-OUTSIDE = {"subprocess": "media", "requests": "transfer weights", "runpod": "handler", "b2sdk": "transfer",
-           "fastapi": "server", "uvicorn": "server", "c2pa": "mark provenance", "gradio": "page"}
+OUTSIDE = {"subprocess": "media transfer", "requests": "transfer weights", "runpod": "handler", "b2sdk": "transfer",
+           "boto3": "transfer", "botocore": "transfer", "fastapi": "server", "uvicorn": "server", "c2pa": "mark provenance",
+           "gradio": "page"}
 
 
 def room_of(path: Path) -> str:

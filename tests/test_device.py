@@ -30,7 +30,7 @@ from pipeline.film import engine
 from pipeline.job import logs
 from pipeline.media import encoder
 from pipeline.run import Service
-from pipeline.settings import Settings
+from pipeline.settings import BadSetting, Settings
 from tests.conftest import encoded
 from tests.fakes import cuda
 from tests.fakes.b2 import B2
@@ -191,14 +191,18 @@ def test_a_cache_that_cannot_be_written_is_said_at_start(
         assert len([r for r in caplog.records if "CACHE_DIR" in r.message]) == said
 
 
-@pytest.mark.parametrize(("setting", "storage", "cache"), [("CACHE_DIR", "b2", 1), ("LOCAL_STORAGE_DIR", "local", 0)])
-def test_a_user_who_cannot_write_the_volume_is_told_at_start(
-    settings: Settings, tmp_path: Path, setting: str, storage: str, cache: int
-) -> None:
-    """The image's user and a volume of another's, in a process that really has that user's rights."""
+@pytest.mark.parametrize("setting", ["CACHE_DIR", "LOCAL_STORAGE_DIR"])
+def test_a_user_who_cannot_write_the_volume_is_told_at_start(settings: Settings, tmp_path: Path, setting: str) -> None:
+    """The image's user and a volume of another's, in a process that really has that user's rights.
+
+    Without a cache the worker works; without a folder for results every job would be for nothing, so it does not start.
+    """
     said = tmp_path / "said"
-    with tempfile.TemporaryDirectory() as volume:  # not under tmp_path, which no other user may enter
+    # not under tmp_path, which no other user may enter
+    with tempfile.TemporaryDirectory() as volume, tempfile.TemporaryDirectory() as open_to_all:
         Path(volume).chmod(0o555)
+        Path(open_to_all).chmod(0o777)
+        folders = {"cache_dir": Path(open_to_all), "local_storage_dir": Path(open_to_all), setting.lower(): Path(volume)}
         child = os.fork()
         if child == 0:  # ends without pytest's own clean-up
             try:
@@ -208,15 +212,21 @@ def test_a_user_who_cannot_write_the_volume_is_told_at_start(
                         os.setresgid(10001, 10001, 10001)
                         os.setresuid(10001, 10001, 10001)
                     logs.setup("INFO")
-                    Service(settings.model_copy(
-                        update={"storage": storage, "cache_max_gb": cache, setting.lower(): Path(volume)}))
+                    try:
+                        Service(settings.model_copy(update=folders))
+                    except BadSetting as e:
+                        sys.stderr.write(str(e))
             finally:
                 os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
+    user = os.getuid() or 10001
+    if setting == "LOCAL_STORAGE_DIR":
+        assert said.read_text() == f"LOCAL_STORAGE_DIR={volume!r}: user {user} cannot write there: Permission denied"
+        return
     line = json.loads(said.read_text())
     assert line["message"].startswith(f"{setting} cannot be written: ")
     assert (line["folder"], line["reason"]) == (volume, "Permission denied")
-    assert line["uid"] == (os.getuid() or 10001)
+    assert line["uid"] == user
 
 
 @pytest.mark.full

@@ -29,8 +29,8 @@ from pipeline.film.runner import ROOM, Buffers, Stage, Together
 from pipeline.film.stages import Decode, Encode, Pixels, Step
 from pipeline.film.validate import Inputs
 from pipeline.job.control import Control
+from pipeline.mark.marker import tags
 from pipeline.media import FrameSource, MediaInfo, Mp4Writer, plan
-from pipeline.provenance import tags
 from pipeline.schema import JobRequest
 from pipeline.transfer.interruptible import leaving
 

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,12 @@ def ffmpeg() -> str:
     return imageio_ffmpeg.get_ffmpeg_exe()
 
 
-def spawn(command: Sequence[str], memory: int | None, **pipes: Any) -> subprocess.Popen[bytes]:
+def spawn(
+    command: Sequence[str], memory: int | None, environment: Mapping[str, str] | None = None, **pipes: Any
+) -> subprocess.Popen[bytes]:
     """Start a child in a process group of its own, with at most `memory` bytes of address space if given."""
-    child = subprocess.Popen(list(command), env=child_environment(), start_new_session=True, bufsize=0, **pipes)
+    child = subprocess.Popen(list(command), env=child_environment() if environment is None else environment,
+                             start_new_session=True, bufsize=0, **pipes)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if memory is not None:
             resource.prlimit(child.pid, resource.RLIMIT_AS, (memory, memory))
