@@ -25,12 +25,12 @@ PIPELINE = {
     "provenance": "job mark settings",
     "film": "errors job media provenance schema settings transfer",
     "run": "errors film job provenance schema settings transfer",
-    "server": "errors job run schema settings", "__main__": "job run schema settings",
+    "http": "errors job run settings", "server": "errors http job run schema settings", "__main__": "job run schema settings",
     "page": "errors film job run schema settings", "handler": "job run settings",
 }
 USES_MUSETALK = {"film", "weights"}  # schema: its options alone
 OUTSIDE = {"subprocess": "media", "requests": "transfer weights", "runpod": "handler", "b2sdk": "transfer",
-           "fastapi": "server", "uvicorn": "server", "c2pa": "mark provenance", "gradio": "page"}
+           "fastapi": "http server", "uvicorn": "http server", "c2pa": "mark provenance", "gradio": "page"}
 
 
 def room_of(path: Path) -> str:

@@ -21,7 +21,7 @@ import requests
 import torch
 
 from examples import orchestrator
-from pipeline.server import BODY_SEC, HEAD_SEC
+from pipeline.http.protocol import BODY_SEC, HEAD_SEC
 from pipeline.settings import REPOSITORY
 from tests.conftest import DEMO
 from tests.fakes.sources import Sources

@@ -72,6 +72,8 @@ class Engine:
         if folder is not None:
             check_writable(folder, "CACHE_DIR", "avatars are kept in memory alone")
         self.lost = False  # the GPU is gone: every later job fails at once
+        self.warm = False  # the warm-up has succeeded
+        self.failed: str | None = None  # why it failed: no job is run
         self.batch_size = settings.batch_size or 8  # known once the weights lie on the device
         self._streams: dict[str, torch.cuda.Stream] = {}
         self._lipsync: LipSync | None = None
@@ -80,8 +82,8 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        """Whether a job could run at once."""
-        return self._lipsync is not None and not self.lost
+        """Whether a job could run at once: loaded and warmed up."""
+        return self.warm and not self.lost
 
     def load(self) -> LipSync:
         """Load the weights, once. Raises NoDevice where the GPU that is asked for cannot be used, ModelBroken where the
@@ -110,11 +112,18 @@ class Engine:
         return numerics(self.device, self.load().nets.dtype)
 
     def warm_up(self) -> None:
-        """A job without sound and file, so that the first one finds every network's kernels loaded and memory laid out.
+        """Load, and run a job without sound and file: the first one finds every kernel loaded and memory laid out.
 
-        On a GPU this records the generator, too.
+        On a GPU this records the generator, too. What it raises stays in `failed`.
         """
-        lipsync = self.load()
+        try:
+            self._warm_up(self.load())
+            self.warm = True
+        except Exception as e:
+            self.failed = e.message if isinstance(e, JobError) else f"{type(e).__name__}: {e}"
+            raise
+
+    def _warm_up(self, lipsync: LipSync) -> None:
         options = Options.for_version(lipsync.nets.version, batch_size=self.batch_size)
         with self.job(), self.beside("generate"):
             prompts = lipsync.prompts(np.zeros(int(16000 * self.batch_size / FPS), np.float32), FPS, options)

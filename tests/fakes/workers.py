@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import requests
 
@@ -51,6 +53,24 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def started(folder: Path, descriptors: int | None = None, **changes: str) -> subprocess.Popen[bytes]:
+    """`python -m pipeline.server` with its own folders; it logs into `folder`/log."""
+    environment = {
+        "PATH": os.environ["PATH"], "MODEL_DIR": str(DEMO), "STORAGE": "local", "TMPDIR": str(folder),
+        "LOCAL_STORAGE_DIR": str(folder / "outputs"), "CACHE_DIR": str(folder / "cache"),
+        "DOWNLOAD_ALLOW_HOSTS": "127.0.0.0/8", **changes,
+    }
+    limit = ["prlimit", f"--nofile={descriptors}"] if descriptors else []
+    with (folder / "log").open("w") as log:
+        return subprocess.Popen([*limit, sys.executable, "-m", "pipeline.server"], cwd=REPOSITORY, env=environment,
+                                stdout=subprocess.DEVNULL, stderr=log)
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """The lines that a door has logged so far."""
+    return [json.loads(line) for line in (folder / "log").read_text().splitlines() if line.startswith("{")]
+
+
 @contextlib.contextmanager
 def serving(folder: Path, **changes: str) -> Iterator[str]:
     """`python -m pipeline.server` as a process; yields its base URL once /ping says ready."""
@@ -59,21 +79,17 @@ def serving(folder: Path, **changes: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def door(folder: Path, **changes: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def door(folder: Path, descriptors: int | None = None, **changes: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """The same with the process."""
-    port = free_port()
-    environment = {
-        "PATH": os.environ["PATH"], "MODEL_DIR": str(DEMO), "PORT": str(port), "STORAGE": "local", "TMPDIR": str(folder),
-        "LOCAL_STORAGE_DIR": str(folder / "outputs"), "CACHE_DIR": str(folder / "cache"),
-        "DOWNLOAD_ALLOW_HOSTS": "127.0.0.0/8", **changes,
-    }
-    process = subprocess.Popen([sys.executable, "-m", "pipeline.server"], cwd=REPOSITORY, env=environment,
-                               stdout=subprocess.DEVNULL, stderr=(folder / "log").open("w"))
+    port = changes.setdefault("PORT", str(free_port()))
+    process = started(folder, descriptors, **changes)
     base = f"http://127.0.0.1:{port}"
     try:
         seen = set()
         for _ in range(600):
-            with contextlib.suppress(requests.ConnectionError):
+            if port == "0" and (said := [line["port"] for line in logged(folder) if line["message"] == "listening"]):
+                base = f"http://127.0.0.1:{said[0]}"
+            with contextlib.suppress(requests.ConnectionError, requests.exceptions.InvalidURL):
                 seen.add(requests.get(f"{base}/ping", timeout=5).status_code)
             if 200 in seen:
                 break
