@@ -33,7 +33,7 @@ class Guard:
         host = headers.get("host", "")
         if self.on_loopback and host and not is_loopback(_hostname(host)):  # a name that was made to mean this machine
             raise _refused(403, "Host", f"Host {host[:200]!r}: this worker listens on loopback and answers to localhost, "
-                           "127.0.0.1 and [::1] alone; let a proxy send one of them, or set HOST to an address that others reach")
+                           "127.0.0.1 and [::1] alone; let a proxy send one of them, or set HOST to another address")
         if request.method != "POST":
             return
         origin = headers.get("origin")
