@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import email.utils
 import fcntl
 import json
 import os
@@ -86,13 +85,10 @@ def again(error: BaseException) -> bool:
 
 
 def pause(state: RetryCallState) -> float:
-    """Seconds until the next try: what the server asks for (Retry-After, in seconds or as a date), else ever longer."""
+    """Seconds until the next try: what the server asks for (Retry-After), else ever longer."""
     response = getattr(state.outcome and state.outcome.exception(), "response", None)
     asked = response.headers.get("Retry-After", "") if response is not None else ""
-    seconds = float(asked) if asked.isdecimal() else None
-    with contextlib.suppress(ValueError):
-        seconds = seconds if seconds is not None else email.utils.parsedate_to_datetime(asked).timestamp() - time.time()
-    return wait_exponential(max=15)(state) if seconds is None else min(max(seconds, 0), LONGEST_PAUSE_SEC)
+    return min(float(asked), LONGEST_PAUSE_SEC) if asked.isdecimal() else wait_exponential(max=15)(state)
 
 
 CALL = Retrying(retry=retry_if_exception(again), stop=stop_after_delay(PATIENCE_SEC), wait=pause, reraise=True)
