@@ -7,7 +7,6 @@ import concurrent.futures
 import contextlib
 import json
 import re
-import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -16,14 +15,13 @@ from typing import Any
 
 import pytest
 import requests
-import torch
 
 from pipeline.http.protocol import BACKLOG, JOB_DESCRIPTORS
 from pipeline.job import health
 from pipeline.server import UNFIT_SEC
-from tests.conftest import DEMO, SAMPLES
+from tests.conftest import SAMPLES
 from tests.fakes.sources import Sources
-from tests.fakes.workers import door, free_port, logged, serving, started
+from tests.fakes.workers import broken_weights, door, free_port, logged, serving, started
 from tests.test_server import job, wait_for
 
 FAILURE = ["status", "error_type", "error_message", "stage", "details", "retryable", "stage_times"]
@@ -224,16 +222,6 @@ def test_health_is_asked_where_the_door_is_bound(tmp_path: Path) -> None:
 
 
 # -- a model that does not work ---------------------------------------------------------------------------------------
-
-
-def broken_weights(folder: Path) -> Path:
-    """Weights that load and compute nothing that is a number."""
-    shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("manifest.json"))
-    unet = folder / "musetalkV15" / "unet.pth"
-    state = torch.load(unet, weights_only=True)
-    torch.save({name: torch.full_like(value, float("nan")) if name == "conv_out.bias" else value
-                for name, value in state.items()}, unet)
-    return folder
 
 
 def test_a_worker_that_fails_its_warm_up_runs_no_job(tmp_path: Path, samples_url: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
+import torch
 
 from pipeline.settings import REPOSITORY
 from tests.conftest import DEMO
@@ -25,13 +27,14 @@ from tests.fakes.platform import Platform
 class QueueWorker:
     """handler.py talking to the fakes."""
 
-    def __init__(self, platform: Platform, b2: B2, folder: Path, command: tuple[str, ...] = ("handler.py",)) -> None:
+    def __init__(self, platform: Platform, b2: B2, folder: Path, command: tuple[str, ...] = ("handler.py",),
+                 **changes: str) -> None:
         self.platform, self.b2 = platform, b2
         self.log = (folder / "log").open("w+")
         environment = {
             "PATH": os.environ["PATH"], "HOME": str(folder), "TMPDIR": str(folder), "MODEL_DIR": str(DEMO),
             "DOWNLOAD_ALLOW_HOSTS": "127.0.0.0/8", "CACHE_DIR": str(folder / "cache"), **platform.environment,
-            **b2.environment(),
+            **b2.environment(), **changes,
         }
         self.process = subprocess.Popen([sys.executable, *command], cwd=REPOSITORY, env=environment,
                                         stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -45,6 +48,16 @@ class QueueWorker:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self.log.close()
+
+
+def broken_weights(folder: Path) -> Path:
+    """Weights that load and compute nothing that is a number."""
+    shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("manifest.json"))
+    unet = folder / "musetalkV15" / "unet.pth"
+    state = torch.load(unet, weights_only=True)
+    torch.save({name: torch.full_like(value, float("nan")) if name == "conv_out.bias" else value
+                for name, value in state.items()}, unet)
+    return folder
 
 
 def free_port() -> int:
