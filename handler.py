@@ -72,7 +72,7 @@ def answer(body: dict[str, Any]) -> dict[str, Any]:
     if body["status"] == "failed":
         keys = ("error_type", "stage", "error_message", "retryable")
         body = {**body, "error": json.dumps({k: body[k] for k in keys}, allow_nan=False)}
-        if service.engine.lost:
+        if service.unfit:
             body["refresh_worker"] = True
     return json.loads(json.dumps(body, allow_nan=False))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pipeline import errors
-from pipeline.errors import JobError, Stage, StageKey
+from pipeline.errors import JobError, Stage, StageKey, Unfit
 from pipeline.film import stream
 from pipeline.film.engine import Engine
 from pipeline.film.preview import Preview
@@ -50,6 +50,14 @@ class Service:
         self.marker = Marker(settings)
         remove_stale()
 
+    @property
+    def unfit(self) -> str | None:
+        """Why this worker can run no job until it is replaced; None while it can."""
+        if self.engine.failed is not None:
+            reason = redact.text(self.engine.failed).partition("\n")[0]
+            return f"this worker cannot run the model, and is being replaced: {reason}"
+        return "this worker's GPU is lost; it is being replaced" if self.engine.lost else None
+
     def run_job(
         self, job_input: Any, *, job_id: str | None = None, control: Control | None = None, preview: bool = False,
     ) -> dict[str, Any]:
@@ -58,6 +66,8 @@ class Service:
         control = control or Control(self.settings.job_deadline_sec)
         with redact.job():
             try:
+                if self.unfit:
+                    raise Unfit(self.unfit, stage="inference")
                 with contextlib.ExitStack() as cleanup:
                     return self._story(job_input, job_id, timer, control, preview, cleanup)
             except Exception as e:

@@ -26,6 +26,7 @@ B2_REALMS = ("production", "staging", "dev")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 VOLUME = Path("/runpod-volume")  # where RunPod mounts a network volume
+RUNPOD_REQUEST_SEC = 320  # its load balancer cuts a request after 330 s; a job that is ended needs some to stop and to answer
 
 
 def asset(name: str) -> Path:
@@ -74,6 +75,7 @@ class Settings(BaseModel):
     cache_dir: Path = Field(Path(tempfile.gettempdir()) / "musetalk-cache", description="avatar cache; a RunPod volume makes it shared and lasting")
     cache_max_gb: float = Field(10, ge=0, description="size of the avatar cache; 0 switches it off")
     job_deadline_sec: float = Field(540, gt=0, description="whole job; below RunPod's 600 s so that the failure body still gets out")
+    request_limit_sec: float | None = Field(None, gt=0, description="after so many seconds the HTTP door ends a request's job, waiting included, and refuses what could only be late; on RunPod 320 by default, since its load balancer cuts a request at 330")
     max_download_mb: float = Field(512, gt=0, description="largest input file")
     max_video_sec: float = Field(600, gt=0, description="longest clip")
     max_audio_sec: float = Field(600, gt=0, description="longest speech")
@@ -143,8 +145,10 @@ class Settings(BaseModel):
             values = {n: env[v] for v, n in AWS_NAMES.items() if env.get(v)} | values
         if not on_runpod:
             values.setdefault("local_input_root", asset("samples"))
-        elif "model_dir" not in values:
-            values["model_dir"] = find_weights()
+        else:
+            values.setdefault("request_limit_sec", RUNPOD_REQUEST_SEC)
+            if "model_dir" not in values:
+                values["model_dir"] = find_weights()
         try:
             settings = cls(**values)
         except ValidationError as e:

@@ -26,13 +26,14 @@ PIPELINE = {
     "provenance": "mark",
     "film": "errors job mark media schema settings transfer",
     "run": "errors film job mark schema settings transfer",
-    "server": "errors job run schema settings", "__main__": "job run schema settings",
+    "http": "errors job run settings", "server": "errors http job run schema settings",
+    "__main__": "job run schema settings",
     "page": "errors film job run schema settings", "handler": "job run settings",
 }
 USES_MUSETALK = {"film", "weights"}  # schema: its options alone
 OUTSIDE = {"subprocess": "media transfer", "requests": "transfer weights", "runpod": "handler", "b2sdk": "transfer",
-           "boto3": "transfer", "botocore": "transfer", "fastapi": "server", "uvicorn": "server", "c2pa": "mark provenance",
-           "gradio": "page"}
+           "boto3": "transfer", "botocore": "transfer", "fastapi": "http server", "uvicorn": "http server",
+           "c2pa": "mark provenance", "gradio": "page"}
 
 
 def room_of(path: Path) -> str:

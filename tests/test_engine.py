@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -257,14 +258,13 @@ def test_a_stopped_job_stops_no_other_that_shares_its_networks(
     speech, other = media("minute.wav", "-f", "lavfi", "-i", "sine=200:d=60"), Service(settings)
     other.engine._lipsync = service.engine.load()
     control = Control(120, lambda stage, share: control.cancel() if stage == "inference" and share > 0 else None)
-    bodies: list[dict[str, Any]] = []
-    stopped = threading.Thread(target=lambda: bodies.append(other.run_job(
-        {"musetalk_job_id": "s", "video_url": str(SAMPLES / "presenter.mp4"), "audio_url": str(speech)}, control=control)))
-    stopped.start()
-    while stopped.is_alive():  # a job at every moment of the other one's end
-        output(run(service, short_clip, short_speech, params={"seed": time.monotonic_ns() % 10**9}))
-    stopped.join()
-    assert bodies[0]["error_message"] == "the job was cancelled"
+    request = {"musetalk_job_id": "s", "video_url": str(SAMPLES / "presenter.mp4"), "audio_url": str(speech)}
+    with ThreadPoolExecutor(1) as pool:
+        stopped = pool.submit(other.run_job, request, control=control)
+        while not stopped.done():  # a job at every moment of the other one's end
+            output(run(service, short_clip, short_speech, params={"seed": time.monotonic_ns() % 10**9}))
+    body = stopped.result()
+    assert (body["status"], body["stage"], body["error_message"]) == ("failed", "inference", "the job was cancelled")
 
 
 def test_a_job_that_waits_for_its_turn_can_be_cancelled(service: Service, short_clip: Path, short_speech: Path) -> None:
