@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from musetalk import Avatar, LipSync, NoFace, Options
-from musetalk.steps import RGB, Frame, Speaker, State, blend, frames_to_read, generate, prepare
+from musetalk.steps import GROUP, HELD, RGB, Frame, Speaker, State, blend, follow, frames_to_read, generate, prepare
 from pipeline.media import ffmpeg
 from pipeline.run import Service
 
@@ -84,3 +85,18 @@ def test_no_face_is_said_of_the_frames_that_are_used(lipsync: LipSync, clip: lis
     for avatar in (Avatar.new(), lipsync.prepare(nobody, OPTIONS)):
         with pytest.raises(NoFace, match=f"none of its {OUTPUTS} frames"):
             streamed(lipsync, nobody, [speaker(lipsync, 1, avatar)])
+
+
+def test_preparing_holds_no_more_frames_than_it_says(lipsync: LipSync, clip: list[torch.Tensor]) -> None:
+    """A film has so many buffers: with fewer it would stand still."""
+    taken, most = 0, 0
+
+    def frames() -> Iterator[Frame]:
+        nonlocal taken
+        for i, picture in enumerate([*clip, *clip[::-1]]):
+            taken += 1
+            yield Frame(i, i, picture, RGB)
+
+    for handed_on, _ in enumerate(follow(frames(), Avatar.new(), OPTIONS, State.of(lipsync.nets))):
+        most = max(most, taken - handed_on)
+    assert GROUP < most <= HELD
