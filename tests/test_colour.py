@@ -1,4 +1,4 @@
-"""Colours as they are meant: transparency over black, HDR in BT.2408's light, every matrix, the same from every still format."""
+"""Colours as they are meant: transparency over black, HDR in BT.2408's light, every matrix, all formats of stills."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tests.test_media import PIXELS, Make, frames, source
 # red, its right half transparent
 HALF = "color=black:s=320x180:r=25:d=0.12,format=rgba,geq=r=200:g=50:b=50:a='255*lt(X,160)+127*between(X,160,199)'"
 CLEAR = {
-    "clear.png": (), "clear.webp": ("-c:v", "libwebp", "-lossless", "1"), "clear.tiff": (), "clear.gif": ("-vf", "split[a][b],[a]palettegen[p],[b][p]paletteuse"),
+    "clear.png": (), "clear.webp": ("-c:v", "libwebp", "-lossless", "1"), "clear.tiff": (),
+    "clear.gif": ("-vf", "split[a][b],[a]palettegen[p],[b][p]paletteuse"),
     "moving.webp": ("-c:v", "libwebp_anim", "-lossless", "1"), "moving.apng": (),
     "clear.mov": ("-c:v", "prores_ks", "-profile:v", "4444", "-pix_fmt", "yuva444p10le"), "rle.mov": ("-c:v", "qtrle"),
     "vp9.webm": ("-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p", "-cpu-used", "8"),
@@ -56,7 +57,8 @@ TO_HDR = "zscale=tin=bt709:pin=bt709:min=bt709:rin=limited:t={}:p=bt2020:m=bt202
 def test_hdr_made_from_sdr_comes_back_as_it_was(media: Make, picture: str, transfer: str, primaries: str) -> None:
     """BT.2408: SDR's white is 203 cd/m2, which is PQ 58 % and HLG 75 %."""
     sdr = media(f"{picture}.mkv", *SDR[picture], "-pix_fmt", "yuv420p", "-c:v", "ffv1")
-    colours = f"{TO_HDR.format(transfer)}" + (",setparams=color_primaries=unknown:colorspace=unknown" if primaries == "untagged" else "")
+    untag = ",setparams=color_primaries=unknown:colorspace=unknown" if primaries == "untagged" else ""
+    colours = TO_HDR.format(transfer) + untag
     hdr = media(f"{picture} {transfer} {primaries}.mkv", "-i", str(sdr), "-vf", colours, "-c:v", "ffv1")
     src = source(hdr)
     assert src.info.picture.color_primaries == ("unknown" if primaries == "untagged" else "bt2020")
@@ -72,8 +74,9 @@ def test_highlights_are_compressed_not_cut(media: Make, transfer: str, level: fl
     """Reference white, what is twice and what is four times as bright, are three levels, all within BT.709's range."""
     steps = {"smpte2084": (level, 0.652, 0.724), "arib-std-b67": (level, 0.868, 0.984)}[transfer]
     signal = "+".join(f"{64 + 876 * s:.0f}*between(X,{x},{x + 99})" for s, x in zip(steps, (0, 100, 200), strict=True))
-    path = media(f"steps {transfer}.mkv", "-f", "lavfi", "-i", f"color=black:s=300x180:d=0.04,format=yuv420p10le,geq=lum='{signal}'"
-                 f":cb=512:cr=512,setparams=color_trc={transfer}:color_primaries=bt2020:colorspace=bt2020nc:range=tv", "-c:v", "ffv1")
+    tags = f"setparams=color_trc={transfer}:color_primaries=bt2020:colorspace=bt2020nc:range=tv"
+    path = media(f"steps {transfer}.mkv", "-f", "lavfi", "-i", "color=black:s=300x180:d=0.04,format=yuv420p10le,"
+                 f"geq=lum='{signal}':cb=512:cr=512,{tags}", "-c:v", "ffv1")
     luma, chroma = planes(frames(source(path))[0], 300)
     levels = [int(luma[90, x]) for x in (50, 150, 250)]
     assert 220 <= levels[0] < levels[1] < levels[2] <= 236, levels
@@ -142,8 +145,9 @@ def test_stills_of_the_same_pixels_are_the_same_frame(media: Make) -> None:
 
 def test_a_part_of_another_shape_keeps_its_own(media: Make, tmp_path: Path) -> None:
     """All parts show a circle, which stays round; those that are not as wide as the first lie between bars."""
-    parts = [media(f"{size}.ts", "-f", "lavfi", "-i", f"color=white:s={size}:r=25:d=0.4,geq=lum='235-200*lt(hypot(X-W/2,Y-H/2),min(W,H)/3)'"
-                   ":cb=128:cr=128", "-c:v", "libx264", "-output_ts_offset", offset)
+    circle = "geq=lum='235-200*lt(hypot(X-W/2,Y-H/2),min(W,H)/3)':cb=128:cr=128"
+    parts = [media(f"circle {size}.ts", "-f", "lavfi", "-i", f"color=white:s={size}:r=25:d=0.4,{circle}", "-c:v", "libx264",
+                   "-output_ts_offset", offset)
              for size, offset in (("320x180", "0"), ("180x180", "0.4"), ("640x360", "0.8"), ("180x320", "1.2"))]
     both = tmp_path / "both.ts"
     both.write_bytes(b"".join(part.read_bytes() for part in parts))
@@ -158,3 +162,42 @@ def test_a_part_of_another_shape_keeps_its_own(media: Make, tmp_path: Path) -> N
     assert got[-3][:, :100].max() < 30, "the last is upright"
 
 
+
+
+def cmyk_jpeg(blocks: np.ndarray) -> bytes:
+    """A JPEG of flat blocks of 8 x 8 pixels as print shops make it: stored values (H, W, 4), 255 is no ink."""
+    def segment(kind: int, *parts: bytes) -> bytes:
+        body = b"".join(parts)
+        return bytes([255, kind]) + (len(body) + 2).to_bytes(2) + body
+
+    bits, last = [], [0] * 4
+    for row in blocks.reshape(-1, 4).tolist():
+        for i, value in enumerate(row):
+            step = 8 * (value - 128) - last[i]
+            last[i] += step
+            size = abs(step).bit_length()
+            bits.append(f"{size:04b}" + (f"{step if step > 0 else step + (1 << size) - 1:0{size}b}" if size else "") + "0")
+    text = "".join(bits)
+    text += "1" * (-len(text) % 8)
+    height, width = (8 * n for n in blocks.shape[:2])
+    return b"".join([
+        b"\xff\xd8", segment(0xEE, b"Adobe\0\x64\0\0\0\0\0"), segment(0xDB, b"\0", b"\1" * 64),
+        segment(0xC0, b"\x08", height.to_bytes(2), width.to_bytes(2), b"\4", *(bytes([i, 0x11, 0]) for i in range(1, 5))),
+        segment(0xC4, b"\0", bytes([0, 0, 0, 12, *[0] * 12]), bytes(range(12))),
+        segment(0xC4, b"\x10", bytes([1, *[0] * 15]), b"\0"),
+        segment(0xDA, b"\4", *(bytes([i, 0]) for i in range(1, 5)), b"\0\x3f\0"),
+        int(text, 2).to_bytes(len(text) // 8).replace(b"\xff", b"\xff\0"), b"\xff\xd9"])
+
+
+def test_cmyk_is_within_a_level(tmp_path: Path) -> None:
+    """As far as the decoder lets it: white is white, the mean is right."""
+    stored = np.random.default_rng(0).integers(0, 256, (24, 40, 4))
+    stored[0] = 255
+    (tmp_path / "print.jpg").write_bytes(cmyk_jpeg(stored))
+    luma, _ = planes(frames(source(tmp_path / "print.jpg"))[0], 320, 192)
+    rgb = stored[..., :3] * stored[..., 3:] / 255
+    want = 16 + 219 / 255 * (rgb @ [0.2126, 0.7152, 0.0722])
+    off = luma[4::8, 4::8] - want
+    assert luma[4, 4] == 235
+    assert abs(off.mean()) < 0.3
+    assert np.abs(off).max() < 1.6

@@ -369,10 +369,11 @@ def test_a_child_that_is_waited_for_ends_with_its_job(stop: str) -> None:
     assert time.monotonic() - began < 5
 
 
-@pytest.mark.parametrize(("size", "codec"), [((640, 360), "nvenc"), ((145, 4096), "nvenc"), (None, "nvenc"), ((144, 360), "x264"),
-                                             ((640, 100), "x264"), ((4098, 360), "x264")])
-def test_the_encoder_is_one_that_takes_the_films_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int] | None,
-                                                      codec: str) -> None:
+@pytest.mark.parametrize(("size", "codec"), [((640, 360), "nvenc"), ((145, 4096), "nvenc"), (None, "nvenc"),
+                                             ((144, 360), "x264"), ((640, 100), "x264"), ((4098, 360), "x264")])
+def test_the_encoder_is_one_that_takes_the_films_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int] | None, codec: str
+) -> None:
     """With an ffmpeg whose NVENC works: a script that says so, since no machine of the tests has one."""
     (tmp_path / "ffmpeg").write_text(f"#!/bin/sh\necho trial >> {tmp_path}/trials\n")
     (tmp_path / "ffmpeg").chmod(0o755)

@@ -64,7 +64,8 @@ class Mp4Writer(Child):
             child.ffmpeg(), "-nostdin", "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "yuv420p",
             "-s", f"{source.width}x{source.height}", "-r", f"{source.fps.numerator}/{source.fps.denominator}", "-i", "pipe:0",
             "-f", "wav", "-i", f"file:{speech.path}", "-map", "0:v", "-map", "1:a", "-map_metadata", "-1", *tags,
-            *(encoder or video_encoder(size=(source.width, source.height))), *colour_tags(source.info.picture), "-pix_fmt", "yuv420p",
+            *(encoder or video_encoder(size=(source.width, source.height))), *colour_tags(source.info.picture),
+            "-pix_fmt", "yuv420p",
             "-af", f"atrim=end={seconds:.6f}", "-c:a", "aac", "-b:a", "160k", "-movflags", "+faststart", "-f", "mp4",
             f"file:{path}",
         ]

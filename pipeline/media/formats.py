@@ -43,7 +43,8 @@ class Opener:
 
 UNKNOWN = Opener()
 # As browsers do: a picture that is to be shown for 10 ms or less is shown for 100 ms. ffmpeg does so for WebP by itself.
-UNHURRIED = ("-bsf:v", r"setts=duration=if(lte(DURATION*TB\,0.0101)\,0.1/TB\,DURATION):ts=if(N\,PREV_OUTPTS+PREV_OUTDURATION\,TS)")
+UNHURRIED = ("-bsf:v", r"setts=duration=if(lte(DURATION*TB\,0.0101)\,0.1/TB\,DURATION)"
+                       r":ts=if(N\,PREV_OUTPTS+PREV_OUTDURATION\,TS)")
 GIF = Opener("gif", more=UNHURRIED, seekable=False)
 PNG, APNG = Opener("png_pipe", True), Opener("apng", more=("-default_fps", "10", *UNHURRIED), seekable=False)
 PICTURES = {

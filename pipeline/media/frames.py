@@ -28,6 +28,9 @@ CONSTANT_LUMINANCE = ("bt2020c", "chroma-derived-c")
 CAMERA_CURVE = "format=gbrp16le,lutrgb=" + ":".join(
     f"{colour}='st(0,pow(val/maxval,2.4));maxval*if(lt(ld(0),0.018054),4.5*ld(0),1.099297*pow(ld(0),0.45)-0.099297)'"
     for colour in "rgb")
+# ffmpeg's JPEG decoder makes RGB of CMYK in an alpha format, and cuts off fractions: its white is 254, its mean half a level
+# too dark. This brings white to 255 and the mean to nothing; a level up or down stays, since the fractions are gone.
+WHITE_OF_CMYK = "lutrgb=" + ":".join(f"{colour}=round(val*255/254)" for colour in "rgb")
 # HDR to BT.709 in light, where 1 is BT.2408's reference white: 203 cd/m2, PQ 58 %, HLG 75 %, and SDR's 100 %. Light up to
 # 0.8 stays what it is; from there on highlights up to 1000 cd/m2 are compressed, by the same factor for red, green and blue.
 WHITE, KNEE, PEAK = 203, 0.8, 1000
@@ -75,7 +78,7 @@ class FrameSource:
         rate = ["settb=1/1000000", *([ONWARD] if video.joined else []), "setpts=PTS+7",
                 f"fps={a}/{b}:start_time={float(origin):.6f}"]
         chain = [*(["bwdif=deint=interlaced"] if video.interlaced else []), *([] if info.opener.still else rate),
-                 *_known_matrix(video), _fit(video), *([OVER_BLACK] if video.has_alpha else []), "setsar=1", *self.filters,
+                 *_known_matrix(video), _fit(video), *_over_black(info), "setsar=1", *self.filters,
                  *_colour(video), "format=yuv420p"]
         # `_fit` takes any size that a picture on the way has; for that the graph is not made anew: the rate filter would
         # count from its origin
@@ -99,6 +102,13 @@ def _fit(video: VideoInfo) -> str:
     w, h = video.width, video.height
     same = f"lt(min(abs({h}*{SHAPE}-{w}),abs({w}/{SHAPE}-{h})),1)"
     return FIT.format(w=w, h=h, same=same, shape=SHAPE)
+
+
+def _over_black(info: MediaInfo) -> list[str]:
+    """Filters that put what may be transparent over black."""
+    if info.opener.demuxer == "jpeg_pipe" and info.picture.pix_fmt == "gbrap":
+        return [WHITE_OF_CMYK]
+    return [OVER_BLACK] if info.picture.has_alpha else []
 
 
 def _known_matrix(video: VideoInfo) -> list[str]:
@@ -139,7 +149,8 @@ class FrameReader(Child):
     @property
     def damaged(self) -> str:
         """What is wrong with the clip as far as it was read; empty when nothing is."""
-        return child.about_file(self.log(), self._source.info.path) or (f"the decoder ended with status {self._status}" if self._status else "")
+        ended = f"the decoder ended with status {self._status}" if self._status else ""
+        return child.about_file(self.log(), self._source.info.path) or ended
 
     def read_into(self, buffer: NDArray[np.uint8]) -> bool:
         """Fill `buffer` with the next frame; False at the end of what can be decoded, or once aborted.

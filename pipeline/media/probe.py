@@ -159,9 +159,9 @@ def _with_picture(info: MediaInfo, stream: Stream, max_pixels: int, check: Calla
     """Decode the stream's first picture and describe it; `undecodable` says why there is none."""
     nonce = secrets.token_hex(16)
     _, _, log = child.run([
-        child.ffmpeg(), "-hide_banner", "-nostdin", "-nostats", *guarded(info.path, max_pixels, info.opener), "-an", "-sn", "-dn",
-        *filtered(f"0:{stream.index}", info.opener, f"showinfo@{nonce}=checksum=0"), "-map_metadata", "-1", "-map_chapters", "-1",
-        "-frames:v", "1", "-f", "null", "-"], child.PROBE_SEC, check=check)
+        child.ffmpeg(), "-hide_banner", "-nostdin", "-nostats", *guarded(info.path, max_pixels, info.opener),
+        *filtered(f"0:{stream.index}", info.opener, f"showinfo@{nonce}=checksum=0"), "-an", "-sn", "-dn",
+        "-map_metadata", "-1", "-map_chapters", "-1", "-frames:v", "1", "-f", "null", "-"], child.PROBE_SEC, check=check)
     if _too_many_pixels(log):
         raise BadMedia(explain(info.path, log), ffprobe_stderr=tail(log, info.path))
     shown = [line for line in log.split("\n") if line.startswith(f"[showinfo@{nonce} @ ")]
