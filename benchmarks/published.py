@@ -38,7 +38,7 @@ from musetalk.nets.fast import fold_batch_norm
 from musetalk.nets.rtmpose import RtmPose
 from musetalk.nets.s3fd import S3fd
 from musetalk.nets.vae import Vae
-from musetalk.show.blend import parse_input
+from musetalk.show.mask import parse_input
 from pipeline.film.engine import Engine
 from pipeline.job.metrics import PeakMemory
 from pipeline.settings import Settings

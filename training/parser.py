@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from musetalk.nets.bisenet import BiSeNet, BiSeNetConfig
 from musetalk.pixels.resample import pillow_resize
-from musetalk.show.blend import parse_input
+from musetalk.show.mask import parse_input
 from training import common, data, render, wide
 from training.presenter import Identity, Pose, draw
 

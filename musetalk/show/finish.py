@@ -173,7 +173,7 @@ def in_range(drawing: Tensor, skin: Tensor, visible: Tensor, low: Tensor, high: 
     dark = ((DARK[1] - high[:, :1]) / (DARK[1] - DARK[0])).clamp(0, 1)
     room = (high + BRIGHTER * (high - low) - skin).clamp(min=1)
     contrast = drawing - skin
-    peak = (F.adaptive_avg_pool2d(contrast, visible.shape[-2:]) * visible).amax(dim=(2, 3), keepdim=True)
+    peak = (F.adaptive_avg_pool2d(contrast, (visible.shape[2], visible.shape[3])) * visible).amax(dim=(2, 3), keepdim=True)
     share = 1 - dark * (1 - (room / peak.clamp(min=1)).clamp(max=1))
     return torch.where(contrast > 0, skin + contrast * share, drawing)
 
