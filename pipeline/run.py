@@ -17,7 +17,7 @@ from typing import Any, get_args
 from pipeline import errors
 from pipeline.errors import JobError, Stage, StageKey
 from pipeline.film import stream
-from pipeline.film.engine import Engine, check_writable
+from pipeline.film.engine import Engine
 from pipeline.film.preview import Preview
 from pipeline.film.stream import Result
 from pipeline.film.validate import validate
@@ -42,13 +42,12 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         redact.hide(*settings.secrets())
+        settings.check_local_storage()
         self.engine = Engine(settings)
         self.gpu_class = gpu_class(settings.gpu_class_name, self.engine.device.type == "cuda")
         self.downloader = Downloader(settings)
         self.samples = Downloader(settings.model_copy(update={"local_input_root": REPOSITORY / "samples"}))
         self.storage = storage_of(settings)
-        if settings.storage == "local":
-            check_writable(settings.local_storage_dir, "LOCAL_STORAGE_DIR", "every job will fail at its end")
         self.marker = Marker(settings)
         remove_stale()
 

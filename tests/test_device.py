@@ -30,7 +30,7 @@ from pipeline.film import engine
 from pipeline.job import logs
 from pipeline.media import encoder
 from pipeline.run import Service
-from pipeline.settings import Settings
+from pipeline.settings import BadSetting, Settings
 from tests.conftest import encoded
 from tests.fakes import cuda
 from tests.fakes.b2 import B2
@@ -195,7 +195,10 @@ def test_a_cache_that_cannot_be_written_is_said_at_start(
 def test_a_user_who_cannot_write_the_volume_is_told_at_start(
     settings: Settings, tmp_path: Path, setting: str, storage: str, cache: int
 ) -> None:
-    """The image's user and a volume of another's, in a process that really has that user's rights."""
+    """The image's user and a volume of another's, in a process that really has that user's rights.
+
+    Without the cache a worker does its jobs; one that cannot store a result does not start.
+    """
     said = tmp_path / "said"
     with tempfile.TemporaryDirectory() as volume:  # not under tmp_path, which no other user may enter
         Path(volume).chmod(0o555)
@@ -210,9 +213,15 @@ def test_a_user_who_cannot_write_the_volume_is_told_at_start(
                     logs.setup("INFO")
                     Service(settings.model_copy(
                         update={"storage": storage, "cache_max_gb": cache, setting.lower(): Path(volume)}))
+            except BadSetting as e:
+                said.write_text(str(e))
             finally:
                 os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
+    if setting == "LOCAL_STORAGE_DIR":
+        assert said.read_text() == (f"LOCAL_STORAGE_DIR='{volume}': user {os.getuid() or 10001} cannot write there: Permission "
+                                    "denied (folder for `local`)")
+        return
     line = json.loads(said.read_text())
     assert line["message"].startswith(f"{setting} cannot be written: ")
     assert (line["folder"], line["reason"]) == (volume, "Permission denied")
