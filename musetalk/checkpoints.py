@@ -11,7 +11,8 @@ Official layout, relative to the weights' folder; a file of the converted form (
     taesd/diffusion_pytorch_model.safetensors, or taesd/taesd_decoder.pth     [config.json]
 
 The configs in brackets exist only for networks of another size than the published ones. Without `taesd/` there is no fast
-lane; all else is needed. `manifest.json`, where there is one, lists every file's size and sha256 and is checked on load.
+lane; all else is needed. `manifest.json`, where there is one, lists every file's size and sha256 and is checked on load;
+without one, torch's zip files are checked by the CRCs in them, which takes a third of the time (1.5 GB/s a core).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import json
 import pickle
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -355,9 +357,11 @@ def write_manifest(folder: Path, version: str) -> None:
 def verify(folder: Path) -> str:
     """Check every file against the manifest; returns the identity of the weights.
 
-    Without a manifest the identity comes from names, sizes and the ends of the files, and nothing is checked.
+    Without a manifest the identity comes from names, sizes and the ends of the files, and only archives are checked.
     """
     if not (folder / MANIFEST).is_file():
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(check_archive, (folder / name for name in used_files(folder, version_of(folder)))))
         return _fingerprint(folder)
     try:
         listed = json.loads((folder / MANIFEST).read_text())["files"]
@@ -377,6 +381,23 @@ def verify(folder: Path) -> str:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(check, wanted.items()))
     return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
+
+
+def check_archive(path: Path) -> None:
+    """Compare the entries of a torch zip file with their CRCs, which torch.load does not look at; raises BadCheckpoint.
+
+    Files of other formats have none, nor has a file that torch was told to write without.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            stated = any(entry.CRC for entry in archive.infolist())
+            wrong = archive.testzip() if stated else None
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, OSError, EOFError, ValueError) as e:
+        raise bad(path, f"damaged or not a weight file ({type(e).__name__}, {path.stat().st_size} bytes)") from e
+    if wrong:
+        raise bad(path, f"damaged: its entry {wrong} does not match the CRC beside it")
 
 
 def _fingerprint(folder: Path) -> str:

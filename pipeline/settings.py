@@ -168,7 +168,7 @@ class Settings(BaseModel):
             name = str(first["loc"][0])
             raise BadSetting(f"{name.upper()}={_shown(name, str(values.get(name)))}: {first['msg'].removeprefix('Value error, ')} ({cls.model_fields[name].description})") from None
         if not os.path.isdir(settings.model_dir):
-            raise BadSetting(f"MODEL_DIR={str(settings.model_dir)!r}: no such folder "
+            raise BadSetting(f"MODEL_DIR={_shown('model_dir', str(settings.model_dir))}: no such folder "
                              f"({cls.model_fields['model_dir'].description})")
         settings._on_runpod = on_runpod
         settings._check_storage(on_runpod)
