@@ -43,6 +43,7 @@ from musetalk.nets.tiny import Tiny, TinyConfig
 from musetalk.nets.unet import UNet, UNetConfig
 from musetalk.nets.vae import Vae, VaeConfig
 from musetalk.nets.whisper import WhisperConfig, WhisperEncoder
+from musetalk.tensor_pickle import TensorPickle
 
 State = dict[str, Tensor]
 Net = TypeVar("Net", bound=nn.Module)
@@ -147,43 +148,6 @@ class Networks:
 # -- reading files ---------------------------------------------------------------------------------------------------
 
 
-class _Inert(dict[Any, Any]):
-    """Stands in for every class a checkpoint's pickle names beside tensors: accepts anything, does nothing."""
-
-    def __init__(self, *_args: object, **_kwargs: object) -> None:
-        super().__init__()
-
-    def __setstate__(self, _state: object) -> None:
-        return
-
-    append = extend = __setstate__  # of lists
-
-
-_HARMLESS = {("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_parameter")}
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    """Builds tensors and containers only; every other class becomes inert, so nothing of the file is executed."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _HARMLESS or (module == "torch" and name.endswith("Storage")):
-            return super().find_class(module, name)
-        return _Inert
-
-
-class _TensorPickle:
-    """What torch.load asks of a pickle module: it uses `Unpickler` for zip files and `load` for the older ones."""
-
-    __name__ = "tensor_pickle"
-    Unpickler = _TensorUnpickler
-    UnpicklingError = pickle.UnpicklingError
-
-    @staticmethod
-    def load(file: Any, **options: Any) -> Any:
-        """One pickle, with harmless classes only."""
-        return _TensorUnpickler(file, **options).load()
-
-
 def read_state(path: Path) -> Mapping[str, Any]:
     """All entries of a weight file, memory-mapped where the format allows; raises BadCheckpoint.
 
@@ -209,7 +173,7 @@ def _read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError:
-        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=False, pickle_module=_TensorPickle())
+        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=False, pickle_module=TensorPickle())
 
 
 def find(folder: Path, names: tuple[str, ...]) -> Path | None:

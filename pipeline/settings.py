@@ -107,7 +107,7 @@ class Settings(BaseModel):
     def _object_names(cls, value: str) -> str:
         """Names as B2 takes them, in URLs that no client rewrites; the result has no slash at its ends."""
         value = value.strip("/")
-        if value and any(part in ("", ".", "..") for part in value.split("/")) or not value.isprintable():
+        if not value.isprintable() or (value and {"", ".", ".."}.intersection(value.split("/"))):
             raise ValueError("must be names joined by single slashes, e.g. avatar/outputs; no name may be empty, . or ..")
         if len(value.encode()) > B2_NAME_BYTES - JOB_ID_BYTES:
             raise ValueError(f"must have at most {B2_NAME_BYTES - JOB_ID_BYTES} bytes")

@@ -84,7 +84,7 @@ def test_faults(host: Sources, tmp_path: Path, path: str, error: type[JobError],
 @pytest.mark.parametrize("path", ["headers/30", "continue/0", "continue/0.3"])
 def test_a_source_that_never_comes_to_its_answer_is_at_fault(host: Sources, tmp_path: Path, path: str) -> None:
     """Each byte comes within the limit between two; the answer as a whole does not. The worker's threads end."""
-    with pytest.raises(SourceUnavailable, match="video_url: the source did not answer within 0.5 s") as e:
+    with pytest.raises(SourceUnavailable, match=r"video_url: the source did not answer within 0\.5 s") as e:
         fetch(f"{host.url}/{path}", tmp_path, Control(12), answer_sec=0.5)
     assert e.value.details["timeout_seconds"] == 0.5
     assert host.hits[f"/{path}"] == 3, "another try may succeed"

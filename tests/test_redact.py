@@ -75,7 +75,8 @@ def percent_all(secret: str, rng: random.Random) -> str:
 
 
 ENCODINGS = {
-    "plain": lambda s, r: s, "percent": lambda s, r: quote(s, safe=""), "percent, lower": lambda s, r: _lower(quote(s, safe="")),
+    "plain": lambda s, r: s, "percent": lambda s, r: quote(s, safe=""),
+    "percent, lower": lambda s, r: _lower(quote(s, safe="")),
     "percent, form": lambda s, r: quote_plus(s), "percent, path": lambda s, r: quote(s), "percent, each": percent_all,
     "percent, twice": lambda s, r: quote(quote(s, safe=""), safe=""),
     "base64": in_base64, "base64 for URLs": lambda s, r: in_base64(s, r, "urlsafe_b64encode"),
@@ -129,8 +130,8 @@ def test_secrets_that_overlap_are_all_cut(secrets: list[str], rng: random.Random
     assert shown.replace("*", "").split() == ["x", "y"], shown
 
 
-WORDS = ("frame", "12.5", "Stream #0:0:", "[mov,mp4,m4a @ 0x55]", "C:\\films", "a/b/c.mp4", "what?", "x=1", "100%", "me@host.example",
-         "(h264)", "2026-11-25T12:30:01.123Z", "it's", '"quoted"', "{'a': 1}", "80x60", "->", "https://host.example/a/b.mp4",
+WORDS = ("frame", "12.5", "Stream #0:0:", "[mov,mp4,m4a @ 0x55]", "C:\\films", "a/b/c.mp4", "what?", "x=1", "100%",
+         "me@host.example", "(h264)", "2026-11-25T12:30:01.123Z", "it's", '"quoted"', "{'a': 1}", "80x60", "->", "https://host.example/a/b.mp4",
          "why?because", "no:colon", "#3", "1/0", "é", "\\d+", "%d")
 
 
