@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import re
@@ -24,7 +25,11 @@ AWS_NAMES = {"AWS_DEFAULT_REGION": "s3_region", "AWS_REGION": "s3_region", "AWS_
              "AWS_ACCESS_KEY_ID": "s3_access_key_id", "AWS_SECRET_ACCESS_KEY": "s3_secret_access_key"}
 B2_REALMS = ("production", "staging", "dev")
 REPOSITORY = Path(__file__).resolve().parent.parent
-
+PLAIN_URL = "an http(s) URL without user name, password, query and fragment"
+WEEK_SEC = 7 * 24 * 3600
+B2_NAME_BYTES = 1024  # of an object's name: prefix, job id and .mp4
+JOB_ID_BYTES = 128 + len("/.mp4")
+_HOST_NAME = re.compile(r"([\w-]+\.)*[\w-]*[^\W\d][\w-]*")  # the last part holds a letter, else it is an address
 VOLUME = Path("/runpod-volume")  # where RunPod mounts a network volume
 RUNPOD_REQUEST_SEC = 320  # its load balancer cuts a request after 330 s; a job that is ended needs some to stop and to answer
 
@@ -73,17 +78,17 @@ class Settings(BaseModel):
     download_allow_hosts: tuple[str, ...] = Field((), description="host names and CIDRs exempt from the private-address refusal, comma-separated")
     local_input_root: Path | None = Field(None, description="folder under which inputs may be plain paths (off RunPod: `samples`)")
     cache_dir: Path = Field(Path(tempfile.gettempdir()) / "musetalk-cache", description="avatar cache; a RunPod volume makes it shared and lasting")
-    cache_max_gb: float = Field(10, ge=0, description="size of the avatar cache; 0 switches it off")
-    job_deadline_sec: float = Field(540, gt=0, description="whole job; below RunPod's 600 s so that the failure body still gets out")
-    request_limit_sec: float | None = Field(None, gt=0, description="after so many seconds the HTTP door ends a request's job, waiting included, and refuses what could only be late; on RunPod 320 by default, since its load balancer cuts a request at 330")
-    max_download_mb: float = Field(512, gt=0, description="largest input file")
-    max_video_sec: float = Field(600, gt=0, description="longest clip")
-    max_audio_sec: float = Field(600, gt=0, description="longest speech")
-    max_pixels: int = Field(8_847_360, ge=4096, description="largest picture, width x height")
+    cache_max_gb: float = Field(10, ge=0, le=1_000_000, description="size of the avatar cache; 0 switches it off")
+    job_deadline_sec: float = Field(540, gt=0, le=WEEK_SEC, description="whole job; below RunPod's 600 s so that the failure body still gets out")
+    request_limit_sec: float | None = Field(None, gt=0, le=WEEK_SEC, description="after so many seconds the HTTP door ends a request's job, waiting included, and refuses what could only be late; on RunPod 320 by default, since its load balancer cuts a request at 330")
+    max_download_mb: float = Field(512, gt=0, le=1_000_000, description="largest input file")
+    max_video_sec: float = Field(600, gt=0, le=WEEK_SEC, description="longest clip")
+    max_audio_sec: float = Field(600, gt=0, le=WEEK_SEC, description="longest speech")
+    max_pixels: int = Field(8_847_360, ge=4096, le=1 << 30, description="largest picture, width x height")
     host: str = Field("127.0.0.1", description="address of the HTTP door")
     port: int = Field(8000, ge=0, le=65535, description="port of the HTTP door")
     port_health: int | None = Field(None, ge=0, le=65535, description="another port that answers the health path, as RunPod's load balancer asks; by default `PORT`")
-    http_queue_max: int = Field(8, ge=0, description="jobs waiting at the HTTP door; beyond it 503 with Retry-After")
+    http_queue_max: int = Field(8, ge=0, le=100_000, description="jobs waiting at the HTTP door; beyond it 503 with Retry-After")
     revision: str = Field("unknown", description="the worker's version, as the self-test reports it; set when the image is built")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="of the JSON log lines")
 
@@ -93,23 +98,51 @@ class Settings(BaseModel):
     @classmethod
     def _snapshot(cls, value: Path) -> Path:
         """A repository in a Hugging Face cache means its newest snapshot."""
-        return max((value / "snapshots").glob("*"), key=lambda p: p.stat().st_mtime, default=value)
+        snapshots = (value / "snapshots").glob("*") if os.path.isdir(value / "snapshots") else ()
+        return max(snapshots, key=lambda p: p.stat().st_mtime, default=value)
+
+    @field_validator("local_input_root")
+    @classmethod
+    def _folder(cls, value: Path | None) -> Path | None:
+        if value is not None and not os.path.isdir(value):
+            raise ValueError("no such folder")
+        return value
 
     @field_validator("download_allow_hosts", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        hosts = tuple(h.strip().lower() for h in value.split(",") if h.strip()) if isinstance(value, str) else value
-        for host in hosts:
-            if "/" in host:
-                ipaddress.ip_network(host, strict=False)
-        return hosts
+        hosts = [h.strip() for h in value.split(",") if h.strip()] if isinstance(value, str) else value
+        return tuple(_host_or_network(str(host).lower().rstrip(".")) for host in hosts)
+
+    @field_validator("b2_key_id", "b2_app_key", "b2_bucket_name", "host")
+    @classmethod
+    def _one_word(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"\S+", value):
+            raise ValueError("must be one word, without spaces or line breaks")
+        return value
+
+    @field_validator("b2_prefix")
+    @classmethod
+    def _object_names(cls, value: str) -> str:
+        """Names as B2 takes them, in URLs that no client rewrites; the result has no slash at its ends."""
+        value = value.strip("/")
+        if not value.isprintable() or (value and {"", ".", ".."}.intersection(value.split("/"))):
+            raise ValueError("must be names joined by single slashes, e.g. avatar/outputs; no name may be empty, . or ..")
+        if len(value.encode()) > B2_NAME_BYTES - JOB_ID_BYTES:
+            raise ValueError(f"must have at most {B2_NAME_BYTES - JOB_ID_BYTES} bytes")
+        return value
 
     @field_validator("b2_realm")
     @classmethod
     def _realm(cls, value: str) -> str:
-        return value if value in B2_REALMS else _web_address(value, f"{', '.join(B2_REALMS)} or an http(s) URL")
+        return value if value in B2_REALMS else _web_address(value, f"{', '.join(B2_REALMS)} or {PLAIN_URL}", plain=True)
 
-    @field_validator("b2_public_url_base", "s3_public_url_base", "s3_endpoint_url", "c2pa_tsa_url")
+    @field_validator("b2_public_url_base", "s3_public_url_base")
+    @classmethod
+    def _base(cls, value: str | None) -> str | None:
+        return value if value is None else _web_address(value, PLAIN_URL, plain=True)
+
+    @field_validator("s3_endpoint_url", "c2pa_tsa_url")
     @classmethod
     def _address(cls, value: str | None) -> str | None:
         return value if value is None else _web_address(value, "an http(s) URL")
@@ -117,7 +150,7 @@ class Settings(BaseModel):
     @field_validator("c2pa_cert", "c2pa_key")
     @classmethod
     def _pem(cls, value: str | None) -> str | None:
-        if value is not None and "-----BEGIN" not in value and not Path(value).is_file():
+        if value is not None and "-----BEGIN" not in value and not os.path.isfile(value):
             raise ValueError("neither PEM text nor a file")
         return value
 
@@ -144,7 +177,8 @@ class Settings(BaseModel):
         if values["storage"] == "s3":
             values = {n: env[v] for v, n in AWS_NAMES.items() if env.get(v)} | values
         if not on_runpod:
-            values.setdefault("local_input_root", asset("samples"))
+            if (samples := asset("samples")).is_dir():
+                values.setdefault("local_input_root", samples)
         else:
             values.setdefault("request_limit_sec", RUNPOD_REQUEST_SEC)
             if "model_dir" not in values:
@@ -156,10 +190,9 @@ class Settings(BaseModel):
             if not first["loc"]:
                 raise BadSetting(first["msg"].removeprefix("Value error, ")) from None
             name = str(first["loc"][0])
-            shown = "(hidden)" if "key" in name else repr(values.get(name))
-            raise BadSetting(f"{name.upper()}={shown}: {first['msg'].removeprefix('Value error, ')} ({cls.model_fields[name].description})") from None
-        if not settings.model_dir.is_dir():
-            raise BadSetting(f"MODEL_DIR={str(settings.model_dir)!r}: no such folder "
+            raise BadSetting(f"{name.upper()}={_shown(name, str(values.get(name)))}: {first['msg'].removeprefix('Value error, ')} ({cls.model_fields[name].description})") from None
+        if not os.path.isdir(settings.model_dir):
+            raise BadSetting(f"MODEL_DIR={_shown('model_dir', str(settings.model_dir))}: no such folder "
                              f"({cls.model_fields['model_dir'].description})")
         settings._on_runpod = on_runpod
         settings._check_storage(on_runpod)
@@ -171,8 +204,12 @@ class Settings(BaseModel):
         return self._on_runpod
 
     def secrets(self) -> tuple[str | None, ...]:
-        """The values that must never be said."""
-        return self.b2_key_id, self.b2_app_key, self.s3_access_key_id, self.s3_secret_access_key, self.c2pa_key if self.c2pa_key and "-----BEGIN" in self.c2pa_key else None
+        """The values that must never be shown, and URLs that may hold some."""
+        key = self.c2pa_key
+        if key and "-----BEGIN" not in key:
+            with contextlib.suppress(OSError):  # said when it is used
+                key = Path(key).read_text(errors="replace")
+        return (self.b2_key_id, self.b2_app_key, self.s3_access_key_id, self.s3_secret_access_key, key, self.c2pa_tsa_url)
 
     def _check_storage(self, on_runpod: bool) -> None:
         if self.storage == "local":
@@ -187,15 +224,39 @@ class Settings(BaseModel):
             raise BadSetting(f"{', '.join(missing)} not set: storage is {self.storage}{where}; set them, or STORAGE=local")
 
 
-def _web_address(value: str, accepted: str) -> str:
+def _web_address(value: str, accepted: str, plain: bool = False) -> str:
+    """The URL; raises ValueError for what is none and, with `plain`, for one that other paths cannot be appended to."""
     try:
         parts = urlsplit(value)
         good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not re.search(r"\s", value)
     except ValueError:
         good = False
-    if not good:
+    if not good or (plain and re.search("[@?#]", value)):
         raise ValueError(f"must be {accepted}")
     return value
+
+
+def _host_or_network(entry: str) -> str:
+    """A host name, or an address or CIDR as a network; raises ValueError for what no URL's host could ever match."""
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_network(entry, strict=False))
+    if not _HOST_NAME.fullmatch(entry):
+        raise ValueError(f"{_shown('', entry)} is neither a host name nor an IP address nor a CIDR such as 10.0.0.0/8; "
+                         "give no scheme, port, path or wildcard")
+    return entry
+
+
+def _shown(name: str, value: str) -> str:
+    """A wrong value for a message, unless it could hold a secret."""
+    secret = "key" in name or "PRIVATE KEY" in value or re.search("[@?#]", value)
+    return "(hidden)" if secret else repr(value[:200])
+
+
+def try_writing(folder: Path) -> None:
+    """Make the folder and a file in it, which vanishes again; raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def find_weights(volume: Path = VOLUME) -> Path:

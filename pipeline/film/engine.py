@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -45,7 +44,7 @@ from pipeline.errors import (
 )
 from pipeline.job.metrics import gpu_driver, gpu_name
 from pipeline.media import FrameReader, FrameSource, probe, video_encoder
-from pipeline.settings import Settings
+from pipeline.settings import Settings, try_writing
 
 log = logging.getLogger("musetalk.engine")
 
@@ -71,7 +70,7 @@ class Engine:
         folder = settings.cache_dir if settings.cache_max_gb > 0 else None
         self.cache = AvatarCache(folder, int(settings.cache_max_gb * 1e9))
         if folder is not None:
-            check_writable(folder, "CACHE_DIR", "avatars are kept in memory alone")
+            check_cache(folder)
         self.failed: str | None = None  # why every later job fails at once: the GPU is gone, or the warm-up failed
         self.batch_size = settings.batch_size or 8  # known once the weights lie on the device
         self._warm = False
@@ -223,14 +222,12 @@ def drawn_avatar(frame: Frame, options: Options, state: State) -> Avatar:
     return avatar
 
 
-def check_writable(folder: Path, setting: str, follows: str) -> None:
-    """Say at start when a setting's folder, perhaps a volume of another owner, cannot be written, and what follows."""
+def check_cache(folder: Path) -> None:
+    """Say at start when the cache's folder, perhaps a volume of another owner, cannot be written."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        try_writing(folder)
     except OSError as e:
-        log.warning("%s cannot be written: %s; let this user write it", setting, follows,
+        log.warning("CACHE_DIR cannot be written: avatars are kept in memory alone; let this user write it",
                     extra={"folder": str(folder), "uid": os.getuid(), "reason": e.strerror})
 
 

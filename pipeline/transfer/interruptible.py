@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import suppress
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -22,7 +22,14 @@ POLL_SEC = 0.1  # between looks whether the job has to stop
 T = TypeVar("T")
 
 
-def leaving(work: Callable[[], T], control: Control, name: str, seconds: float | None = None) -> T:
+class Stoppable(Protocol):
+    """What a job is waited for with: a Control, or something that knows of more reasons to stop."""
+
+    def check(self) -> None:
+        """Raise when the wait has to end."""
+
+
+def leaving(work: Callable[[], T], control: Stoppable, name: str, seconds: float | None = None) -> T:
     """What `work` returns or raises; its thread is left behind when the job has to stop (Cancelled, DeadlineExceeded).
 
     With `seconds` it is left after so long, too: TimeoutError.
@@ -54,6 +61,7 @@ class Reach:
 
     def __init__(self) -> None:
         self.is_cut = False
+        self._lock = threading.Lock()  # other threads add connections while one iterates over them
         self._connections: weakref.WeakSet[HTTPConnection] = weakref.WeakSet()  # those still being made, too
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()  # what answers are read from
 
@@ -67,7 +75,9 @@ class Reach:
     def cut(self) -> None:
         """End whatever waits on the connections, and let none begin."""
         self.is_cut = True
-        for sock in (*self._sockets, *(c.sock for c in list(self._connections))):
+        with self._lock:
+            reachable = [*self._sockets, *(c.sock for c in self._connections)]
+        for sock in reachable:
             if sock is not None:  # else it is not connected yet, and will find itself cut
                 with suppress(OSError):  # closed meanwhile
                     # the plain socket's method: TLS's own would first take the stream from the thread that is reading it
@@ -78,9 +88,11 @@ class Reach:
 
         class Watched(pool.ConnectionCls):  # type: ignore[name-defined, misc]
             def connect(self) -> None:
-                reach._connections.add(self)
+                with reach._lock:
+                    reach._connections.add(self)
                 super().connect()
-                reach._sockets.add(self.sock)
+                with reach._lock:
+                    reach._sockets.add(self.sock)
                 if reach.is_cut:
                     raise Cut
 
