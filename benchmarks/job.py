@@ -31,7 +31,7 @@ import requests
 from benchmarks import common
 from musetalk import LipSync, lipsync
 from musetalk.draw import generate
-from musetalk.face import faces
+from musetalk.face import crops, detect, landmarks
 from musetalk.face.track import Tracker
 from musetalk.show import blend
 from pipeline.film import stages
@@ -40,8 +40,8 @@ from pipeline.run import Service
 from pipeline.settings import REPOSITORY, Settings
 
 STEPS: dict[str, tuple[tuple[Any, str], ...]] = {  # of preparing, and what they consist of
-    "rgb": ((stages, "to_rgb"),), "detection": ((faces, "detect"),), "landmarks": ((faces, "landmarks"),),
-    "crops": ((faces, "crop"),), "encoder": ((generate, "latents"),), "parser": ((blend, "parse"),),
+    "rgb": ((stages, "to_rgb"),), "detection": ((detect, "detect"),), "landmarks": ((landmarks, "landmarks"),),
+    "crops": ((crops, "crop"),), "encoder": ((generate, "latents"),), "parser": ((blend, "parse"),),
     "masks": ((blend, "label_mask"), (LipSync, "_region"), (lipsync, "lips_map")), "windows": ((Tracker, "_window"),),
 }
 

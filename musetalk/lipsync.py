@@ -28,7 +28,7 @@ from musetalk.draw import generate, layout
 from musetalk.draw import recorded as tuning
 from musetalk.draw.interruption import check
 from musetalk.errors import NoFace, NoFastLane, NonFiniteOutput
-from musetalk.face import faces
+from musetalk.face import crops
 from musetalk.face.track import Found, Tracker, steadied
 from musetalk.geometry.box import Box, Region
 from musetalk.geometry.place import Place
@@ -135,8 +135,8 @@ class LipSync:
         device = self.nets.device
         places = [place.lowered(options.extra_margin, frame.shape[0]) for frame, place in present]
         frames = [frame.to(device) for frame, _ in present]
-        crops = torch.stack([faces.crop(frame, place, self.crop_size) for frame, place in zip(frames, places, strict=True)])
-        latents = generate.latents(self.nets.vae, crops, None if noise is None else noise.flatten(0, 1)).half().cpu()
+        squares = torch.stack([crops.crop(frame, place, self.crop_size) for frame, place in zip(frames, places, strict=True)])
+        latents = generate.latents(self.nets.vae, squares, None if noise is None else noise.flatten(0, 1)).half().cpu()
         upright = [blend.upright(frame, place) for frame, place in zip(frames, places, strict=True)]
         labels = blend.parse(self.nets.parser, [blend.cut(picture, blend.blend_square(box)) for picture, box in upright])
         masks = blend.label_mask(labels, options.parsing_mode, options.left_cheek_width, options.right_cheek_width)

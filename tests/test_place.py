@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from musetalk import LipSync, Options
-from musetalk.face import faces
+from musetalk.face import crops, landmarks
 from musetalk.geometry.box import Box, Region
 from musetalk.geometry.place import Place
 from musetalk.show import blend
@@ -29,11 +29,11 @@ def drawn(roll: float, mouth: Mouth = Mouth()) -> Picture:  # noqa: B008 (frozen
 
 def whole(picture: Picture) -> tuple[torch.Tensor, Box]:
     points = torch.from_numpy(picture.landmarks).round().long()
-    return points, faces.face_box(points, Box(0, 0, 360, 360))
+    return points, crops.face_box(points, Box(0, 0, 360, 360))
 
 
 def place_of(roll: float) -> Place:
-    return faces.head_place(*whole(drawn(roll)))
+    return crops.head_place(*whole(drawn(roll)))
 
 
 def distance(a: Place, b: Place) -> float:
@@ -56,7 +56,7 @@ def test_a_rolled_head_is_measured_along_itself(degrees: int) -> None:
 def test_a_head_hardly_rolled_keeps_its_box_and_none_jumps() -> None:
     for degrees in (-9, 0, 4, 9):
         points, box = whole(drawn(math.radians(degrees)))
-        assert faces.head_place(points, box) == Place.of(box)
+        assert crops.head_place(points, box) == Place.of(box)
     places = [place_of(math.radians(9 + d / 4)) for d in range(28)]
     assert max(distance(a, b) for a, b in itertools.pairwise(places)) < 4
     assert all(b.roll >= a.roll - math.radians(1) for a, b in itertools.pairwise(places))
@@ -73,17 +73,17 @@ def test_an_upright_face_on_whole_pixels_is_not_resampled() -> None:
 def test_the_picture_of_a_rolled_head_is_that_of_an_upright_one(degrees: int) -> None:
     lowered = [place_of(math.radians(d)).lowered(10, 360) for d in (0, degrees)]
     straight = torch.from_numpy(drawn(0).image)
-    want = faces.crop(straight, lowered[0], 128).float()
+    want = crops.crop(straight, lowered[0], 128).float()
     frame = torch.from_numpy(drawn(math.radians(degrees)).image)
     picture, box = blend.upright(frame, lowered[1])
-    for crop in (faces.crop(frame, lowered[1], 128), faces.crop(picture, Place.of(box), 128)):
+    for crop in (crops.crop(frame, lowered[1], 128), crops.crop(picture, Place.of(box), 128)):
         assert (crop.float() - want).abs().mean() < 6
-    assert (faces.crop(frame, replace(lowered[1], roll=0.0), 128).float() - want).abs().mean() > 15, "without turning it"
+    assert (crops.crop(frame, replace(lowered[1], roll=0.0), 128).float() - want).abs().mean() > 15, "without turning it"
 
 
 def test_parts_of_a_pixel_are_kept() -> None:
     ramp = torch.arange(0, 200)[None, :, None].expand(200, 200, 3).to(torch.uint8)
-    crops = [faces.crop(ramp, Place(50 + shift, 50, 100 + shift, 100), 100).double().mean() for shift in (0, 0.25, 0.5, 0.75)]
+    crops = [crops.crop(ramp, Place(50 + shift, 50, 100 + shift, 100), 100).double().mean() for shift in (0, 0.25, 0.5, 0.75)]
     assert np.allclose(np.diff(crops), 0.25, atol=0.04)
 
 
@@ -107,7 +107,7 @@ def test_a_drawn_mouth_is_laid_along_a_rolled_face() -> None:
     roll = 0.5
     source, truth, straight = drawn(roll).image, drawn(roll, OPEN).image, drawn(0, OPEN).image
     place, level = place_of(roll).lowered(10, 360), place_of(0).lowered(10, 360)
-    face = faces.crop(torch.from_numpy(straight), level, 128).permute(2, 0, 1)
+    face = crops.crop(torch.from_numpy(straight), level, 128).permute(2, 0, 1)
     area = place.bounds()
     area = Box(area.x1 & ~1, area.y1 & ~1, area.x2 & ~1, area.y2 & ~1)
     region = Region(area, torch.full((area.height, area.width), 255, dtype=torch.uint8))
@@ -155,11 +155,11 @@ def test_a_rolled_head_is_found_better_at_the_second_look(service: Service) -> N
         picture = drawn(math.radians(degrees))
         frame = torch.from_numpy(picture.image)
         with torch.inference_mode():
-            points, _ = faces.landmarks(net, [frame])
-            box = faces.face_box(points[0], Box(0, 0, 360, 360))
-            (again,) = faces.head_places(net, [frame], points, [box])
+            points, _ = landmarks.landmarks(net, [frame])
+            box = crops.face_box(points[0], Box(0, 0, 360, 360))
+            (again,) = crops.head_places(net, [frame], points, [box])
         true = place_of(math.radians(degrees))
-        errors.append([distance(found, true) for found in (faces.head_place(points[0], box), again)])
+        errors.append([distance(found, true) for found in (crops.head_place(points[0], box), again)])
     first, second = np.mean(errors, axis=0)
     assert second < 0.85 * first, errors
     assert second < 6

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from musetalk.face.faces import face_box
+from musetalk.face.crops import face_box
 from musetalk.geometry.box import Box
 from musetalk.pixels.resample import lanczos4
 from training.presenter import Canvas, Head, Identity, Mouth, Pose, draw, idle

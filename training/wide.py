@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from musetalk.face.faces import NOSE_BRIDGE, face_box
+from musetalk.face.crops import NOSE_BRIDGE, face_box
 from musetalk.geometry.box import Box
 from musetalk.pixels.resample import lanczos4
 from training import clutter, common, data, render, speech

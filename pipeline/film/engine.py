@@ -22,7 +22,7 @@ from musetalk.draw import layout
 from musetalk.draw.interruption import interruptible
 from musetalk.draw.recorded import numerics, out_of_memory
 from musetalk.errors import Interrupted, NoFastLane
-from musetalk.face import faces
+from musetalk.face import landmarks
 from musetalk.face.track import Found
 from musetalk.geometry.box import Box
 from musetalk.geometry.place import Place
@@ -146,7 +146,7 @@ class Engine:
         for _ in lipsync.prepare_stream(iter([frame]), avatar, options):
             pass
         if not avatar.faces:
-            faces.landmarks(lipsync.nets.pose, [frame])
+            landmarks.landmarks(lipsync.nets.pose, [frame])
             avatar = Avatar.new()
             lipsync.append(avatar, [(frame, Found(FACE_BOX, FACE_BOX, Place.of(FACE_BOX)))], options)
             avatar.finish()
