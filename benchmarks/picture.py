@@ -31,7 +31,7 @@ from benchmarks import measures as m
 from musetalk import LipSync, NoFace, Options
 from musetalk.avatar import Avatar
 from musetalk.face.crops import crop, face_box, head_place
-from musetalk.face.track import Found, steadied
+from musetalk.face.steady import Found, steadied
 from musetalk.geometry.box import Box
 from musetalk.geometry.place import Place
 from musetalk.options import Finish, Quality

@@ -29,7 +29,8 @@ from musetalk.draw import recorded as tuning
 from musetalk.draw.interruption import check
 from musetalk.errors import NoFace, NoFastLane, NonFiniteOutput
 from musetalk.face import crops
-from musetalk.face.track import Found, Tracker, steadied
+from musetalk.face.steady import Found, steadied
+from musetalk.face.track import Tracker
 from musetalk.geometry.box import Box, Region
 from musetalk.geometry.place import Place
 from musetalk.options import Finish, Options

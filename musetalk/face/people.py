@@ -25,15 +25,17 @@ AWAY = 50  # frames, two seconds: as long a person is remembered by place, and n
 
 # One unit of cost is one standard deviation, squared.
 LOOKS = 0.10  # of how a person differs from himself: over poses and sizes the median was 0.10, of other people 0.41
+SUDDEN = 0.6  # share of it in the next frame: nobody changes at once, but at a cut
+SAME_PLACE = 0.3  # overlap of a face's box with the one expected, from which it is looked at in that one
 DRIFT, DRIFT_A_FRAME = 0.2, 0.06  # of where a face is against where it was expected, face widths
-GROWTH, GROWTH_A_FRAME = 0.15, 0.02  # of the logarithm of its size
+GROWTH, GROWTH_A_FRAME = 0.25, 0.02  # of the logarithm of its size
 PLACE_MOST = 4.0  # the place cannot speak louder against a person: there are cuts
 STRANGER = 9.5  # a face that costs more than this is a person not seen so far
 MARGIN = 4.0  # by which the next best person has to cost more, else nobody is named
 COASTS = 12  # frames for which an unseen face is expected to move on
 FEW, UNKNOWN = 10, 0.15  # cells, fewer of which say nothing; the difference that then counts
 NEAR = 0.5  # face widths between two faces under which they are near
-REGULAR = 3  # frames in which somebody was seen who is no error of the detector
+REGULAR = 6  # frames; who was seen in fewer may be an error of the detector
 EXEMPLARS, MOST_PEOPLE = 8, 64  # looks that are kept of each person, and people
 
 
@@ -52,6 +54,11 @@ class Person:
     score: float = 0.0  # best landmark score so far
     roll: float = 0.0  # of his head, radians, where it is turned enough to matter
 
+    @property
+    def regular(self) -> bool:
+        """Whether he was seen too often for an error of the detector."""
+        return self.frames >= REGULAR
+
     def expected(self, index: int) -> tuple[float, float]:
         """Where the middle of his face should be in a frame."""
         frames = min(index - self.seen, COASTS)
@@ -62,16 +69,22 @@ class Person:
         """How much a look differs from his own ones."""
         return min((unlike(look, own) for own in (*self.looks, self.latest) if own is not None), default=UNKNOWN)
 
-    def cost(self, index: int, box: Box, look: Look) -> float:
-        """How badly a face of a frame fits him."""
+    def cost(self, index: int, frame: Tensor, box: Box, look: Look) -> float:
+        """How badly a face of a frame fits him.
+
+        Where he is expected, what is seen in his own box counts as well: the detector's boxes of one face differ.
+        """
         gap = index - self.seen
+        change = self.unlike(look)
+        if gap <= COASTS and box.iou(here := _moved(self.box, self.expected(index))) > SAME_PLACE:
+            change = min(change, self.unlike(look_of(frame, here)))
         place = PLACE_MOST
         if gap <= AWAY:
             (x, y), (u, v) = middle(box), self.expected(index)
             far = float(np.hypot(x - u, y - v)) / self.box.width / (DRIFT + DRIFT_A_FRAME * gap)
             grown = abs(float(np.log(box.width * box.height / (self.box.width * self.box.height)))) / 2
             place = min(far**2 + (grown / (GROWTH + GROWTH_A_FRAME * gap)) ** 2, PLACE_MOST)
-        return place + (self.unlike(look) / LOOKS) ** 2
+        return place + (change / (LOOKS * min(SUDDEN + (1 - SUDDEN) * gap / COASTS, 1.0))) ** 2
 
     def hidden_by(self, index: int, box: Box) -> bool:
         """Whether a face is where his is expected, and he was seen just before."""
@@ -111,17 +124,17 @@ class People:
 
     def unseen(self, index: int) -> dict[int, Box]:
         """Who was seen shortly before a frame and is not seen in it, and where he should be: perhaps behind somebody."""
-        lost = (p for p in self.known.values() if 0 < index - p.seen <= COASTS and p.frames >= REGULAR)
+        lost = (p for p in self.known.values() if 0 < index - p.seen <= COASTS and p.regular)
         return {p.number: _moved(p.box, p.expected(index)) for p in lost}
 
     def name(self, index: int, frame: Tensor, boxes: list[Box]) -> dict[int, int]:
         """Whose faces these are: from the place in the list to the number of a person known; nothing is remembered."""
-        return self._named(index, boxes, [look_of(frame, box) for box in boxes])[0]
+        return self._named(index, frame, boxes, [look_of(frame, box) for box in boxes])[0]
 
     def see(self, index: int, frame: Tensor, boxes: list[Box]) -> dict[int, Box]:
         """The people of a frame (H, W, 3) uint8 with these faces, by number; new ones get one. Unclear faces are left out."""
         looks = [look_of(frame, box) for box in boxes]
-        named, unclear = self._named(index, boxes, looks)
+        named, unclear = self._named(index, frame, boxes, looks)
         for i, box in enumerate(boxes):
             candidates = unclear.get(i, set()) if i not in named else {named[i]}
             if i not in named and not any(self.known[n].seen >= index - AWAY for n in candidates):
@@ -139,14 +152,16 @@ class People:
         """A number for a face; who looks like one of several people is none of them, as far as anyone can tell."""
         number, self.count = self.count, self.count + 1
         self.known[number] = Person(number, box, index, beside=set(candidates))
-        for n in candidates:
+        for n in candidates & self.known.keys():
             self.known[n].beside.add(number)
         return number
 
-    def _named(self, index: int, boxes: list[Box], looks: list[Look]) -> tuple[dict[int, int], dict[int, set[int]]]:
+    def _named(
+        self, index: int, frame: Tensor, boxes: list[Box], looks: list[Look]
+    ) -> tuple[dict[int, int], dict[int, set[int]]]:
         """Faces by their place in the list: the number of whom each shows, and who might be the unclear ones."""
         people = list(self.known.values())
-        costs = np.array([[p.cost(index, b, k) for b, k in zip(boxes, looks, strict=True)] for p in people])
+        costs = np.array([[p.cost(index, frame, b, k) for b, k in zip(boxes, looks, strict=True)] for p in people])
         costs = costs.reshape(len(people), len(boxes))
         pairs = assigned(costs, STRANGER)
         unclear: dict[int, set[int]] = {}
@@ -158,8 +173,9 @@ class People:
                 if costs[p, e] < min(costs[p, d] + MARGIN, STRANGER):
                     unclear.setdefault(d, set()).add(people[p].number)
                     unclear.setdefault(e, set()).add(people[p].number)
-        for d in set(range(len(boxes))) - set(pairs.values()):  # a stranger, or someone as he looks half hidden
-            close = {p.number for i, p in enumerate(people) if i not in pairs and p.hidden_by(index, boxes[d])}
+        for d in set(range(len(boxes))) - set(pairs.values()):  # a stranger, or one of two as he looks half hidden
+            close = {p.number for i, p in enumerate(people) if i not in pairs and p.hidden_by(index, boxes[d])
+                     and any(self.known[n].seen >= index - COASTS for n in p.beside if n in self.known)}
             if close:
                 unclear.setdefault(d, set()).update(close)
         return {d: people[p].number for p, d in pairs.items() if d not in unclear}, unclear
@@ -240,8 +256,8 @@ def look_of(frame: Tensor, box: Box) -> Look:
 
 def unlike(a: Look, b: Look) -> float:
     """The mean difference of two looks' logarithms, of the cells that agree best."""
-    both = a[1] & b[1]
-    apart = np.sort(np.abs(a[0] - b[0])[both].mean(-1))
+    both: NDArray[np.bool_] = np.logical_and(a[1], b[1])
+    apart = np.sort(np.abs(a[0][both] - b[0][both]).mean(axis=1))
     return float(apart[: int(TRIMMED * len(apart))].mean()) if len(apart) >= FEW else UNKNOWN
 
 
@@ -256,7 +272,7 @@ def _moved(box: Box, to: tuple[float, float]) -> Box:
     return Box(box.x1 + x, box.y1 + y, box.x2 + x, box.y2 + y)
 
 
-def near(a: Box, b: Box) -> bool:
+def near(a: Box, b: Box, widths: float = NEAR) -> bool:
     """Whether two faces are so close that one may be taken for the other, or that one's look has a part of the other."""
-    reach = NEAR * (a.width + b.width) / 2
+    reach = widths * (a.width + b.width) / 2
     return (max(a.x1, b.x1) - min(a.x2, b.x2) < reach) and (max(a.y1, b.y1) - min(a.y2, b.y2) < reach)

@@ -20,7 +20,7 @@ from torch import Tensor
 from musetalk.errors import NoFace
 from musetalk.face import check, crops, detect, landmarks
 from musetalk.face.landmarks import PoseFrame
-from musetalk.face.people import AWAY, LOOKS, People, Person, look_of, middle, near
+from musetalk.face.people import AWAY, LOOKS, People, Person, look_of, near
 from musetalk.face.steady import REACH, Found, Item, steadied
 from musetalk.geometry.box import Box
 from musetalk.geometry.place import Place
@@ -32,8 +32,9 @@ HELD = WINDOW + REACH  # frames that preparation holds at most
 SMOOTH_IOU = 0.75  # consecutive landmark boxes of one face overlap at least this much
 SCORE_DROP = 0.6  # share of a person's best landmark score under which the face is doubted
 SCORE_LEAST = 0.35  # share under which landmarks are no face
-SAME_LOOK = 3 * LOOKS  # difference of looks within a window from which somebody else may be there
+SAME_LOOK = 2 * LOOKS  # difference of looks within a window from which somebody else may be there
 BRIDGE = 6  # frames for which a face that the detector misses is followed by its landmarks
+TOUCHING = 0.15  # face widths between two faces under which the landmarks of one may be the other's
 COVERED = 0.15  # share of a face that another one covers, from which nobody can tell whose mouth is in front
 STILL = 4.0  # grey levels by which no part of a picture may differ from one without a face to count as that one
 TURNED_EVERY = 4 * WINDOW  # frames between two searches of turned pictures, while no face is found
@@ -69,13 +70,13 @@ class Window:
         return len(self.frames) - 1
 
     def close(self, at: int, number: int, face: Box) -> list[Box]:
-        """Other faces that the detector saw near a person's own in a frame."""
-        return [box for box in self.looks.get(at, ()) if box != self.sighted[at].get(number) and near(face, box)]
+        """Other faces that the detector saw at a person's own in a frame, so that landmarks may be theirs."""
+        return [box for box in self.looks.get(at, ()) if box != self.sighted[at].get(number) and near(face, box, TOUCHING)]
 
-    def clouded(self, at: int, number: int, face: Box) -> bool:
+    def clouded(self, at: int, person: Person, face: Box) -> bool:
         """Whether nobody can tell whose mouth shows there: another face covers this one, or somebody is behind or before it."""
-        return any(_covered(face, other) > COVERED for other in self.close(at, number, face)) or any(
-            near(face, box) for n, box in self.unseen.get(at, {}).items() if n != number)
+        return any(_covered(face, other) > COVERED for other in self.close(at, person.number, face)) or any(
+            near(face, box) for n, box in self.unseen.get(at, {}).items() if n in person.beside)
 
 
 class Tracker:
@@ -204,12 +205,13 @@ class Tracker:
         if not before or any(n not in both for n in asked):
             return False
         ways = {n: _hull(before[n], after[n]) for n in both}
+        ends = [b for n, b in before.items() if n not in both] + [b for i, b in enumerate(found) if named.get(i) not in both]
         for number in asked:
-            rest = [box for n, box in before.items() if n not in both] + [b for i, b in enumerate(found) if named.get(i) not in both]
-            if any(near(ways[number], box) for box in (*rest, *(way for n, way in ways.items() if n != number))):
+            if any(near(ways[number], box) for box in (*ends, *(way for n, way in ways.items() if n != number))):
                 return False
-        steps = range(len(window.sighted), len(window.frames))
-        window.sighted += [{n: _between(before[n], after[n], (i - start) / max(window.last - start, 1)) for n in both} for i in steps]
+        for i in range(len(window.sighted), len(window.frames)):
+            share = (i - start) / max(window.last - start, 1)
+            window.sighted.append({n: _between(before[n], after[n], share) for n in both})
         return True
 
     def _speaker(self, window: Window, at: int, often: set[int]) -> int | None:
@@ -217,10 +219,10 @@ class Tracker:
         there, index = window.sighted[at], window.first + at
         number = next((n for n in self.speakers if n in there), None)
         if number is None:
-            known = [self.people.known[n] for n in self.speakers if n in self.people.known]
-            if any(p.frames >= WINDOW for p in known) and index - self.spoke <= AWAY:
+            known = [p for n in self.speakers if (p := self.people.known.get(n)) and p.regular]
+            if known and index - self.spoke <= AWAY:
                 return None
-            strangers = {n: box for n, box in there.items() if not any(n in p.beside for p in known if p.frames >= WINDOW)}
+            strangers = {n: box for n, box in there.items() if not any(n in p.beside for p in known)}
             number = choose({n: b for n, b in strangers.items() if n in often} or strangers, self.choice)
             if number is None:
                 return None
@@ -255,7 +257,9 @@ class Tracker:
                         person.box, person.seen = missed[i], window.first + i
         return out, sure
 
-    def _bridges(self, window: Window, numbers: list[int | None], before: dict[int, tuple[int, Box]]) -> dict[int, tuple[int, Box]]:
+    def _bridges(
+        self, window: Window, numbers: list[int | None], before: dict[int, tuple[int, Box]]
+    ) -> dict[int, tuple[int, Box]]:
         """Where a speaker whom the detector misses in a few frames should be in those, if nobody else is near."""
         out = {}
         for number in self.speakers:
@@ -271,31 +275,28 @@ class Tracker:
                         out[i] = number, box
         return out
 
-    def _read(self, person: Person, window: Window, boxes: dict[int, Box], strict: bool = False) -> tuple[dict[int, Found | None], bool]:
+    def _read(
+        self, person: Person, window: Window, boxes: dict[int, Box], strict: bool = False
+    ) -> tuple[dict[int, Found | None], bool]:
         """A person's face in frames where it is, by the detector's (or interpolated) boxes, and whether it moves smoothly
         and surely looks like the person. `strict`: what does not is left out.
         """
         frames, guesses = [window.frames[i] for i in boxes], list(boxes.values())
         points, scores = self._landmarks(person, frames, guesses)
         found = [crops.face_box(p, g, self.shift) for p, g in zip(points, guesses, strict=True)]
-        best = max(person.score, float(scores.max()))
-        alone = [not window.close(i, person.number, g) for i, g in boxes.items()]
-        surely = [float(s) >= SCORE_DROP * best and check.belongs(b, g) and person.unlike(look_of(f, g)) < SAME_LOOK
+        person.score = max(person.score, float(scores.max()))
+        surely = [float(s) >= SCORE_DROP * person.score and check.belongs(b, g) and person.unlike(look_of(f, g)) < SAME_LOOK
                   for s, b, g, f in zip(scores, found, guesses, frames, strict=True)]
         smooth = all(a.iou(b) >= SMOOTH_IOU for a, b in itertools.pairwise(found))
-        shown = [self._shown(frame, p, b) and check.belongs(b, g, a) if self.natural or self.crowded else self._shown(frame, p, b)
-                 for frame, p, b, g, a in zip(frames, points, found, guesses, alone, strict=True)]
-        least = (SCORE_DROP if strict else SCORE_LEAST) * best if self.natural else 0.0
-        ok = [s and not window.clouded(i, person.number, g) and float(score) >= least and (sure or not strict)
-              for s, score, sure, (i, g) in zip(shown, scores, surely, boxes.items(), strict=True)]
-        person.score = best
-        at = [i for i, right in enumerate(ok) if right]
-        places = [Place.of(found[i]) for i in at]
-        if self.natural and at:
-            places = crops.head_places(self.pose, [frames[i] for i in at], points[at], [found[i] for i in at])
+        shown = [k for k, i in enumerate(boxes) if (surely[k] or not strict)
+                 and self._shown(person, window, i, guesses[k], found[k], points[k], float(scores[k]))]
+        places = [Place.of(found[k]) for k in shown]
+        if self.natural and shown:
+            places = crops.head_places(self.pose, [frames[k] for k in shown], points[shown], [found[k] for k in shown])
             person.roll = crops.noticeable(places[-1].roll)
-        faces = dict(zip(at, places, strict=True))
-        out = {i: Found(found[k], guesses[k], faces[k], person=person.number) if k in faces else None for k, i in enumerate(boxes)}
+        out: dict[int, Found | None] = dict.fromkeys(boxes)
+        for k, place in zip(shown, places, strict=True):
+            out[list(boxes)[k]] = Found(found[k], guesses[k], place, person=person.number)
         return out, smooth and all(surely)
 
     def _landmarks(self, person: Person, frames: list[Tensor], guesses: list[Box]) -> tuple[Tensor, Tensor]:
@@ -315,12 +316,20 @@ class Tracker:
                     points[i], scores[i] = again[k], better[k]
         return points, scores
 
-    def _shown(self, frame: Tensor, points: Tensor, box: Box) -> bool:
-        """Whether a face box is in the frame; for the natural finish, whether it is a face's, with its whole mouth."""
-        height, width = frame.shape[:2]
+    def _shown(
+        self, person: Person, window: Window, at: int, face: Box, box: Box, points: Tensor, score: float
+    ) -> bool:
+        """Whether a face box is in the frame and, where there are several, surely the person's; for the natural finish, also
+        whether it is a face's, with its whole mouth in the frame.
+        """
+        height, width = window.frames[at].shape[:2]
         inside = box.clipped(width, height)
-        return inside.width > 0 and inside.height > 0 and (
-            not self.natural or (check.is_face(points) and check.mouth_inside(points, width, height)))
+        if inside.width <= 0 or inside.height <= 0 or window.clouded(at, person, face):
+            return False
+        if (self.natural or self.crowded) and not check.belongs(box, face, not window.close(at, person.number, face)):
+            return False
+        return not self.natural or (
+            score >= SCORE_LEAST * person.score and check.is_face(points) and check.mouth_inside(points, width, height))
 
 
 def choose(there: dict[int, Box], choice: str | int) -> int | None:

@@ -23,7 +23,7 @@ from musetalk.draw.interruption import interruptible
 from musetalk.draw.recorded import numerics, out_of_memory
 from musetalk.errors import Interrupted, NoFastLane
 from musetalk.face import landmarks
-from musetalk.face.track import Found
+from musetalk.face.steady import Found
 from musetalk.geometry.box import Box
 from musetalk.geometry.place import Place
 from musetalk.lipsync import Slot
