@@ -8,12 +8,17 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import avg_pool2d
 
 from musetalk import LipSync, NoFace, Options
+from musetalk.face import detect
 from musetalk.face.people import assigned, middle
+from musetalk.face.steady import Found, steadied
 from musetalk.face.track import WINDOW, Tracker, follow, frames_needed
+from musetalk.geometry.box import Box
+from musetalk.geometry.place import Place
 from pipeline.run import Service
-from tests.people import CutOut, Where, background, cut_out, picture
+from tests.people import Where, background, cut_out, picture
 
 Spot = tuple[float, float] | None  # where a person's face is, None while it is not seen
 Scene = tuple[list[Where], Spot, Spot]  # a frame's people, and where the followed one and the other are
@@ -88,7 +93,7 @@ FILMS = {  # a film, who is chosen in its first frame, and the share of frames i
     "cuts": (cuts(), "largest", 0.62),
     "behind and back": (behind(), "leftmost", 0.3),
     "leaves and returns": (leaving(), "rightmost", 0.25),
-    "turns while passing": (turning(), "leftmost", 0.5),
+    "turns while passing": (turning(), "leftmost", 0.45),
 }
 
 
@@ -122,8 +127,8 @@ def test_costs_of_one_face(service: Service) -> None:
     for people in ([(cut_out(ANNA), 320, 170)], [(cut_out(ANNA), 160, 170), (cut_out(BELA), 480, 172)]):
         tracker = Tracker(nets.detector, nets.pose, natural=True)
         with torch.inference_mode():
-            found = [f for _, f in tracker.run([picture([(w, x + i % 5, y) for w, x, y in people], i) for i in range(3 * WINDOW)])]
-        assert all(found)
+            frames = [picture([(who, x + i % 5, y) for who, x, y in people], i) for i in range(3 * WINDOW)]
+            assert all(found for _, found in tracker.run(frames))
         assert tracker.detections <= 4
 
 
@@ -132,7 +137,7 @@ def test_costs_of_one_face(service: Service) -> None:
 
 def bubble(shown: bool) -> torch.Tensor:
     """A screen recording in which a small face is shown in a corner, or not."""
-    frame = torch.full((360, 640, 3), 235, dtype=torch.uint8)
+    frame = torch.full((360, 640, 3), 110, dtype=torch.uint8)
     frame[40:320:16, 40:400] = 60
     if shown:
         frame[270:350, 550:630] = picture([(cut_out(ANNA, 22.0), 320, 170)])[130:210, 280:360]
@@ -156,6 +161,30 @@ def test_a_face_between_two_looks_is_found_where_the_picture_changed(service: Se
 def test_one_flash_of_a_face_is_not_painted(service: Service) -> None:
     for length, painted in ((2, 0), (3, 3)):
         assert sum(spot is not None for spot in told(service, [bubble(14 <= i < 14 + length) for i in range(36)])) == painted
+
+
+def test_a_gap_of_the_detector_is_bridged_by_landmarks(service: Service) -> None:
+    """A small face out of focus, which the detector loses for some frames, one of them the window's last."""
+    nets = service.engine.load().nets
+    frames = [picture([(cut_out(BELA, 12.0), 320, 170)], i) for i in range(30)]
+    blurred = range(21, 25)
+    for i in blurred:
+        planes = frames[i].permute(2, 0, 1)[None].float()
+        frames[i] = avg_pool2d(planes, 3, 1, 1, count_include_pad=False)[0].permute(1, 2, 0).round().to(torch.uint8)
+    with torch.inference_mode():
+        assert not any(detect.detect(nets.detector, frames[i]) for i in blurred)
+    assert all(told(service, frames))
+
+
+def test_a_mouth_comes_and_goes_by_a_ramp() -> None:
+    """Not at the clip's ends; and a lone face is left out."""
+    box = Box(100, 80, 180, 170)
+    shown = [*range(8), *range(14, 16), *range(20, 30)]
+    items = [(torch.tensor(i), Found(box, box, Place.of(box)) if i in shown else None) for i in range(30)]
+    weights = [found.weight if found else 0.0 for _, found in steadied(items)]
+    assert weights == [1.0] * 5 + [0.75, 0.5, 0.25] + [0.0] * 12 + [0.25, 0.5, 0.75] + [1.0] * 7
+    for count in (1, 2):
+        assert [f and f.weight for _, f in steadied(items[:count])] == [1.0] * count
 
 
 def test_a_low_picture_has_no_face(service: Service) -> None:

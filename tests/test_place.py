@@ -83,8 +83,8 @@ def test_the_picture_of_a_rolled_head_is_that_of_an_upright_one(degrees: int) ->
 
 def test_parts_of_a_pixel_are_kept() -> None:
     ramp = torch.arange(0, 200)[None, :, None].expand(200, 200, 3).to(torch.uint8)
-    crops = [crops.crop(ramp, Place(50 + shift, 50, 100 + shift, 100), 100).double().mean() for shift in (0, 0.25, 0.5, 0.75)]
-    assert np.allclose(np.diff(crops), 0.25, atol=0.04)
+    squares = [crops.crop(ramp, Place(50 + shift, 50, 100 + shift, 100), 100).double().mean() for shift in (0, 0.25, 0.5, 0.75)]
+    assert np.allclose(np.diff(squares), 0.25, atol=0.04)
 
 
 def test_a_mask_comes_back_where_its_picture_was() -> None:

@@ -247,9 +247,8 @@ def look_of(frame: Tensor, box: Box) -> Look:
     columns, rows = (torch.from_numpy(v.clip(0, n - 1)).to(frame.device) for v, n in ((x, width), (y, height)))
     part = frame[rows[:, None], columns].cpu().numpy().astype(np.float32)
     levels = part.reshape(ROWS, FINE, COLUMNS, FINE, 3).mean((1, 3))
-    inside = ((y >= 0) & (y < height)).reshape(ROWS, FINE).all(1)[:, None] & (
-        (x >= 0) & (x < width)).reshape(COLUMNS, FINE).all(1)
-    seen = inside & SHOWN
+    within = (((v >= 0) & (v < n)).reshape(-1, FINE).sum(1) == FINE for v, n in ((y, height), (x, width)))
+    seen = SHOWN & np.logical_and.outer(*within)
     exposure = levels[seen].mean() if seen.any() else 0.0
     return np.log((levels + 8) / (exposure + 8)), seen  # 8 levels: noise and black clothes have no logarithm worth comparing
 
