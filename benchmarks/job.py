@@ -30,18 +30,19 @@ import requests
 
 from benchmarks import common
 from musetalk.draw import generate
-from musetalk.face import faces
+from musetalk.face import detect, landmarks
 from musetalk.face.track import Tracker
-from musetalk.show import blend
-from musetalk.steps import frame, preparing
+from musetalk.geometry import subpixel
+from musetalk.show import mask
+from musetalk.steps import frame
 from pipeline.media import child
 from pipeline.run import Service
 from pipeline.settings import REPOSITORY, Settings
 
 STEPS: dict[str, tuple[tuple[Any, str], ...]] = {  # of preparing, and what they consist of
-    "rgb": ((frame, "to_rgb"),), "detection": ((faces, "detect"),), "landmarks": ((faces, "landmarks"),),
-    "crops": ((faces, "crop"),), "encoder": ((generate, "latents"),), "parser": ((blend, "parse"),),
-    "masks": ((blend, "label_mask"), (preparing, "_region"), (preparing, "lips_map")), "windows": ((Tracker, "_window"),),
+    "rgb": ((frame, "to_rgb"),), "detection": ((detect, "detect"),), "landmarks": ((landmarks, "landmarks"),),
+    "crops": ((subpixel, "crop"),), "encoder": ((generate, "latents"),), "parser": ((mask, "parse"),),
+    "masks": ((mask, "label_mask"), (subpixel, "region"), (mask, "lips_map")), "windows": ((Tracker, "_window"),),
 }
 
 

@@ -30,8 +30,8 @@ from benchmarks import common
 from benchmarks import measures as m
 from musetalk import LipSync, NoFace, Options
 from musetalk.avatar import Avatar
-from musetalk.face.faces import head_place
-from musetalk.face.track import Found, steadied
+from musetalk.face.crops import head_place
+from musetalk.face.steady import Found, steadied
 from musetalk.geometry.box import Box
 from musetalk.geometry.place import Place
 from musetalk.geometry.upstream import crop, face_box

@@ -30,8 +30,8 @@ from benchmarks import common, pipeline
 from musetalk import LipSync, Options
 from musetalk.checkpoints import PARTS, Networks, builders, default_dtype, write_manifest
 from musetalk.draw.generator import FaceGenerator
-from musetalk.face import faces
-from musetalk.face.faces import Detection
+from musetalk.face import detect, landmarks
+from musetalk.face.detect import Detection
 from musetalk.face.track import WINDOW
 from musetalk.nets.bisenet import BiSeNet
 from musetalk.nets.fast import fold_batch_norm
@@ -100,15 +100,15 @@ def networks(device: torch.device, dtype: torch.dtype, fast: bool = True) -> Any
 
 def scripted() -> ExitStack:
     """The networks are computed, then a face that moves slowly is found."""
-    detect, landmarks = faces.detect, faces.landmarks
+    detector, reader = detect.detect, landmarks.landmarks
     calls = [0]
 
     def found(net: S3fd, frame: Tensor) -> list[Detection]:
-        detect(net, frame)
+        detector(net, frame)
         return [Detection(float(FACE[0]), float(FACE[1]), float(FACE[2]), float(FACE[3]), 0.99)]
 
     def seen(net: RtmPose, frames: list[Tensor], regions: Any = None) -> tuple[Tensor, Tensor]:
-        landmarks(net, frames, regions)
+        reader(net, frames, regions)
         x = torch.linspace(FACE[0], FACE[2], 68).long()
         y = torch.linspace(FACE[1], FACE[3], 68).long()
         y[29] = (FACE[1] + FACE[3]) // 2
@@ -116,8 +116,8 @@ def scripted() -> ExitStack:
         return torch.stack([torch.stack([x + calls[0] // 8, y], dim=1)] * len(frames)), torch.full((len(frames),), 0.9)
 
     stack = ExitStack()
-    stack.enter_context(mock.patch.object(faces, "detect", found))
-    stack.enter_context(mock.patch.object(faces, "landmarks", seen))
+    stack.enter_context(mock.patch.object(detect, "detect", found))
+    stack.enter_context(mock.patch.object(landmarks, "landmarks", seen))
     return stack
 
 
@@ -127,11 +127,11 @@ def prepare(device: torch.device, count: int) -> dict[str, float]:
     dtype = default_dtype(device)
     frames = [torch.randint(0, 255, (HEIGHT, WIDTH, 3), dtype=torch.uint8) for _ in range(count)]
     detector, pose, vae, parser = networks(device, torch.float32, fast=False)
-    frame = faces.s3fd_input(frames[0].to(device)[None]).contiguous()
+    frame = detect.s3fd_input(frames[0].to(device)[None]).contiguous()
     picture, crop = torch.randn(1, 3, 384, 288, device=device), torch.randn(1, 3, 256, 256, device=device)
     square = parse_input(torch.randint(0, 255, (1, 512, 512, 3), dtype=torch.uint8, device=device)).contiguous()
     steps: dict[str, Callable[[], Any]] = {
-        "s3fd": lambda: faces.decode_s3fd(detector(frame)), "rtmpose_flip": lambda: (pose(picture), pose(picture.flip(-1))),
+        "s3fd": lambda: detect.decode_s3fd(detector(frame)), "rtmpose_flip": lambda: (pose(picture), pose(picture.flip(-1))),
         "vae_encode_2": lambda: (vae.encode(crop), vae.encode(crop)), "bisenet": lambda: parser(square)}
     out = {}
     for name, step in steps.items():

@@ -133,7 +133,7 @@ class Service:
             PEAK_VRAM_MIB=memory.vram_mib, PEAK_RAM_KB=memory.peak_kb,
             gpu_class=self.gpu_class, stage_times=StageTimes(**timer.times),
             total_time=timer.total, frames=result.frames, avatar_cached=result.avatar_cached, selftest=selftest,
-            lane=result.lane, damaged=result.damaged, provenance=mark.written)
+            lane=result.lane, damaged=result.damaged, provenance=mark.written, faces_found=result.faces_found)
         return Success(output_url=url, musetalk_job_id=request.musetalk_job_id, metrics=metrics).body()
 
 

@@ -164,9 +164,9 @@ def test_metrics_name_the_lane_and_only_what_was_damaged() -> None:
         GENERATION_TIME_SEC=1, SCRIPT_WALL_TIME_SEC=1, PEAK_VRAM_MIB=None, PEAK_RAM_KB=1, gpu_class="x", total_time=4,
         stage_times=schema.StageTimes(download=1, validation=1, inference=1, upload=1), frames=1, avatar_cached=False)
     body = schema.Success(output_url="u", musetalk_job_id="j", metrics=metrics).body()["metrics"]
-    assert list(body)[-2:] == ["lane", "provenance"]
+    assert list(body)[-3:] == ["lane", "provenance", "faces_found"]
     damaged = metrics.model_copy(update={"damaged": "video_url: 15 of 50 frames"})
-    assert list(schema.Success(output_url="u", musetalk_job_id="j", metrics=damaged).body()["metrics"])[-1] == "damaged"
+    assert list(schema.Success(output_url="u", musetalk_job_id="j", metrics=damaged).body()["metrics"])[-2:] == ["damaged", "faces_found"]
 
 
 def test_job_id_comes_from_the_queue_when_missing() -> None:

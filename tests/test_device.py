@@ -22,7 +22,7 @@ import torch
 
 from musetalk import Avatar, MuseTalkError, NonFiniteOutput
 from musetalk.checkpoints import default_dtype
-from musetalk.face import faces
+from musetalk.face import detect
 from musetalk.steps import Painted, generating, preparing
 from pipeline import media
 from pipeline.errors import DeviceLost, JobError, NoDevice, OutOfMemory
@@ -289,7 +289,7 @@ def test_warming_up_runs_every_network(settings: Settings) -> None:
             net.register_forward_hook(lambda *_, name=name, ran=ran: ran.add(name))
         with pytest.MonkeyPatch.context() as patch:
             if not finds:
-                patch.setattr(faces, "decode_s3fd", lambda *_: [])
+                patch.setattr(detect, "decode_s3fd", lambda *_: [])
             worker.warm_up()
         assert ran == set(parts)
 

@@ -28,9 +28,12 @@ from musetalk import LipSync, Options, checkpoints
 from musetalk.avatar import Avatar
 from musetalk.draw import recorded as tuning
 from musetalk.draw.generator import FaceGenerator
-from musetalk.face import faces
-from musetalk.face.faces import Detection, PoseFrame
-from musetalk.face.track import Found, Tracker
+from musetalk.face import detect, landmarks, people
+from musetalk.face.detect import Detection
+from musetalk.face.landmarks import PoseFrame
+from musetalk.face.people import Person
+from musetalk.face.steady import Found
+from musetalk.face.track import Tracker, Window
 from musetalk.geometry import subpixel
 from musetalk.geometry.box import Box, Region
 from musetalk.geometry.place import Place
@@ -214,19 +217,22 @@ def lipsync(networks: checkpoints.Networks, mode: FakeTensorMode, monkeypatch: p
         assert {t.device for pair in levels for t in pair} == {CUDA}
         return [Detection(FACE.x1, FACE.y1, FACE.x2, FACE.y2, 0.99)] * COUNT
 
-    def read(self: Tracker, frames: list[Tensor], guesses: list[Box]) -> tuple[list[Found], bool]:
-        regions = [PoseFrame.around(g) for g in guesses] if self.natural or self.crowded else None
-        points, scores = faces.landmarks(self.pose, frames, regions)
-        assert points.device.type == scores.device.type == "cpu"
-        assert points.shape == (len(frames), 68, 2)
-        return [Found(FACE, FACE, Place.turned(40.25, 40, 100, 110, 0.3))] * len(frames), True
+    def read(self: Tracker, person: Person, window: Window, boxes: dict[int, Box]) -> tuple[dict[int, Found], bool]:
+        frames = [window.frames[i] for i in boxes]
+        for roll in (0.0, 0.6):
+            points, scores = landmarks.landmarks(self.pose, frames, [PoseFrame.around(b, roll) for b in boxes.values()])
+            assert points.device.type == scores.device.type == "cpu"
+            assert points.shape == (len(frames), 68, 2)
+        return dict.fromkeys(boxes, Found(FACE, FACE, Place.turned(40.25, 40, 100, 110, 0.3))), True
 
     def masked(mask: Tensor, area: Box, size: tuple[int, int]) -> Region:
         assert mask.device.type == "cpu"
         return Region(MOUTH, torch.zeros(MOUTH.height, MOUTH.width, dtype=torch.uint8))
 
-    monkeypatch.setattr(faces, "decode_s3fd", decode)
-    monkeypatch.setattr(Tracker, "_landmarks", read)
+    monkeypatch.setattr(detect, "decode_s3fd", decode)
+    monkeypatch.setattr(Tracker, "_read", read)
+    look = np.zeros((people.ROWS, people.COLUMNS, 3), np.float32), np.ones((people.ROWS, people.COLUMNS), bool)
+    monkeypatch.setattr(people, "look_of", lambda *_: look)
     monkeypatch.setattr(subpixel, "region_of", masked)
     taps = imaging._pillow_taps
 

@@ -175,7 +175,7 @@ def test_s3fd(prefix: str) -> None:
     g = golden("s3fd")
     net = build(S3fd, "s3fd")
     if prefix:
-        from musetalk.face.faces import s3fd_input
+        from musetalk.face.detect import s3fd_input
 
         image = s3fd_input(torch.from_numpy(g["odd_image_bgr"].copy()).flip(-1)[None])
     else:
@@ -190,7 +190,7 @@ def test_s3fd(prefix: str) -> None:
 def test_rtmpose() -> None:
     g = golden("rtmpose_net")
     net = build(RtmPose, "dwpose")
-    from musetalk.face.faces import decode_simcc, pose_input, simcc_mean
+    from musetalk.face.landmarks import decode_simcc, pose_input, simcc_mean
 
     image = pose_input(torch.from_numpy(g["image_rgb"])[None])
     for fold in (False, True):

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -36,12 +36,13 @@ FORMAT = 9
 
 @dataclass(frozen=True)
 class Face:
-    """One source frame's face: its place with the chin margin, blended region, latents (8, h, w) float16, `mask.lips_map`."""
+    """One source frame's face."""
 
-    place: Place
-    region: Region
-    latents: Tensor
-    lips: Tensor
+    place: Place  # with the chin margin
+    region: Region  # what blending may change, with its soft mask
+    latents: Tensor  # (8, h, w) float16
+    lips: Tensor  # `mask.lips_map`
+    weight: float = 1.0  # how strongly a generated mouth may cover it: less where the face comes or goes
 
 
 class Avatar:
@@ -51,9 +52,11 @@ class Avatar:
     the index's own sha256 (32 bytes) and length (8).
     """
 
-    def __init__(self, file: BinaryIO, index: list[tuple[int, int, str]], count: int, complete: bool = False) -> None:
-        self._file, self._index, self._count = file, index, count
-        self.first_face: int | None = None  # the first frame that holds a face
+    def __init__(
+        self, file: BinaryIO, index: list[tuple[int, int, str]], present: Iterable[bool] = (), complete: bool = False,
+    ) -> None:
+        self._file, self._index = file, index
+        self.present = list(present)  # of each source frame, whether it holds a face
         self.frames: list[Tensor] = []  # the clip itself, where the library holds it; the streaming worker does not
         self._pending: list[Face | None] = []
         self._lock = threading.RLock()  # one thread may append while another reads
@@ -64,19 +67,22 @@ class Avatar:
     @classmethod
     def new(cls, folder: Path | None = None) -> Avatar:
         """An empty avatar, backed by an unnamed temporary file."""
-        return cls(tempfile.TemporaryFile(dir=folder), [], 0)
+        return cls(tempfile.TemporaryFile(dir=folder), [])
 
     def __len__(self) -> int:
         """Source frames so far."""
-        return self._count
+        return len(self.present)
+
+    @property
+    def first_face(self) -> int | None:
+        """The first frame that holds a face."""
+        return self.present.index(True) if True in self.present else None
 
     def append(self, face: Face | None) -> None:
         """Add the next source frame."""
         with self._lock:
-            if face is not None and self.first_face is None:
-                self.first_face = self._count
             self._pending.append(face)
-            self._count += 1
+            self.present.append(face is not None)
             if len(self._pending) == CHUNK:
                 self._flush()
 
@@ -89,7 +95,7 @@ class Avatar:
 
     def __getitem__(self, i: int) -> Face | None:
         """Source frame i."""
-        if not 0 <= i < self._count:
+        if not 0 <= i < len(self):
             raise IndexError(i)
         chunk, at = divmod(i, CHUNK)
         with self._lock:
@@ -147,8 +153,8 @@ class Avatar:
     def _tail(self, key: str) -> bytes:
         """The index and what verifies it."""
         index = json.dumps({
-            "format": FORMAT, "key": key, "count": self._count, "first_face": self.first_face,
-            "complete": self.complete, "chunks": self._index,
+            "format": FORMAT, "key": key, "present": "".join("01"[p] for p in self.present), "complete": self.complete,
+            "chunks": self._index,
         }).encode()
         return index + hashlib.sha256(index).digest() + len(index).to_bytes(8, "little")
 
@@ -177,10 +183,7 @@ class Avatar:
             for start, count, want in chunks:
                 if hashlib.sha256(_read(file, start, count)).hexdigest() != want:
                     raise ValueError("corrupt")
-            avatar = cls(file, chunks, int(index["count"]), bool(index["complete"]))
-            first = index["first_face"]
-            avatar.first_face = None if first is None else int(first)
-            return avatar
+            return cls(file, chunks, (p == "1" for p in index["present"]), bool(index["complete"]))
         except (ValueError, KeyError, TypeError, OSError, SafetensorError):
             file.close()
             return None
@@ -192,13 +195,14 @@ def _read(file: BinaryIO, start: int, length: int) -> bytes:
 
 
 def _pack(faces: list[Face | None]) -> bytes:
-    """Places (K, 6) float64 and regions (K, 4) int32 of the K frames with a face, their masks' bytes end to end, latents
-    (K, 8, h, w), lips (K, L, L) uint8.
+    """Places (K, 6) and weights (K,) float64 and regions (K, 4) int32 of the K frames with a face, their masks' bytes end to
+    end, latents (K, 8, h, w), lips (K, L, L) uint8.
     """
     present = [f for f in faces if f is not None]
     tensors = {"present": torch.tensor([f is not None for f in faces])}
     if present:
         tensors["places"] = torch.tensor([astuple(f.place) for f in present], dtype=torch.float64)
+        tensors["weights"] = torch.tensor([f.weight for f in present], dtype=torch.float64)
         tensors["regions"] = torch.tensor([astuple(f.region.box) for f in present], dtype=torch.int32)
         tensors["masks"] = torch.cat([f.region.mask.cpu().flatten() for f in present])
         tensors["latents"] = torch.stack([f.latents.half().cpu().contiguous() for f in present])
@@ -218,6 +222,7 @@ def _unpack(blob: bytes) -> list[Face | None]:
         size = region.width * region.height
         mask = tensors["masks"][byte : byte + size].view(region.height, region.width)
         place = Place(*tensors["places"][at].tolist())
-        out.append(Face(place, Region(region, mask), tensors["latents"][at], tensors["lips"][at]))
+        weight = float(tensors["weights"][at])
+        out.append(Face(place, Region(region, mask), tensors["latents"][at], tensors["lips"][at], weight))
         at, byte = at + 1, byte + size
     return out

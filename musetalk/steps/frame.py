@@ -113,8 +113,8 @@ class Speaker:
     options: Options
 
     def region(self, face: Face, output: int) -> Region:
-        """A face's blended region in an output frame, the mask times the frame's weight."""
-        if (weight := self.weights[output]) == 1:
+        """A face's blended region in an output frame, the mask times the weights of the frame and of the face."""
+        if (weight := self.weights[output] * face.weight) == 1:
             return face.region
         return Region(face.region.box, (face.region.mask.float() * weight).round().to(torch.uint8))
 

@@ -18,8 +18,9 @@ from musetalk.avatar import Avatar, Face
 from musetalk.checkpoints import Networks
 from musetalk.draw import generate
 from musetalk.errors import NoFace
-from musetalk.face.track import Found, Tracker, frames_needed, steadied
-from musetalk.geometry.place import Place
+from musetalk.face import track
+from musetalk.face.steady import Found
+from musetalk.face.track import frames_needed
 from musetalk.options import Options
 from musetalk.pixels.threads import in_parts
 from musetalk.show import mask
@@ -94,16 +95,14 @@ def follow(
 
 def _tracked(pictures: Iterator[Tensor], options: Options, nets: Networks) -> Iterator[tuple[Tensor, Found | None]]:
     """RGB pictures (H, W, 3) uint8 -> the same, each with the face that is followed."""
-    natural = options.finish == "natural"
     shift = options.bbox_shift if nets.version == "v1" else 0
-    followed = Tracker(nets.detector, nets.pose, options.face, shift, natural=natural).run(pictures)
-    return steadied(followed) if natural else followed
+    return track.follow(pictures, nets.detector, nets.pose, options.face, shift, natural=options.finish == "natural")
 
 
 @torch.inference_mode()
 def add_entries(avatar: Avatar, group: Sequence[tuple[Tensor, Found | None]], options: Options, state: State) -> None:
     """Crop, parse and encode the faces of the clip's next pictures (H, W, 3) uint8, in smaller parts where memory runs out."""
-    present = [(picture, found.place) for picture, found in group if found is not None]
+    present = [(picture, found) for picture, found in group if found is not None]
     noise = _noise(state.nets, options.seed, len(avatar), len(present))
 
     def encoded(part: slice) -> list[Face]:
@@ -117,13 +116,13 @@ def add_entries(avatar: Avatar, group: Sequence[tuple[Tensor, Found | None]], op
         avatar.append(None if found is None else next(made))
 
 
-def _faces(present: list[tuple[Tensor, Place]], noise: Tensor | None, options: Options, nets: Networks) -> list[Face]:
-    """The entries of pictures with the places of their faces; `noise` (2, N, 4, h, w)."""
+def _faces(present: list[tuple[Tensor, Found]], noise: Tensor | None, options: Options, nets: Networks) -> list[Face]:
+    """The entries of pictures with their faces; `noise` (2, N, 4, h, w)."""
     geometry = mask.geometry_of(options.finish)
     pictures = [picture.to(nets.device) for picture, _ in present]
     sizes = [(picture.shape[1], picture.shape[0]) for picture in pictures]
-    places = [geometry.with_chin(place, options.extra_margin, size)
-              for (_, place), size in zip(present, sizes, strict=True)]
+    places = [geometry.with_chin(found.place, options.extra_margin, size)
+              for (_, found), size in zip(present, sizes, strict=True)]
     crops = torch.stack([geometry.crop(*each, nets.vae.cfg.crop_size) for each in zip(pictures, places, strict=True)])
     latents = generate.latents(nets.vae, crops, None if noise is None else noise.flatten(0, 1)).half().cpu()
     views = torch.stack([geometry.view(*each) for each in zip(pictures, places, strict=True)])
@@ -131,7 +130,8 @@ def _faces(present: list[tuple[Tensor, Place]], noise: Tensor | None, options: O
     masks = mask.label_mask(labels, options.parsing_mode, options.left_cheek_width, options.right_cheek_width)
     regions = [geometry.region(*each) for each in zip(masks, places, sizes, strict=True)]
     lips = torch.stack([mask.lips_map(k, geometry.face_in_view(p)) for k, p in zip(labels, places, strict=True)]).cpu()
-    return [Face(*parts) for parts in zip(places, regions, latents, lips, strict=True)]
+    weights = [found.weight for _, found in present]
+    return [Face(*parts) for parts in zip(places, regions, latents, lips, weights, strict=True)]
 
 
 def _noise(nets: Networks, seed: int | None, first: int, count: int) -> Tensor | None:

@@ -22,8 +22,8 @@ from musetalk.draw import layout
 from musetalk.draw.interruption import interruptible
 from musetalk.draw.recorded import numerics, out_of_memory
 from musetalk.errors import Interrupted, NoFastLane
-from musetalk.face import faces
-from musetalk.face.track import Found
+from musetalk.face import landmarks
+from musetalk.face.steady import Found
 from musetalk.geometry.box import Box
 from musetalk.geometry.place import Place
 from musetalk.pixels.colour import Colour
@@ -215,7 +215,7 @@ def drawn_avatar(frame: Frame, options: Options, state: State) -> Avatar:
         pass
     if avatar.first_face is None:
         picture = frame.rgb(state.nets.device)
-        faces.landmarks(state.nets.pose, [picture])
+        landmarks.landmarks(state.nets.pose, [picture])
         avatar = Avatar.new()
         steps.add_entries(avatar, [(picture, Found(FACE_BOX, FACE_BOX, Place.of(FACE_BOX)))], options, state)
         avatar.finish()

@@ -19,6 +19,7 @@ from musetalk import AvatarCache, LipSync, Options, steps
 from musetalk.avatar import Avatar, cache_key
 from musetalk.errors import NoFastLane
 from musetalk.options import Quality
+from musetalk.order import source_index
 from musetalk.pixels.colour import Colour
 from musetalk.sound.features import Prompts
 from musetalk.steps import Frame, Speaker, State, Yuv420, speech_weights
@@ -46,6 +47,7 @@ class Result:
     frames: int
     avatar_cached: bool
     lane: Quality
+    faces_found: int  # frames of the film whose source frame holds the speaker's face
     damaged: str | None = None  # which source is damaged, and how much of it was decoded
 
 
@@ -73,7 +75,8 @@ def speak(
             if not cached:
                 avatar.complete = avatar.complete and not decode.complaint
                 cache.put(key, avatar)
-    return Result(state.clock.seconds, time.perf_counter() - began, outputs, cached is not None, options.quality,
+            found = sum(avatar.present[source_index(i, min(len(avatar), decode.count), options.loop)] for i in range(outputs))
+    return Result(state.clock.seconds, time.perf_counter() - began, outputs, cached is not None, options.quality, found,
                   _damaged(decode, inputs))
 
 
