@@ -16,7 +16,7 @@ FILES = [*sorted((ROOT / "musetalk").rglob("*.py")), *sorted((ROOT / "pipeline")
 MUSETALK = {
     "errors": "", "options": "", "order": "options", "geometry": "pixels", "nets": "errors", "pixels": "",
     "tensor_pickle": "", "checkpoints": "errors nets tensor_pickle",
-    "sound": "errors nets", "avatar": "geometry", "face": "geometry nets pixels",
+    "sound": "errors nets", "avatar": "geometry", "face": "errors geometry nets pixels",
     "draw": "checkpoints errors nets", "show": "geometry nets options pixels",
     "steps": "avatar checkpoints draw errors face geometry options pixels show sound",
     "lipsync": "avatar checkpoints draw errors options order sound steps",

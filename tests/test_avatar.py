@@ -100,7 +100,7 @@ def test_damage_and_foreign_files_are_misses(tmp_path: Path) -> None:
     for damage in (b"", whole[:-1], whole[: len(whole) // 2], whole[:100] + b"x" + whole[101:], b"\xff" * 64):
         path.write_bytes(damage)
         assert cache.get("key") is None
-    at = whole.index(b'"count": 50') + len(b'"count": ')
+    at = whole.index(b'"present": "') + len(b'"present": "')
     for i in (*range(0, len(whole), 97), at, len(whole) - 40, len(whole) - 1):
         path.write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
         assert cache.get("key") is None, i

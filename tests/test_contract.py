@@ -166,7 +166,8 @@ def test_metrics_name_the_lane_and_only_what_was_damaged() -> None:
     body = schema.Success(output_url="u", musetalk_job_id="j", metrics=metrics).body()["metrics"]
     assert list(body)[-3:] == ["lane", "provenance", "faces_found"]
     damaged = metrics.model_copy(update={"damaged": "video_url: 15 of 50 frames"})
-    assert list(schema.Success(output_url="u", musetalk_job_id="j", metrics=damaged).body()["metrics"])[-2:] == ["damaged", "faces_found"]
+    body = schema.Success(output_url="u", musetalk_job_id="j", metrics=damaged).body()["metrics"]
+    assert list(body)[-2:] == ["damaged", "faces_found"]
 
 
 def test_job_id_comes_from_the_queue_when_missing() -> None:
