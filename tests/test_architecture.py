@@ -15,7 +15,7 @@ FILES = [*sorted((ROOT / "musetalk").rglob("*.py")), *sorted((ROOT / "pipeline")
 # who may import whom: a room (a folder, or a file beside the folders), then the rooms it may use
 MUSETALK = {
     "errors": "", "options": "", "order": "options", "geometry": "", "nets": "errors", "pixels": "geometry",
-    "checkpoints": "errors nets", "sound": "errors nets", "avatar": "geometry", "face": "geometry nets pixels",
+    "checkpoints": "errors nets", "sound": "errors nets", "avatar": "geometry", "face": "errors geometry nets pixels",
     "draw": "checkpoints errors nets", "show": "geometry nets options pixels",
     "lipsync": "avatar checkpoints draw errors face geometry nets options order pixels show sound",
 }
