@@ -152,9 +152,8 @@ def tiles(lipsync: LipSync) -> dict[str, Tensor]:
     seen: list[finish.Maps] = []
     original = finish.paint
 
-    def paint(
-        parts: Sequence[Tensor], maps: finish.Maps, source: Tensor, drawing: Tensor, grid: Tensor, weight: Tensor,
-    ) -> None:
+    def paint(parts: Sequence[Tensor], maps: finish.Maps, source: Tensor, drawing: Tensor, grid: Tensor,
+              weight: Tensor) -> None:
         seen.append(maps)
         original(parts, maps, source, drawing, grid, weight)
 

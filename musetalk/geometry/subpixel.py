@@ -13,17 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from musetalk.geometry.box import Region, region_of
-from musetalk.geometry.place import Place, cut_out, levels, resampled
+from musetalk.geometry.place import Place, channels_first, cut_out, levels, resampled
 from musetalk.geometry.view import SIDE, UPPER, Rectangle, blur_kernel
 from musetalk.pixels.resample import gaussian_blur
 
 EXPAND = 1.5  # side of the parsed square / longer side of the face's place
-MARGIN_UNIT = 1 / 256  # of the face's height: one pixel of `extra_margin`; a face 256 pixels high gets upstream's
+MARGIN_UNIT = 0.003  # of the face's height: one pixel of `extra_margin`, as upstream has it in a face 333 pixels high
 MARGIN_MOST = 0.2  # of the face's height: more would show the neck, which the networks do not draw
 
 
 def with_chin(place: Place, margin: int, size: tuple[int, int]) -> Place:
-    """The place, longer at the chin by `margin` 256ths of its height, up to MARGIN_MOST, in a frame (width, height).
+    """The place, longer at the chin by `margin` times MARGIN_UNIT, up to MARGIN_MOST, in a frame (width, height).
 
     The chin's edge stays in the frame: beyond it there are no pixels, and its repeated border would be painted as a smear.
     """
@@ -57,12 +57,12 @@ def view(frame: Tensor, place: Place) -> Tensor:
     """The parser's picture (SIDE, SIDE, 3) uint8: the face upright in the middle, antialiased."""
     square = square_of(place)
     area = square.bounds().nearest(frame.shape[1], frame.shape[0])
-    part = frame[area.y1 : area.y2, area.x1 : area.x2].permute(2, 0, 1)[None].float()
+    part = channels_first(frame, area)
     times = square.width / SIDE
     if times > 1:  # as small as the picture first: sampling is not antialiased
         size = max(round(area.height / times), 1), max(round(area.width / times), 1)
         part = F.interpolate(part, size=size, mode="bilinear", antialias=True)
-    return levels(resampled(part.contiguous(), Place.of(area), square, SIDE, SIDE))
+    return levels(resampled(part, Place.of(area), square, SIDE, SIDE))
 
 
 def face_in_view(place: Place) -> Rectangle:
