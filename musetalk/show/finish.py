@@ -21,7 +21,7 @@ from torch import Tensor
 
 from musetalk.geometry.box import Box, Region
 from musetalk.geometry.place import Place, positions, reduced, resampled, sampled
-from musetalk.pixels.resample import kept
+from musetalk.pixels.resample import cached_on_device
 from musetalk.show.blend import first_row
 from musetalk.show.mask import MOUTH_AT, blurred
 
@@ -187,7 +187,7 @@ def extremes(plane: Tensor, place: Place, device: torch.device) -> tuple[Tensor,
     return seen.topk(count, largest=False).values.mean(), seen.topk(count).values.mean()
 
 
-@kept(8)
+@cached_on_device(8)
 def _tolerance(size: int, mouth: float, far: float, moved: tuple[float, float, float]) -> tuple[Tensor]:
     """Squared levels by which the drawing may differ and the source still stays, off its lips: (1, 1, size, size)."""
     at = (torch.arange(size) + 0.5) / size
