@@ -55,7 +55,8 @@ class Service:
         """Why this worker can run no job until it is replaced; None while it can."""
         if self.engine.failed is None:
             return None
-        return f"this worker cannot run the model, and is being replaced: {redact.text(self.engine.failed).partition(chr(10))[0]}"
+        reason = redact.text(self.engine.failed).partition("\n")[0]
+        return f"this worker cannot run the model, and is being replaced: {reason}"
 
     def run_job(
         self, job_input: Any, *, job_id: str | None = None, control: Control | None = None, preview: bool = False,
