@@ -118,7 +118,7 @@ def options_of(engine: Engine, state: State, request: JobRequest) -> Options:
 
 def _damaged(decode: Decode, inputs: Inputs) -> str | None:
     """What to state of sources that could be decoded in part only."""
-    damaged = decode.damaged or inputs.clip.opener.doubt
+    damaged = decode.damaged or inputs.clip.opener.damage
     count = min(decode.count, decode.outputs)
     said = [f"video_url: {count} frames were decoded: {damaged}"] if damaged else []
     if inputs.speech.damaged:
