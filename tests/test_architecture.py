@@ -27,7 +27,7 @@ PIPELINE = {
     "film": "errors job mark media schema settings transfer",
     "run": "errors film job mark schema settings transfer",
     "http": "errors job run settings", "server": "errors http job run schema settings",
-    "__main__": "job run schema settings",
+    "shell": "errors job run schema settings", "__main__": "job shell",
     "page": "errors film job run schema settings", "handler": "job run settings",
 }
 USES_MUSETALK = {"film", "weights"}  # schema: its options alone
