@@ -12,7 +12,7 @@ def main() -> int:
         exit_on_signals()
         return shell.main()
     except KeyboardInterrupt as e:
-        print(f"{chr(10) if sys.stderr.isatty() else ''}error: interrupted; {e or 'nothing was written'}", file=sys.stderr)
+        print(f"{chr(10) if sys.stderr.isatty() else ''}error: interrupted; {str(e) or 'nothing was written'}", file=sys.stderr)
         return 130
 
 

@@ -140,9 +140,9 @@ class Tab:
         return self.driver.execute_script(code)
 
     def press(self, words: str) -> None:
-        """Click the first button or folded heading with these words."""
+        """Click the first button, check box or folded heading with these words."""
         self.driver.switch_to.window(self.handle)
-        found = until(lambda: [b for b in self.all("button, .q-expansion-item .q-item") if words in b.text], 30)[0]
+        found = until(lambda: [b for b in self.all("button, .q-checkbox, .q-expansion-item .q-item") if words in b.text], 30)[0]
         self.driver.execute_script("arguments[0].click()", found)
 
     def text(self, css: str) -> str:
@@ -231,7 +231,7 @@ def test_tune_render_and_play(
     assert not [b for b in tab.all("button") if b.text == "Stop" and b.is_displayed()]
     tab.changed(lambda: tab.set("extra margin", "20"))
     assert tab.green() < 10
-    tab.changed(lambda: tab.js("document.querySelector('[role=checkbox][aria-label=outline]').click()"))
+    tab.changed(lambda: tab.press("outline"))
     until(lambda: tab.green() > 100, 10)
     tab.changed(lambda: tab.upload(short_clip, short_speech))
     tab.press("Render the film")
