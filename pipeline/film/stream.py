@@ -56,7 +56,7 @@ def speak(
 ) -> Result:
     """Write the lip-synced MP4 to `target`. `content` is the clip's sha256."""
     began, cache = time.perf_counter(), engine.cache if use_cache else AvatarCache(None, 0)
-    with engine.job(control.check) as state:
+    with engine.job(control.waiting) as state:
         options = options_of(engine, state, request)
         source, form, key = clip_of(engine, state, request, options, inputs.clip, content)
         prompts = _heard(engine, state, inputs, source.fps, options, control)
