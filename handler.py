@@ -72,7 +72,7 @@ def answer(body: dict[str, Any]) -> dict[str, Any]:
     if body["status"] == "failed":
         keys = ("error_type", "stage", "error_message", "retryable")
         body = {**body, "error": json.dumps({k: body[k] for k in keys}, allow_nan=False)}
-        if service.engine.lost:
+        if service.unfit:
             body["refresh_worker"] = True
     return json.loads(json.dumps(body, allow_nan=False))
 
@@ -96,5 +96,10 @@ async def handler(job: dict[str, Any]) -> dict[str, Any]:
     return body
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Take jobs from the queue until the platform stops the worker."""
     runpod.serverless.start({"handler": handler})
+
+
+if __name__ == "__main__":
+    main()

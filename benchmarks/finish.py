@@ -28,6 +28,7 @@ from torch import Tensor
 from benchmarks.picture import CLIPS, SENTENCE, VOICE, Clip, Material, Picture, judge, material, prepared
 from musetalk import LipSync, Options
 from musetalk.avatar import Avatar
+from musetalk.draw.generator import FaceGenerator
 from musetalk.geometry import subpixel
 from musetalk.pixels.resample import pillow_resize
 from musetalk.show import finish, mask
@@ -67,7 +68,7 @@ class Case:
         avatar = prepared(lipsync, clip, made, options, found=False)
         prompts = lipsync.prompts(made.pcm, Fraction(clip.fps), options)
         latents = torch.stack([entry.latents for entry in avatar if entry is not None])
-        return Case(clip, made, avatar, lipsync.generate(latents, prompts.batch(range(len(latents)))))
+        return Case(clip, made, avatar, FaceGenerator(lipsync.nets)(latents, prompts.batch(range(len(latents))))[0])
 
     def figures(self) -> dict[str, float]:
         """Paste the faces, and measure the film."""

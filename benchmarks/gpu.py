@@ -258,7 +258,7 @@ def same_bytes(report: Report, jobs: Jobs) -> None:
 def warm_job(report: Report, jobs: Jobs) -> None:
     """A warm job with a cached avatar in both lanes: how near the stage comes to the generator alone, what overlaps."""
     lanes = ["exact"]
-    if jobs.engine.load().fast is not None:
+    if jobs.engine.load().nets.tiny is not None:
         lanes.append("fast")
     else:
         report.skip("the fast lane", "these weights have no tiny decoder")
@@ -294,7 +294,8 @@ def drills(report: Report, jobs: Jobs) -> None:
         return real(unet, vae, latent, prompts)
 
     with mock.patch.object(generate, "faces", short):
-        lipsync.tune(engine.batch_size, 50)  # on a GPU: the sizes that fit are recorded, and others when it ran out
+        with engine.job() as state:
+            state.generator.record(engine.batch_size, 50)  # on a GPU: the sizes that fit, and others when it ran out
         jobs.run(engine)
     report.add("out of memory: the batch is halved until it fits", f"{max(seen)} -> {seen[-1]}", "success", seen[-1] <= room)
     control = Control(600)

@@ -29,20 +29,20 @@ from typing import Any
 import requests
 
 from benchmarks import common
-from musetalk import LipSync, lipsync
 from musetalk.draw import generate
-from musetalk.face import faces
+from musetalk.face import detect, landmarks
 from musetalk.face.track import Tracker
-from musetalk.show import blend
-from pipeline.film import stages
+from musetalk.geometry import subpixel
+from musetalk.show import mask
+from musetalk.steps import frame
 from pipeline.media import child
 from pipeline.run import Service
 from pipeline.settings import REPOSITORY, Settings
 
 STEPS: dict[str, tuple[tuple[Any, str], ...]] = {  # of preparing, and what they consist of
-    "rgb": ((stages, "to_rgb"),), "detection": ((faces, "detect"),), "landmarks": ((faces, "landmarks"),),
-    "crops": ((faces, "crop"),), "encoder": ((generate, "latents"),), "parser": ((blend, "parse"),),
-    "masks": ((blend, "label_mask"), (LipSync, "_region"), (lipsync, "lips_map")), "windows": ((Tracker, "_window"),),
+    "rgb": ((frame, "to_rgb"),), "detection": ((detect, "detect"),), "landmarks": ((landmarks, "landmarks"),),
+    "crops": ((subpixel, "crop"),), "encoder": ((generate, "latents"),), "parser": ((mask, "parse"),),
+    "masks": ((mask, "label_mask"), (subpixel, "region"), (mask, "lips_map")), "windows": ((Tracker, "_window"),),
 }
 
 

@@ -30,13 +30,14 @@ from benchmarks import common
 from benchmarks import measures as m
 from musetalk import LipSync, NoFace, Options
 from musetalk.avatar import Avatar
-from musetalk.face.faces import head_place
-from musetalk.face.track import Found, steadied
+from musetalk.face.crops import head_place
+from musetalk.face.steady import Found, steadied
 from musetalk.geometry.box import Box
 from musetalk.geometry.place import Place
 from musetalk.geometry.upstream import crop, face_box
 from musetalk.options import Finish, Quality
 from musetalk.pixels.resample import pillow_resize
+from musetalk.steps import GROUP, State, add_entries
 from pipeline.media import ffmpeg
 from pipeline.settings import REPOSITORY
 from training import speech
@@ -130,8 +131,9 @@ def prepared(lipsync: LipSync, clip: Clip, made: Material, options: Options, fou
     natural = options.finish == "natural"
     items: list[tuple[Tensor, Found | None]] = list(zip(avatar.frames, tracked(clip, made, natural), strict=True))
     followed = list(steadied(items)) if natural else items
-    for at in range(0, len(items), options.batch_size):
-        lipsync.append(avatar, followed[at : at + options.batch_size], options)
+    state = State.of(lipsync.nets)
+    for at in range(0, len(items), GROUP):
+        add_entries(avatar, followed[at : at + GROUP], options, state)
     avatar.finish()
     return avatar
 

@@ -21,10 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from musetalk.avatar import Avatar
-from musetalk.lipsync import LipSync, Painted, Slot
-from musetalk.options import Options
-from musetalk.sound.features import Prompts
+from musetalk.draw.generator import FaceGenerator
 from pipeline.film import runner, stream
 from pipeline.film.engine import Engine
 from pipeline.film.runner import Stage
@@ -46,12 +43,10 @@ def face(size: int) -> torch.Tensor:
     return torch.full((size, size, 3), 127, dtype=torch.uint8)
 
 
-def stub(
-    self: LipSync, avatar: Avatar, prompts: Prompts, slots: list[Slot], options: Options,  # noqa: ARG001
-) -> list[Painted | None]:
-    """A fixed face for every frame that has one."""
-    entries = [avatar[slot.source] for slot in slots]
-    return [None if entry is None else Painted(face(self.crop_size), entry, entry.region, options.finish) for entry in entries]
+def stub(self: FaceGenerator, latents: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A fixed face for every one that is asked for."""
+    count = len(latents)
+    return face(self.nets.vae.cfg.crop_size).expand(count, -1, -1, -1), torch.ones(count, dtype=torch.bool)
 
 
 def material(folder: Path, size: str, seconds: int) -> tuple[Path, Path]:
@@ -133,11 +128,11 @@ class _stubbed:
     """The generator replaced while the context is open."""
 
     def __enter__(self) -> None:
-        self.saved = LipSync.generate_batch
-        LipSync.generate_batch = stub  # type: ignore[method-assign, assignment]
+        self.saved = FaceGenerator.__call__
+        FaceGenerator.__call__ = stub  # type: ignore[method-assign, assignment]
 
     def __exit__(self, *_: object) -> None:
-        LipSync.generate_batch = self.saved  # type: ignore[method-assign]
+        FaceGenerator.__call__ = self.saved  # type: ignore[method-assign]
 
 
 class _unstreamed:

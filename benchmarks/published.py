@@ -28,13 +28,13 @@ from torch import Tensor, nn
 
 from benchmarks import common, pipeline
 from musetalk import LipSync, Options
-from musetalk.avatar import Avatar
 from musetalk.checkpoints import PARTS, Networks, builders, default_dtype, write_manifest
-from musetalk.face import faces
-from musetalk.face.faces import Detection
+from musetalk.draw.generator import FaceGenerator
+from musetalk.face import detect, landmarks
+from musetalk.face.detect import Detection
 from musetalk.face.track import WINDOW
 from musetalk.nets.bisenet import BiSeNet
-from musetalk.nets.layers import fold_batch_norm
+from musetalk.nets.fast import fold_batch_norm
 from musetalk.nets.rtmpose import RtmPose
 from musetalk.nets.s3fd import S3fd
 from musetalk.nets.vae import Vae
@@ -74,8 +74,7 @@ def load(device: torch.device, folder: Path) -> dict[str, float]:
         lipsync = LipSync.load(folder, device)
         loads.append(time.perf_counter() - began)
         prompts = lipsync.prompts(np.zeros(1600, np.float32), Fraction(25))
-        with torch.inference_mode():
-            lipsync.generate(torch.zeros(1, 8, 32, 32), prompts.batch(range(1)))
+        FaceGenerator(lipsync.nets)(torch.zeros(1, 8, 32, 32), prompts.batch(range(1)))
         firsts.append(time.perf_counter() - began)
         del lipsync
     return {"weights_gb": size / 1e9, "load_sec": common.median(loads), "load_to_first_face_sec": common.median(firsts)}
@@ -101,15 +100,15 @@ def networks(device: torch.device, dtype: torch.dtype, fast: bool = True) -> Any
 
 def scripted() -> ExitStack:
     """The networks are computed, then a face that moves slowly is found."""
-    detect, landmarks = faces.detect, faces.landmarks
+    detector, reader = detect.detect, landmarks.landmarks
     calls = [0]
 
     def found(net: S3fd, frame: Tensor) -> list[Detection]:
-        detect(net, frame)
+        detector(net, frame)
         return [Detection(float(FACE[0]), float(FACE[1]), float(FACE[2]), float(FACE[3]), 0.99)]
 
     def seen(net: RtmPose, frames: list[Tensor], regions: Any = None) -> tuple[Tensor, Tensor]:
-        landmarks(net, frames, regions)
+        reader(net, frames, regions)
         x = torch.linspace(FACE[0], FACE[2], 68).long()
         y = torch.linspace(FACE[1], FACE[3], 68).long()
         y[29] = (FACE[1] + FACE[3]) // 2
@@ -117,8 +116,8 @@ def scripted() -> ExitStack:
         return torch.stack([torch.stack([x + calls[0] // 8, y], dim=1)] * len(frames)), torch.full((len(frames),), 0.9)
 
     stack = ExitStack()
-    stack.enter_context(mock.patch.object(faces, "detect", found))
-    stack.enter_context(mock.patch.object(faces, "landmarks", seen))
+    stack.enter_context(mock.patch.object(detect, "detect", found))
+    stack.enter_context(mock.patch.object(landmarks, "landmarks", seen))
     return stack
 
 
@@ -128,11 +127,11 @@ def prepare(device: torch.device, count: int) -> dict[str, float]:
     dtype = default_dtype(device)
     frames = [torch.randint(0, 255, (HEIGHT, WIDTH, 3), dtype=torch.uint8) for _ in range(count)]
     detector, pose, vae, parser = networks(device, torch.float32, fast=False)
-    frame = faces.s3fd_input(frames[0].to(device)[None]).contiguous()
+    frame = detect.s3fd_input(frames[0].to(device)[None]).contiguous()
     picture, crop = torch.randn(1, 3, 384, 288, device=device), torch.randn(1, 3, 256, 256, device=device)
     square = parse_input(torch.randint(0, 255, (1, 512, 512, 3), dtype=torch.uint8, device=device)).contiguous()
     steps: dict[str, Callable[[], Any]] = {
-        "s3fd": lambda: faces.decode_s3fd(detector(frame)), "rtmpose_flip": lambda: (pose(picture), pose(picture.flip(-1))),
+        "s3fd": lambda: detect.decode_s3fd(detector(frame)), "rtmpose_flip": lambda: (pose(picture), pose(picture.flip(-1))),
         "vae_encode_2": lambda: (vae.encode(crop), vae.encode(crop)), "bisenet": lambda: parser(square)}
     out = {}
     for name, step in steps.items():
@@ -143,9 +142,7 @@ def prepare(device: torch.device, count: int) -> dict[str, float]:
     nets: Any = Networks(None, vae, None, pose, parser, detector, None, "v15", "", device, dtype)  # type: ignore[arg-type]
     with scripted():
         def run(frames: list[Tensor]) -> None:
-            avatar = Avatar.new()
-            for _ in LipSync(nets).prepare_stream(iter(frames), avatar, Options()):
-                pass
+            avatar = LipSync(nets).prepare(frames, Options())
             assert all(avatar[i] is not None for i in range(len(frames))), "a face in every frame"
             avatar.close()
         run(frames[:WINDOW])
@@ -168,8 +165,10 @@ def job(weights: Path, seconds: int, batch_size: int | None) -> dict[str, Any]:
             done = pipeline.job(engine, inputs, clip, folder / "o.mp4")
     assert done.avatar_cached
     lipsync, batch = engine.load(), engine.batch_size
+    with engine.job() as state:
+        generator = state.generator
     latents, tokens = torch.randn(batch, 8, 32, 32), lipsync.prompts(inputs.speech.pcm, Fraction(25)).batch(range(batch))
-    alone = batch / common.median([common.timed(lambda: lipsync.generate(latents, tokens)) for _ in range(5)])
+    alone = batch / common.median([common.timed(lambda: generator(latents, tokens)) for _ in range(5)])
     rate = done.frames / done.wall_sec
     return {"cached_job_frames_per_sec": rate, "generator_frames_per_sec": alone, "cached_job_share": rate / alone,
             "cached_job_peak_vram_mib": memory.vram_mib, "cached_job_batch": batch}

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from benchmarks import common
 from pipeline.job.control import Control
+from pipeline.mark.marker import Making, Marker
 from pipeline.media import ffmpeg
-from pipeline.provenance import Making, Marker
 from pipeline.settings import REPOSITORY, Settings
 from scripts.make_test_certificate import make
 

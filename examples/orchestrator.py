@@ -4,30 +4,45 @@
     python -m examples.orchestrator queue https://api.runpod.ai/v2/ENDPOINT VIDEO_URL AUDIO_URL   (RUNPOD_API_KEY)
 
 With DATABASE_URL set, each result goes into the table `job_results`. It is written to a file first: while the database is
-down it waits there and is stored with the next one.
+down it waits there and is stored with the next one. Any number of these may run at once over one folder and one database.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import json
 import os
 import sys
+import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import requests
-from tenacity import Retrying, retry_if_exception, retry_if_result, stop_after_attempt, wait_exponential
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    retry_if_result,
+    stop_after_attempt,
+    stop_after_delay,
+    wait_exponential,
+)
 
-TRIES = 3
+TRIES = 3  # of a job whose failure says that another try may succeed
+PATIENCE_SEC = 300  # for a server that is down or full
+LONGEST_PAUSE_SEC = 60
+JOB_SEC = 7200  # for a queue to run a job
 POLL_SEC = 1.0
+ENDED_BADLY = ("FAILED", "CANCELLED", "TIMED_OUT")
 TABLE = """CREATE TABLE IF NOT EXISTS job_results (job_id VARCHAR PRIMARY KEY, output_url TEXT NOT NULL,
     total_time_sec FLOAT, gpu_class VARCHAR, stage_times_json JSONB, raw_metrics JSONB,
     created_at TIMESTAMP DEFAULT NOW())"""
+ONE_AT_A_TIME = "SELECT pg_advisory_xact_lock(hashtext('job_results'))"  # two that make the table at once disturb each other
 STORE = """INSERT INTO job_results (job_id, output_url, total_time_sec, gpu_class, stage_times_json, raw_metrics)
     VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT (job_id) DO UPDATE SET output_url = EXCLUDED.output_url,
     total_time_sec = EXCLUDED.total_time_sec, gpu_class = EXCLUDED.gpu_class,
@@ -48,49 +63,71 @@ class Door(Protocol):
     def __call__(self, job: dict[str, Any]) -> dict[str, Any]: ...
 
 
+def call(method: str, url: str, key: str, accepted: tuple[int, ...] = (200,), **arguments: Any) -> dict[str, Any]:
+    """One HTTP call: an answer of these codes that is an object with this key. Others raise requests.RequestException."""
+    response = requests.request(method, url, **arguments)
+    if response.status_code not in accepted:
+        response.raise_for_status()
+    with contextlib.suppress(requests.JSONDecodeError):
+        body = response.json()
+        if isinstance(body, dict) and key in body:
+            return body
+    response.raise_for_status()  # a proxy's page instead of a worker's body
+    raise requests.exceptions.InvalidJSONError(f"{url}: the answer has no '{key}'", response=response)
+
+
 def again(error: BaseException) -> bool:
     """Whether a call may succeed when it is made again: nobody listens, the line broke, the server is down or full."""
     if isinstance(error, requests.HTTPError):
-        return error.response.status_code in (429, 502, 503, 504)
-    return isinstance(error, (requests.ConnectionError, requests.Timeout))
+        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    return isinstance(error, (requests.ConnectionError, requests.Timeout, requests.exceptions.InvalidJSONError,
+                              requests.exceptions.ChunkedEncodingError))
 
 
-CALL = Retrying(retry=retry_if_exception(again), stop=stop_after_attempt(6), wait=wait_exponential(max=15), reraise=True)
+def pause(state: RetryCallState) -> float:
+    """Seconds until the next try: what the server asks for (Retry-After), else ever longer."""
+    response = getattr(state.outcome and state.outcome.exception(), "response", None)
+    asked = response.headers.get("Retry-After", "") if response is not None else ""
+    return min(float(asked), LONGEST_PAUSE_SEC) if asked.isdecimal() else wait_exponential(max=15)(state)
 
 
-def call(method: str, url: str, **arguments: Any) -> requests.Response:
-    """One HTTP call; raises requests.HTTPError for 4xx and 5xx that are no answer of the worker's."""
-    response = requests.request(method, url, **arguments)
-    response.raise_for_status()
-    return response
+CALL = Retrying(retry=retry_if_exception(again), stop=stop_after_delay(PATIENCE_SEC), wait=pause, reraise=True)
 
 
-def http_door(base: str, timeout: float = 600) -> Door:
-    """POST /generate of the HTTP door or of a load-balancing endpoint."""
-    def post(job: dict[str, Any]) -> dict[str, Any]:
-        response = requests.post(f"{base}/generate", json=job, timeout=timeout)
-        if response.status_code not in (200, 422, 500):
-            response.raise_for_status()
-        return dict(response.json())
-    return lambda job: CALL.copy()(post, job)  # the id makes a job that is sent twice the same job
+def http_door(base: str, timeout: float = JOB_SEC) -> Door:
+    """POST /generate of the HTTP door or of a load-balancing endpoint. The id makes a job that is sent twice the same job."""
+    return lambda job: CALL.copy()(call, "POST", f"{base}/generate", "status", (200, 422, 500), json=job, timeout=(10, timeout))
 
 
-def queue_door(base: str, api_key: str, poll: float = POLL_SEC) -> Door:
-    """/run and /status of a RunPod queue endpoint."""
+def queue_door(base: str, api_key: str, poll: float = POLL_SEC, limit: float = JOB_SEC) -> Door:
+    """/run and /status of a RunPod queue endpoint; a job that is not done after `limit` seconds is cancelled."""
     arguments: dict[str, Any] = {"headers": {"Authorization": f"Bearer {api_key}"}, "timeout": 60}
 
     def submit(job: dict[str, Any]) -> dict[str, Any]:
-        job_id = CALL.copy()(call, "POST", f"{base}/run", json={"input": job}, **arguments).json()["id"]
-        while True:
-            state = CALL.copy()(call, "GET", f"{base}/status/{job_id}", **arguments).json()
-            if state["status"] == "COMPLETED":
-                return dict(state["output"])
-            if state["status"] in ("FAILED", "CANCELLED", "TIMED_OUT"):
-                return dict(state.get("output") or {
-                    "status": "failed", "error_type": "unknown_error", "retryable": state["status"] != "CANCELLED",
-                    "error_message": str(state.get("error") or state["status"])})
-            time.sleep(poll)
+        job_id = CALL.copy()(call, "POST", f"{base}/run", "id", json={"input": job}, **arguments)["id"]
+        end, state = time.monotonic() + limit, {"status": "IN_QUEUE"}
+        while time.monotonic() < end:
+            state = CALL.copy()(call, "GET", f"{base}/status/{job_id}", "status", **arguments)
+            if state["status"] == "COMPLETED" or state["status"] in ENDED_BADLY:
+                return result(state)
+            time.sleep(poll)  # it waits or runs, or is in a state that is not known here
+        with contextlib.suppress(requests.RequestException):
+            requests.post(f"{base}/cancel/{job_id}", **arguments)
+        return failed(f"no result within {limit:g} s: the job was {state['status']}, and is cancelled", retryable=False)
     return submit
+
+
+def result(state: dict[str, Any]) -> dict[str, Any]:
+    """The worker's body in a job's last state; where the platform has none, one that says so."""
+    output = state.get("output")
+    if isinstance(output, dict) and "status" in output:
+        return dict(output)
+    return failed(str(state.get("error") or f"{state['status']} without output"), retryable=state["status"] != "CANCELLED")
+
+
+def failed(message: str, retryable: bool) -> dict[str, Any]:
+    """A failure body of no worker."""
+    return {"status": "failed", "error_type": "unknown_error", "error_message": message, "retryable": retryable}
 
 
 def run(door: Door, job: dict[str, Any], wait: Callable[[float], None] = time.sleep) -> dict[str, Any]:
@@ -107,21 +144,40 @@ def run(door: Door, job: dict[str, Any], wait: Callable[[float], None] = time.sl
 def spool(folder: Path, body: dict[str, Any]) -> None:
     """Write a finished body down before the database is asked, so that it is not lost whatever happens there."""
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{body['musetalk_job_id']}.part"
-    part.write_text(json.dumps(body))
-    part.replace(folder / f"{body['musetalk_job_id']}.json")
+    with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".", suffix=".part", delete=False) as part:
+        json.dump(body, part)
+    Path(part.name).replace(folder / f"{body['musetalk_job_id']}.json")
 
 
-def store_spooled(folder: Path, connect: Callable[[], Any]) -> int:
-    """Store everything that was written down, and only then delete it; returns how many. Raises the database's errors."""
-    waiting = sorted(folder.glob("[!.]*.json"))
-    if not waiting:
-        return 0
-    with contextlib.closing(connect()) as connection:
-        for path in waiting:
-            store(connection, json.loads(path.read_text()))
-            path.unlink()
-    return len(waiting)
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Only one process at a time stores what lies in a folder; the others wait."""
+    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def store_spooled(folder: Path, connect: Callable[[], Any]) -> dict[str, str]:
+    """Store everything that was written down, and only then delete it. Raises psycopg2.OperationalError: no database.
+
+    What the database refuses stays and holds up nothing else; returns the reason by file name.
+    """
+    import psycopg2
+
+    refused: dict[str, str] = {}
+    with alone(folder), contextlib.closing(connect()) as connection:
+        for path in sorted(folder.glob("[!.]*.json")):
+            try:
+                store(connection, json.loads(path.read_text()))
+                path.unlink()
+            except (psycopg2.OperationalError, psycopg2.InterfaceError):
+                raise
+            except (psycopg2.Error, ValueError, KeyError, TypeError) as e:
+                refused[path.name] = f"{type(e).__name__}: {e}".splitlines()[0]
+    return refused
 
 
 def store(connection: Any, body: dict[str, Any]) -> None:
@@ -130,6 +186,7 @@ def store(connection: Any, body: dict[str, Any]) -> None:
     row = (body["musetalk_job_id"], body["output_url"], metrics.get("total_time"), metrics.get("gpu_class"),
            json.dumps(metrics.get("stage_times", {})), json.dumps(metrics))
     with connection, connection.cursor() as cursor:
+        cursor.execute(ONE_AT_A_TIME)
         cursor.execute(TABLE)
         cursor.execute(STORE, row)
 
@@ -140,10 +197,13 @@ def keep(folder: Path, url: str, body: dict[str, Any]) -> None:
 
     spool(folder, body)
     try:
-        store_spooled(folder, lambda: psycopg2.connect(url, connect_timeout=10))
+        refused = store_spooled(folder, lambda: psycopg2.connect(url, connect_timeout=10))
     except psycopg2.Error as e:
         print(f"warning: the database took no result ({str(e).splitlines()[0]}); it waits in {folder} and is stored with the "
               "next one", file=sys.stderr)
+    else:
+        for name, reason in refused.items():
+            print(f"warning: the database refuses {folder / name} ({reason}); it stays there", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -170,9 +230,9 @@ def main(argv: list[str] | None = None) -> int:
     except requests.RequestException as e:
         print(f"error: {base}: {e}", file=sys.stderr)
         return 1
+    print(json.dumps(body, indent=2), flush=True)
     if url := os.environ.get("DATABASE_URL"):
         keep(options.spool, url, body)
-    print(json.dumps(body, indent=2))
     return 0
 
 

@@ -32,9 +32,9 @@ from pipeline.job import logs
 from pipeline.job.control import Control
 from pipeline.run import Service, failure
 from pipeline.schema import JobRequest, Params, parse
-from pipeline.settings import REPOSITORY, BadSetting, Settings
+from pipeline.settings import BadSetting, Settings, asset
 
-SAMPLES = REPOSITORY / "samples"
+SAMPLES = asset("samples")
 SHAPE = ("aspect_ratio", "resolution")  # fields of the request beside its params
 GROUPS = {  # what people tune first; every other parameter is under "More"
     "Mouth": ("extra_margin", "parsing_mode", "left_cheek_width", "right_cheek_width", "quality", "finish", "silence"),

@@ -1,4 +1,4 @@
-"""What a film says about its making: written into every film, and read back.
+"""What a file says about its making, read back.
 
     python -m pipeline.provenance FILE [--json]
 
@@ -9,128 +9,25 @@ prints what a file says (IPTC, content credentials) and exits with 0 when it is 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import mmap
 import os
 import re
-import struct
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
-from xml.sax.saxutils import escape
 
 import c2pa
 from c2pa import C2paError
 
-from pipeline.job.control import Control
-from pipeline.mark.credentials import OFFLINE, Ingredient, check_signer, judged, media_type, state_of
-from pipeline.settings import Settings
+from pipeline.mark.sign import OFFLINE, judged, media_type, state_of
 
-SYSTEM = "MuseTalk"
-COMPOSITE = "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia"
 SYNTHETIC = re.compile(r"/(compositeWithT|t)rainedAlgorithmicMedia$")  # IPTC's terms for generative models
-DESCRIPTION = "The mouth in this film was generated from the speech by an AI system (MuseTalk)."
 IPTC = "http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
-XMP_UUID = bytes.fromhex("be7acfcb97a942e89c71999491e3afac")
-PACKET = re.compile(rb"<x:xmpmeta.{1,1000000}?</x:xmpmeta>", re.DOTALL)
-XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
-<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
-<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="{iptc}" xmlns:xmp="http://ns.adobe.com/xap/1.0/">
-<xmp:CreatorTool>MuseTalk worker {revision}</xmp:CreatorTool>
-<Iptc4xmpExt:DigitalSourceType>{kind}</Iptc4xmpExt:DigitalSourceType>
-<Iptc4xmpExt:AISystemUsed>{system}</Iptc4xmpExt:AISystemUsed>
-<Iptc4xmpExt:AISystemVersionUsed>{version}</Iptc4xmpExt:AISystemVersionUsed>
-</rdf:Description></rdf:RDF></x:xmpmeta>
-<?xpacket end="r"?>"""
-
-
-@dataclass(frozen=True)
-class Making:
-    """How a film was made: what the marks state. `clip` and `speech` are the source files, with their sha256 beside them."""
-
-    job_id: str
-    weights_version: str
-    weights_identity: str
-    clip: Path
-    clip_sha256: str
-    speech: Path
-    speech_sha256: str
-
-
-@dataclass(frozen=True)
-class Mark:
-    """What was written. `digest` names what was signed, empty where the film's own bytes do."""
-
-    written: str
-    digest: str = ""
-
-
-def tags(settings: Settings) -> tuple[str, ...]:
-    """The encoder's options for the plain metadata that every player shows."""
-    if settings.ai_label == "off":
-        return ()
-    return ("-metadata", f"comment={DESCRIPTION}", "-metadata", f"description={DESCRIPTION} {COMPOSITE}")
-
-
-class Marker:
-    """Marks films as the settings say; raises BadSetting when the signer they name cannot sign."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.signer = check_signer(settings)
-
-    def finish(self, film: Path, making: Making, control: Control) -> Mark:
-        """Write the marks into a finished MP4, in place. Raises SigningFailed; the film is then not signed at all."""
-        if self.settings.ai_label == "off":
-            return Mark("none")
-        _append_xmp(film, self.settings.revision, making)
-        if self.signer is None:
-            return Mark("IPTC")
-        ingredients = [Ingredient(making.clip, "clip", "source clip", "parentOf"),
-                       Ingredient(making.speech, "speech", "speech", "componentOf")]
-        manifest = self._manifest(making, ingredients)
-        with film.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-        stated = [manifest, self.signer.fingerprint, self.signer.tsa_url]
-        digest.update(json.dumps(stated, sort_keys=True).encode())
-        signed = film.with_name(f"signed-{film.name}")
-        try:
-            stamped = self.signer.sign(film, signed, manifest, ingredients, control)
-            signed.replace(film)
-        finally:
-            signed.unlink(missing_ok=True)
-        missing = " without a time stamp" if self.signer.tsa_url and not stamped else ""
-        return Mark(f"IPTC, C2PA{missing}", digest.hexdigest())
-
-    def _manifest(self, making: Making, ingredients: list[Ingredient]) -> dict[str, Any]:
-        """c2pa's definition of the manifest; nothing in it differs between two runs of a job."""
-        digests = {"clip": making.clip_sha256, "speech": making.speech_sha256}
-        sources = {i.label: {"sha256": digests[i.label], "credentials": i.credentials} for i in ingredients}
-        agent = {"name": SYSTEM, "version": making.weights_version}
-        actions = [
-            {"action": "c2pa.opened", "parameters": {"ingredientIds": ["clip"]}},
-            {"action": "c2pa.edited", "digitalSourceType": COMPOSITE, "softwareAgent": agent,
-             "parameters": {"ingredientIds": ["speech"], "description": DESCRIPTION}}]
-        job = {"job_id": making.job_id, "weights": making.weights_identity, "sources": sources}
-        return {
-            "claim_generator_info": [{"name": "MuseTalk worker", "version": self.settings.revision}],
-            "title": f"{making.job_id}.mp4", "ingredients": [i.plain for i in ingredients if not i.readable],
-            "assertions": [{"label": "c2pa.actions.v2", "data": {"actions": actions}},
-                           {"label": "org.musetalk.job", "data": job}]}
-
-
-def _append_xmp(film: Path, revision: str, making: Making) -> None:
-    """The standard uuid box at the file's end, where no offset into the film changes."""
-    packet = XMP.format(iptc=IPTC, kind=COMPOSITE, system=SYSTEM, revision=escape(revision),
-                        version=escape(f"{making.weights_version} ({making.weights_identity[:16]})")).encode()
-    with film.open("ab") as file:
-        file.write(struct.pack(">I4s16s", 24 + len(packet), b"uuid", XMP_UUID) + packet)
-
-
-# -- reading ---------------------------------------------------------------------------------------------------------
+BEGIN, END = b"<x:xmpmeta", b"</x:xmpmeta>"
+PACKET_BYTES = 1_000_000  # at most
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -145,7 +42,7 @@ def _read_iptc(path: Path) -> dict[str, str | None] | None:
     if not path.stat().st_size:
         return None
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        packets = [m.group() for m in PACKET.finditer(data)]
+        packets = list(_packets(data))
     for packet in packets:
         if b"<!" in packet or b"DigitalSourceType" not in packet:  # no entities from strangers
             continue
@@ -158,6 +55,16 @@ def _read_iptc(path: Path) -> dict[str, str | None] | None:
             return {"digital_source_type": found["DigitalSourceType"], "ai_system": found["AISystemUsed"],
                     "ai_system_version": found["AISystemVersionUsed"]}
     return None
+
+
+def _packets(data: mmap.mmap) -> Iterator[bytes]:
+    """XMP packets of any file; every byte is looked at a bounded number of times, whatever a stranger wrote."""
+    at = 0
+    while (end := data.find(END, at)) >= 0:
+        begin = data.rfind(BEGIN, max(at, end - PACKET_BYTES), end)
+        at = end + len(END)
+        if begin >= 0:
+            yield data[begin:at]
 
 
 def _property(root: ElementTree.Element, name: str) -> str | None:

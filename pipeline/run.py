@@ -8,25 +8,24 @@ import logging
 import os
 import shutil
 import tempfile
-import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 from pipeline import errors
-from pipeline.errors import JobError, Stage, StageKey
+from pipeline.errors import JobError, Stage, StageKey, Unfit
 from pipeline.film import stream
-from pipeline.film.engine import Engine, check_writable
+from pipeline.film.engine import Engine
 from pipeline.film.preview import Preview
 from pipeline.film.stream import Result
 from pipeline.film.validate import validate
 from pipeline.job import redact
 from pipeline.job.control import Control
 from pipeline.job.metrics import PeakMemory, StageTimer, give_back_memory, gpu_class, versions
-from pipeline.provenance import Making, Mark, Marker
+from pipeline.mark.marker import Making, Mark, Marker
 from pipeline.schema import Failure, JobRequest, Metrics, SelfTest, StageTimes, Success, parse
-from pipeline.settings import REPOSITORY, Settings
+from pipeline.settings import Settings, asset
 from pipeline.transfer.download import Downloader, Source
 from pipeline.transfer.storage import storage_of
 
@@ -42,15 +41,22 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         redact.hide(*settings.secrets())
+        self.storage = storage_of(settings)
+        self.storage.check()
         self.engine = Engine(settings)
         self.gpu_class = gpu_class(settings.gpu_class_name, self.engine.device.type == "cuda")
         self.downloader = Downloader(settings)
-        self.samples = Downloader(settings.model_copy(update={"local_input_root": REPOSITORY / "samples"}))
-        self.storage = storage_of(settings)
-        if settings.storage == "local":
-            check_writable(settings.local_storage_dir, "LOCAL_STORAGE_DIR", "every job will fail at its end")
+        self.samples = Downloader(settings.model_copy(update={"local_input_root": asset("samples")}))
         self.marker = Marker(settings)
         remove_stale()
+
+    @property
+    def unfit(self) -> str | None:
+        """Why this worker can run no job until it is replaced; None while it can."""
+        if self.engine.failed is not None:
+            reason = redact.text(self.engine.failed).partition("\n")[0]
+            return f"this worker cannot run the model, and is being replaced: {reason}"
+        return "this worker's GPU is lost; it is being replaced" if self.engine.lost else None
 
     def run_job(
         self, job_input: Any, *, job_id: str | None = None, control: Control | None = None, preview: bool = False,
@@ -60,6 +66,8 @@ class Service:
         control = control or Control(self.settings.job_deadline_sec)
         with redact.job():
             try:
+                if self.unfit:
+                    raise Unfit(self.unfit, stage="inference")
                 with contextlib.ExitStack() as cleanup:
                     return self._story(job_input, job_id, timer, control, preview, cleanup)
             except Exception as e:
@@ -72,7 +80,9 @@ class Service:
         with job_folder() as folder:
             video = self.downloader.fetch(request.video_url, folder / "video", "video_url", control)
             audio = self.downloader.fetch(request.audio_url, folder / "audio", "audio_url", control)
-            yield Preview(self.engine, validate(video, audio, folder, self.settings, control), video.sha256)
+            inputs = validate(video, audio, folder, self.settings, control)
+            with contextlib.closing(Preview(self.engine, inputs, video.sha256)) as preview:
+                yield preview
 
     def _story(
         self, job_input: Any, job_id: str | None, timer: StageTimer, control: Control, preview: bool,
@@ -91,10 +101,11 @@ class Service:
         with self._stage("validation", request, timer, control):
             inputs = validate(video, audio, folder, self.settings, control, 1.0 if preview or test else None)
         with self._stage("inference", request, timer, control):
-            result = stream.speak(self.engine, request, inputs, video.sha256, folder / "output.mp4", control)
+            result = stream.speak(self.engine, request, inputs, video.sha256, folder / "output.mp4", control,
+                                  use_cache=test is None)  # a self-test runs every network, and leaves nothing behind
             mark = self._mark(folder / "output.mp4", request, video, audio, control)
         with self._stage("upload", request, timer, control):
-            url = self.storage.upload(folder / "output.mp4", request.musetalk_job_id, control, mark.digest)
+            url = self.storage.upload(folder / "output.mp4", f"{request.musetalk_job_id}.mp4", control, digest=mark.digest)
             report = {"worker": self.settings.revision, **versions(), **self.engine.report()} if test else None
             cleanup.close()
         return self._success(request, url, result, mark, timer, memory, report)
@@ -122,16 +133,14 @@ class Service:
             PEAK_VRAM_MIB=memory.vram_mib, PEAK_RAM_KB=memory.peak_kb,
             gpu_class=self.gpu_class, stage_times=StageTimes(**timer.times),
             total_time=timer.total, frames=result.frames, avatar_cached=result.avatar_cached, selftest=selftest,
-            lane=result.lane, damaged=result.damaged, provenance=mark.written)
+            lane=result.lane, damaged=result.damaged, provenance=mark.written, faces_found=result.faces_found)
         return Success(output_url=url, musetalk_job_id=request.musetalk_job_id, metrics=metrics).body()
 
 
 def sample_job(test: SelfTest, job_id: str | None) -> dict[str, Any]:
-    """The job of a self-test: a short clip that no cache may answer, so that every network runs."""
+    """The job of a self-test: a short clip."""
     name = test.musetalk_job_id if "musetalk_job_id" in test.model_fields_set or not job_id else job_id
-    fresh = time.time_ns() % 1_000_000_007  # the seed is part of the cache's key
-    return {"musetalk_job_id": name, "video_url": "presenter.mp4", "audio_url": "speech.wav", "resolution": "360p",
-            "params": {"seed": fresh}}
+    return {"musetalk_job_id": name, "video_url": "presenter.mp4", "audio_url": "speech.wav", "resolution": "360p"}
 
 
 def failure(error: Exception, timer: StageTimer | None = None) -> dict[str, Any]:

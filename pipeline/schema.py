@@ -204,6 +204,7 @@ class Metrics(BaseModel):
     lane: Literal["exact", "fast"] = Field("exact", description="which decoder drew the faces")
     provenance: str = Field("none", description="what was written into the file about its making: IPTC, C2PA")
     damaged: str | None = Field(None, description="only of a damaged source: what of it could be decoded")
+    faces_found: int = Field(0, description="frames of the output in which the speaker's face was found")
 
 
 class Success(BaseModel):

@@ -128,6 +128,11 @@ def _resume(file: Published, partial: Path, tell: Callable[[int], None]) -> None
         return
     headers = {"Range": f"bytes={have}-"} if have else {}
     with requests.get(file.url, headers=headers, stream=True, timeout=(10, 60)) as response:
+        if have and response.status_code == 416:  # nothing is left to send: the part is whole, or is of another file
+            if response.headers.get("content-range") != f"bytes */{have}":
+                partial.unlink()
+                raise requests.RequestException("the partial file is not a part of the published one")
+            return
         response.raise_for_status()
         appending = response.status_code == 206
         with partial.open("ab" if appending else "wb") as out:
@@ -169,6 +174,7 @@ def convert(folder: Path, version: str, keep: bool = False) -> None:
             raise BadCheckpoint(f"{folder / part.files[-1]}: no such file; run fetch first", file=str(folder / part.files[-1]))
         if source.suffix == ".safetensors":
             continue
+        checkpoints.check_archive(source)
         with torch.device("meta"):
             net = build()
         state = checkpoints.check_state(net, part.rename(dict(read_state(source))), source)

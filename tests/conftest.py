@@ -24,6 +24,7 @@ from torch import nn
 from pipeline.media import Mp4Writer, ffmpeg
 from pipeline.run import Service
 from pipeline.settings import REPOSITORY, Settings
+from tests.fakes.b2 import B2
 
 SAMPLES = REPOSITORY / "samples"
 DEMO = REPOSITORY / "models" / "demo"
@@ -153,3 +154,19 @@ def short_clip(media: Callable[..., Path]) -> Path:
 def short_speech(media: Callable[..., Path]) -> Path:
     """The first 1.6 s of the sample speech."""
     return media("short.wav", "-i", str(SAMPLES / "speech.wav"), "-t", "1.6")
+
+
+@pytest.fixture
+def b2() -> Iterator[B2]:
+    """A B2 on loopback."""
+    server = B2()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def movie(tmp_path: Path) -> Path:
+    """A file to upload."""
+    path = tmp_path / "o.mp4"
+    path.write_bytes(b"movie" * 1000)
+    return path

@@ -49,7 +49,7 @@ def test_what_goes_in_comes_out(count: int, tmp_path: Path) -> None:
     avatar.save(tmp_path / "a", "key")
     read = Avatar.open(tmp_path / "a", "key")
     assert read
-    assert (len(read), read.complete, read.faces) == (count, True, avatar.faces)
+    assert (len(read), read.complete, read.first_face) == (count, True, 0)
     assert same(read, count)
 
 
@@ -67,11 +67,12 @@ def test_entries_can_be_read_while_more_are_added() -> None:
 
 def test_the_latest_stay_in_memory(tmp_path: Path) -> None:
     assert AvatarCache(tmp_path, 10**9).put("a", filled(40))
-    size = (tmp_path / "a.avatar").stat().st_size
+    size = (tmp_path / "a-whole.avatar").stat().st_size
     cache = AvatarCache(tmp_path, 10**9, memory=int(2.5 * size))
     for key in "abac":  # a is read from the disk, then from memory; c pushes b out
         assert cache.get(key) or cache.put(key, filled(40))
-    assert not cache.put("d", filled(400)) or AvatarCache(tmp_path, 10**9).get("d"), "too large for memory, not for the disk"
+    assert cache.put("d", filled(400)), "too large for memory, not for the disk"
+    assert AvatarCache(tmp_path, 10**9).get("d")
     for path in tmp_path.iterdir():
         path.unlink()
     assert [key for key in "abcd" if cache.get(key)] == ["a", "c"]
@@ -93,14 +94,13 @@ def test_damage_and_foreign_files_are_misses(tmp_path: Path) -> None:
     assert cache.put("key", filled(50))
     assert cache.get("key")
     assert cache.get("other") is None
-    path = cache.path("key")
-    assert path
+    (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     assert Avatar.open(path, "another key") is None
     for damage in (b"", whole[:-1], whole[: len(whole) // 2], whole[:100] + b"x" + whole[101:], b"\xff" * 64):
         path.write_bytes(damage)
         assert cache.get("key") is None
-    at = whole.index(b'"count": 50') + len(b'"count": ')
+    at = whole.index(b'"present": "') + len(b'"present": "')
     for i in (*range(0, len(whole), 97), at, len(whole) - 40, len(whole) - 1):
         path.write_bytes(whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :])
         assert cache.get("key") is None, i
@@ -138,14 +138,13 @@ def test_size_is_bounded_and_the_least_recent_go_first(tmp_path: Path) -> None:
     size = 0
     for i, key in enumerate("abcd"):
         cache = AvatarCache(tmp_path, 10**9)
-        cache.put(key, filled(20))
-        path = cache.path(key)
-        assert path
+        assert cache.put(key, filled(20))
+        path = tmp_path / f"{key}-whole.avatar"
         size = path.stat().st_size
         os.utime(path, (i, i))
     assert AvatarCache(tmp_path, 10**9).get("a"), "reading marks it as used"
-    AvatarCache(tmp_path, int(3.5 * size)).put("e", filled(20))
-    assert sorted(p.stem for p in tmp_path.glob("*.avatar")) == ["a", "d", "e"]
+    assert AvatarCache(tmp_path, int(3.5 * size)).put("e", filled(20))
+    assert sorted(p.stem for p in tmp_path.glob("*.avatar")) == ["a-whole", "d-whole", "e-whole"]
 
 
 def test_a_read_avatar_survives_its_eviction(tmp_path: Path) -> None:
@@ -175,7 +174,7 @@ def test_many_writers_and_readers(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert [p.name for p in tmp_path.iterdir()] == ["key.avatar"]
+    assert [p.name for p in tmp_path.iterdir()] == ["key-whole.avatar"]
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:

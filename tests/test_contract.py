@@ -29,7 +29,6 @@ from pipeline.job.metrics import PeakMemory, StageTimer, normalise
 from pipeline.media import plan
 from pipeline.run import Service, failure, status_of
 from pipeline.schema import Params, parse
-from pipeline.settings import BadSetting, Settings, find_weights, table
 
 SUCCESS = json.loads("""
     {"status": "success",
@@ -165,9 +164,10 @@ def test_metrics_name_the_lane_and_only_what_was_damaged() -> None:
         GENERATION_TIME_SEC=1, SCRIPT_WALL_TIME_SEC=1, PEAK_VRAM_MIB=None, PEAK_RAM_KB=1, gpu_class="x", total_time=4,
         stage_times=schema.StageTimes(download=1, validation=1, inference=1, upload=1), frames=1, avatar_cached=False)
     body = schema.Success(output_url="u", musetalk_job_id="j", metrics=metrics).body()["metrics"]
-    assert list(body)[-2:] == ["lane", "provenance"]
+    assert list(body)[-3:] == ["lane", "provenance", "faces_found"]
     damaged = metrics.model_copy(update={"damaged": "video_url: 15 of 50 frames"})
-    assert list(schema.Success(output_url="u", musetalk_job_id="j", metrics=damaged).body()["metrics"])[-1] == "damaged"
+    body = schema.Success(output_url="u", musetalk_job_id="j", metrics=damaged).body()["metrics"]
+    assert list(body)[-2:] == ["damaged", "faces_found"]
 
 
 def test_job_id_comes_from_the_queue_when_missing() -> None:
@@ -353,68 +353,6 @@ def test_peak_memory_counts_children_and_what_they_share_only_once() -> None:
         shell.communicate()
 
 
-def test_settings(tmp_path: Path) -> None:
-    assert Settings.from_env({}).storage == "local"
-    b2 = {"B2_KEY_ID": "k", "B2_APP_KEY": "a", "B2_BUCKET_NAME": "b"}
-    assert Settings.from_env(b2).storage == "b2"
-    with pytest.raises(BadSetting, match="BATCH_SIZE"):
-        Settings.from_env({"BATCH_SIZE": "many"})
-    with pytest.raises(BadSetting, match="B2_APP_KEY"):
-        Settings.from_env({"B2_KEY_ID": "k"})
-    with pytest.raises(BadSetting, match="MODEL_DIR"):
-        Settings.from_env({"RUNPOD_POD_ID": "p", **b2})
-    folder = str(tmp_path)
-    with pytest.raises(BadSetting, match="B2_KEY_ID"):
-        Settings.from_env({"RUNPOD_POD_ID": "p", "MODEL_DIR": folder})
-    on_runpod = Settings.from_env({"RUNPOD_POD_ID": "p", "MODEL_DIR": folder, **b2})
-    assert on_runpod.local_input_root is None
-    with pytest.raises(BadSetting, match="DOWNLOAD_ALLOW_HOSTS"):
-        Settings.from_env({"DOWNLOAD_ALLOW_HOSTS": "10.0.0.0/99"})
-
-
-@pytest.mark.parametrize(("name", "value"), [
-    ("B2_REALM", "nonsense"), ("B2_REALM", "http://"), ("B2_PUBLIC_URL_BASE", "not a url"),
-    ("B2_PUBLIC_URL_BASE", "ftp://cdn"), ("B2_PUBLIC_URL_BASE", "https://c d"), ("B2_PUBLIC_URL_BASE", "http://["),
-    ("MODEL_DIR", "/no/such/folder"), ("AI_LABEL", "perhaps"), ("C2PA_CERT", "/no/such/file"), ("QUALITY", "good"),
-    ("C2PA_TSA_URL", "stamps"), ("PORT_HEALTH", "70000"), ("PORT", "-1"), ("C2PA_TSA_REQUIRED", "maybe"),
-    *[(n.upper(), v) for n, f in Settings.model_fields.items() if f.annotation is float for v in ("inf", "nan", "-inf")],
-])
-def test_a_bad_setting_is_named(name: str, value: str) -> None:
-    with pytest.raises(BadSetting, match=f"^{name}=") as e:
-        Settings.from_env({name: value})
-    assert len(str(e.value).splitlines()) == 1
-
-
-def test_new_settings(tmp_path: Path) -> None:
-    default = Settings.from_env({})
-    assert (default.ai_label, default.quality, default.c2pa_tsa_required, default.port_health) == ("on", "exact", True, None)
-    pem = "-----BEGIN PRIVATE KEY-----\nMC4CAQAwBQYDK2VwBCIEIJ\n-----END PRIVATE KEY-----\n"
-    (tmp_path / "chain.pem").write_text("-----BEGIN CERTIFICATE-----\n")
-    said = Settings.from_env({"AI_LABEL": "off", "C2PA_KEY": pem, "C2PA_CERT": str(tmp_path / "chain.pem"), "QUALITY": "fast",
-                              "C2PA_TSA_REQUIRED": "false", "PORT_HEALTH": "8001", "B2_REALM": "http://127.0.0.1:9"})
-    assert (said.ai_label, said.quality, said.c2pa_tsa_required, said.port_health) == ("off", "fast", False, 8001)
-    assert pem in said.secrets()
-    with pytest.raises(BadSetting, match="C2PA_CERT and C2PA_KEY"):
-        Settings.from_env({"C2PA_CERT": str(tmp_path / "chain.pem")})
-    with pytest.raises(BadSetting) as e:
-        Settings.from_env({"C2PA_KEY": "secret-words"})
-    assert "secret-words" not in str(e.value)
-
-
-def test_weights_on_a_volume_are_found(tmp_path: Path) -> None:
-    with pytest.raises(BadSetting, match="huggingface-cache"):
-        find_weights(tmp_path)
-    cached = tmp_path / "huggingface-cache" / "hub" / "models--org--musetalk"
-    snapshot = cached / "snapshots" / "0123abcd"
-    for name in ("whisper", "musetalkV15"):
-        (snapshot / name).mkdir(parents=True)
-    assert find_weights(tmp_path) == snapshot
-    assert Settings.from_env({"MODEL_DIR": str(cached)}).model_dir == snapshot, "a repository means its snapshot"
-    for name in ("whisper", "musetalkV15"):
-        (tmp_path / "musetalk" / "v15" / name).mkdir(parents=True)
-    assert find_weights(tmp_path) == tmp_path / "musetalk" / "v15", "a folder of one's own comes first"
-
-
 def test_self_test(service: Service) -> None:
     body = service.run_job({"selftest": True}, job_id="check-1")
     assert body["status"] == "success", body
@@ -428,7 +366,3 @@ def test_self_test(service: Service) -> None:
         (service.settings.model_dir / "musetalkV15/unet.pth").read_bytes()).hexdigest()
     for wrong in ({"selftest": False}, {"selftest": True, "x": 1}, {"selftest": 1}):
         assert status_of(service.run_job(wrong)) == 422
-
-
-def test_readme_has_the_configuration_table() -> None:
-    assert table() in (Path(__file__).parent.parent / "README.md").read_text()

@@ -20,17 +20,17 @@ import numpy as np
 import pytest
 import torch
 
-from musetalk import Avatar, LipSync, MuseTalkError, NonFiniteOutput
+from musetalk import Avatar, MuseTalkError, NonFiniteOutput
 from musetalk.checkpoints import default_dtype
-from musetalk.face import faces
-from musetalk.lipsync import Painted
+from musetalk.face import detect
+from musetalk.steps import Painted, generating, preparing
 from pipeline import media
 from pipeline.errors import DeviceLost, JobError, NoDevice, OutOfMemory
 from pipeline.film import engine
 from pipeline.job import logs
 from pipeline.media import encoder
 from pipeline.run import Service
-from pipeline.settings import Settings
+from pipeline.settings import BadSetting, Settings
 from tests.conftest import encoded
 from tests.fakes import cuda
 from tests.fakes.b2 import B2
@@ -71,10 +71,11 @@ def test_a_job_gives_the_same_frames_as_on_the_cpu(
     packed, which rounds otherwise: by a few levels in a few pixels.
     """
     want = frames_of(settings.model_copy(update={"dtype": FAST}), tmp_path, short_clip, short_speech)
-    with cuda.device():
+    with cuda.device() as events:
         got = frames_of(settings.model_copy(update={"dtype": FAST, "device": "cuda", "batch_size": 8}), tmp_path,
                         short_clip, short_speech)
     assert len(got) == len(want) == 80
+    assert events.count("replay") == 1 + 2 * 5, "warming up, and every batch of 8 of both jobs, on the recording"
     apart = np.abs(np.stack(got).astype(np.int16) - np.stack(want))
     assert apart.max() <= 6
     assert apart.mean() < 0.02
@@ -112,25 +113,24 @@ def test_five_stages_run_at_once(
     """Preparing goes on only once a first batch is generated, and blending only once a second one is."""
     generated, waited = [threading.Event(), threading.Event()], []
 
-    class Slow(LipSync):
-        def generate_batch(self, *arguments: Any) -> Any:
-            made = super().generate_batch(*arguments)
-            next((event for event in generated if not event.is_set()), generated[1]).set()
-            return made
+    def paint(*arguments: Any) -> None:
+        original[0](*arguments)
+        next((event for event in generated if not event.is_set()), generated[1]).set()
 
-        def append(self, avatar: Avatar, *arguments: Any) -> None:
-            if len(avatar):
-                waited.append(generated[0].wait(20))
-            super().append(avatar, *arguments)
+    def add_entries(avatar: Avatar, *arguments: Any) -> None:
+        if len(avatar):
+            waited.append(generated[0].wait(20))
+        original[1](avatar, *arguments)
 
-    def pasted(*arguments: Any) -> Any:
+    def paste(*arguments: Any) -> None:
         waited.append(generated[1].wait(20))
-        return paste(*arguments)
+        original[2](*arguments)
 
-    paste = Painted.paste
-    monkeypatch.setattr(Painted, "paste", pasted)
+    original = generating._paint, preparing.add_entries, Painted.paste
+    monkeypatch.setattr(generating, "_paint", paint)
+    monkeypatch.setattr(preparing, "add_entries", add_entries)
+    monkeypatch.setattr(Painted, "paste", paste)
     service = Service(settings.model_copy(update={"cache_dir": tmp_path, "device": "cuda", "dtype": FAST, "batch_size": 5}))
-    service.engine._lipsync = Slow(service.engine.load().nets)
     speak(service, short_clip, short_speech)
     assert len(waited) > 10
     assert all(waited)
@@ -191,14 +191,18 @@ def test_a_cache_that_cannot_be_written_is_said_at_start(
         assert len([r for r in caplog.records if "CACHE_DIR" in r.message]) == said
 
 
-@pytest.mark.parametrize(("setting", "storage", "cache"), [("CACHE_DIR", "b2", 1), ("LOCAL_STORAGE_DIR", "local", 0)])
-def test_a_user_who_cannot_write_the_volume_is_told_at_start(
-    settings: Settings, tmp_path: Path, setting: str, storage: str, cache: int
-) -> None:
-    """The image's user and a volume of another's, in a process that really has that user's rights."""
+@pytest.mark.parametrize("setting", ["CACHE_DIR", "LOCAL_STORAGE_DIR"])
+def test_a_user_who_cannot_write_the_volume_is_told_at_start(settings: Settings, tmp_path: Path, setting: str) -> None:
+    """The image's user and a volume of another's, in a process that really has that user's rights.
+
+    Without a cache the worker works; without a folder for results every job would be for nothing, so it does not start.
+    """
     said = tmp_path / "said"
-    with tempfile.TemporaryDirectory() as volume:  # not under tmp_path, which no other user may enter
+    # not under tmp_path, which no other user may enter
+    with tempfile.TemporaryDirectory() as volume, tempfile.TemporaryDirectory() as open_to_all:
         Path(volume).chmod(0o555)
+        Path(open_to_all).chmod(0o777)
+        folders = {"cache_dir": Path(open_to_all), "local_storage_dir": Path(open_to_all), setting.lower(): Path(volume)}
         child = os.fork()
         if child == 0:  # ends without pytest's own clean-up
             try:
@@ -208,15 +212,21 @@ def test_a_user_who_cannot_write_the_volume_is_told_at_start(
                         os.setresgid(10001, 10001, 10001)
                         os.setresuid(10001, 10001, 10001)
                     logs.setup("INFO")
-                    Service(settings.model_copy(
-                        update={"storage": storage, "cache_max_gb": cache, setting.lower(): Path(volume)}))
+                    try:
+                        Service(settings.model_copy(update=folders))
+                    except BadSetting as e:
+                        sys.stderr.write(str(e))
             finally:
                 os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
+    user = os.getuid() or 10001
+    if setting == "LOCAL_STORAGE_DIR":
+        assert said.read_text() == f"LOCAL_STORAGE_DIR={volume!r}: user {user} cannot write there: Permission denied"
+        return
     line = json.loads(said.read_text())
     assert line["message"].startswith(f"{setting} cannot be written: ")
     assert (line["folder"], line["reason"]) == (volume, "Permission denied")
-    assert line["uid"] == (os.getuid() or 10001)
+    assert line["uid"] == user
 
 
 @pytest.mark.full
@@ -279,7 +289,7 @@ def test_warming_up_runs_every_network(settings: Settings) -> None:
             net.register_forward_hook(lambda *_, name=name, ran=ran: ran.add(name))
         with pytest.MonkeyPatch.context() as patch:
             if not finds:
-                patch.setattr(faces, "decode_s3fd", lambda *_: [])
+                patch.setattr(detect, "decode_s3fd", lambda *_: [])
             worker.warm_up()
         assert ran == set(parts)
 

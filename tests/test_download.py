@@ -6,15 +6,19 @@ a packet anywhere but on loopback, even if the guard failed.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import requests
+from urllib3.exceptions import HTTPError
 
 from pipeline.errors import (
     BadMedia,
@@ -30,6 +34,7 @@ from pipeline.job.control import Control
 from pipeline.schema import parse
 from pipeline.settings import Settings
 from pipeline.transfer.download import Downloader, Source
+from pipeline.transfer.interruptible import Closed, Connections
 from tests.fakes.sources import GOOD, Sources
 from tests.faults.world import Network
 
@@ -43,9 +48,9 @@ def host() -> Iterator[Sources]:
     sources.close()
 
 
-def fetch(url: str, folder: Path, control: Control | None = None, **settings: Any) -> Source:
+def fetch(url: str, folder: Path, control: Control | None = None, answer_sec: float = 30, **settings: Any) -> Source:
     values = {"download_allow_hosts": ("127.0.0.0/8",), "max_download_mb": 1.0, **settings}
-    return Downloader(Settings(**values)).fetch(url, folder / "f", "video_url", control or Control(20))
+    return Downloader(Settings(**values), answer_sec).fetch(url, folder / "f", "video_url", control or Control(20))
 
 
 def test_good(host: Sources, tmp_path: Path) -> None:
@@ -56,6 +61,7 @@ def test_good(host: Sources, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("path", "error", "hits"), [
     ("status/404", SourceRefused, 1), ("status/403", SourceRefused, 1), ("status/410", SourceRefused, 1),
+    ("status/520", SourceUnavailable, 3), ("status/529", SourceUnavailable, 3), ("partial/", SourceRefused, 1),
     ("status/503", SourceUnavailable, 3), ("status/500", SourceUnavailable, 3), ("status/429", SourceUnavailable, 3),
     ("reset", SourceUnavailable, 3), ("short", SourceUnavailable, 3), ("empty", BadMedia, 1),
     ("announced/5000000", BadMedia, 1), ("endless", BadMedia, 1), ("bomb/50", BadMedia, 1), ("loop/0", SourceRefused, 1),
@@ -66,11 +72,61 @@ def test_faults(host: Sources, tmp_path: Path, path: str, error: type[JobError],
     assert "video_url" in e.value.details["field"]
     assert "canary" not in str(e.value) + str(e.value.details)
     assert host.hits[f"/{path}"] == hits
+    if path == "partial/":
+        assert e.value.message.startswith("Download failed: 206 Partial Content: the source sent a part")
     if path.startswith("status"):
         assert e.value.details["status_code"] == int(path.split("/")[1])
         assert e.value.message.startswith(f"Download failed: {path.split('/')[1]}")
     if error is BadMedia and path != "empty":
         assert e.value.details["limit"] == 1_000_000
+
+
+@pytest.mark.parametrize("path", ["headers/30", "continue/0", "continue/0.3"])
+def test_a_source_that_never_comes_to_its_answer_is_at_fault(host: Sources, tmp_path: Path, path: str) -> None:
+    """Each byte comes within the limit between two; the answer as a whole does not. The worker's threads end."""
+    with pytest.raises(SourceUnavailable, match=r"video_url: the source did not answer within 0\.5 s") as e:
+        fetch(f"{host.url}/{path}", tmp_path, Control(12), answer_sec=0.5)
+    assert e.value.details["timeout_seconds"] == 0.5
+    assert host.hits[f"/{path}"] == 3, "another try may succeed"
+    ends = time.monotonic() + 5
+    while any(t.name == "download" for t in threading.enumerate()) and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert not any(t.name == "download" for t in threading.enumerate())
+
+
+@pytest.mark.full
+def test_the_limits_of_a_real_worker_come_before_its_deadline(host: Sources, tmp_path: Path) -> None:
+    with pytest.raises(SourceUnavailable, match="did not answer within 30 s"):
+        fetch(f"{host.url}/continue/1", tmp_path, Control(540))
+
+
+def test_whether_a_length_was_stated_is_known(host: Sources, tmp_path: Path) -> None:
+    for path, known in (("good", True), ("chunked/", True), ("unstated/", False)):
+        source = fetch(f"{host.url}/{path}", tmp_path)
+        assert (source.path.read_bytes(), source.length_known) == (GOOD, known), path
+
+
+def test_connections_can_be_cut_while_others_are_made() -> None:
+    """Threads of one client connect, to a port where nobody listens, while another one gives all connections up."""
+    connections, ends = Connections(), time.monotonic() + 1.0
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with requests.Session() as session, ThreadPoolExecutor(4) as threads:
+        connections.register(session)
+        pool = session.get_adapter("http://").poolmanager.connection_from_url(f"http://127.0.0.1:{port}/")  # type: ignore[attr-defined]
+
+        def connect() -> int:
+            kept = []
+            while time.monotonic() < ends:
+                kept.append(pool._new_conn())
+                with contextlib.suppress(OSError, HTTPError, Closed):
+                    kept[-1].connect()
+            return len(kept)
+
+        running = [threads.submit(connect) for _ in range(4)]
+        while time.monotonic() < ends:
+            connections.close()
+        assert sum(r.result() for r in running) > 100
 
 
 @pytest.mark.parametrize("path", ["flaky/1", "flaky/2", "wait/1"])

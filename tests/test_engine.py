@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,11 @@ import pytest
 import torch
 
 from musetalk import AvatarCache, LipSync, Options, checkpoints
-from musetalk.lipsync import Slot
+from musetalk.draw.generator import FaceGenerator
 from musetalk.pixels.colour import Colour, Planes, from_rgb, to_rgb
 from musetalk.show.blend import paste
 from pipeline import media
 from pipeline.film import engine
-from pipeline.film.engine import Engine
 from pipeline.job.control import Control
 from pipeline.media import FrameReader, FrameSource
 from pipeline.run import Service, job_folder, remove_stale
@@ -57,8 +57,8 @@ def written() -> Iterator[list[np.ndarray]]:
         yield frames
 
 
-def beside(service: Service, **changes: Any) -> Service:
-    """Another service on the same networks, whose cache, batch or lost device does not stay with the others."""
+def another(service: Service, **changes: Any) -> Service:
+    """A service on the same networks, whose cache, batch or lost device does not stay with the others."""
     other = Service(service.settings.model_copy(update=changes))
     other.engine._lipsync = LipSync(service.engine.load().nets)
     return other
@@ -138,7 +138,7 @@ def test_no_face_at_all_is_named(service: Service, short_speech: Path, media: Ma
 def test_the_second_job_prepares_nothing_and_gives_the_same_bytes(
     service: Service, short_clip: Path, short_speech: Path, written: list[np.ndarray], tmp_path: Path
 ) -> None:
-    service = beside(service)
+    service = another(service)
     service.engine.cache = AvatarCache(tmp_path, 10**9, memory=0)
     first = run(service, short_clip, short_speech)
     fresh, written[:] = list(written), []
@@ -205,9 +205,8 @@ def test_blending_planes_equals_blending_rgb(service: Service) -> None:
     entry = avatar[0]
     assert entry
     prompts = lipsync.prompts(np.zeros(16000, np.float32), Fraction(25))
-    painted = lipsync.generate_batch(avatar, prompts, [Slot(0, 0)], Options())[0]
-    assert painted
-    face = painted.face.flip(0)  # upside down: nothing matches by chance
+    made, _ = FaceGenerator(lipsync.nets)(entry.latents[None], prompts.batch([0]))
+    face = made[0].flip(0)  # upside down: nothing matches by chance
     want = frame.clone()
     paste(want.unbind(-1), face.permute(2, 0, 1), entry.place.box(), entry.region)
     planes = Planes.of(buffer, 1280, 720)
@@ -259,12 +258,13 @@ def test_a_stopped_job_stops_no_other_that_shares_its_networks(
     speech, other = media("minute.wav", "-f", "lavfi", "-i", "sine=200:d=60"), Service(settings)
     other.engine._lipsync = service.engine.load()
     control = Control(120, lambda stage, share: control.cancel() if stage == "inference" and share > 0 else None)
-    stopped = threading.Thread(target=lambda: other.run_job(
-        {"musetalk_job_id": "s", "video_url": str(SAMPLES / "presenter.mp4"), "audio_url": str(speech)}, control=control))
-    stopped.start()
-    while stopped.is_alive():  # a job at every moment of the other one's end
-        output(run(service, short_clip, short_speech, params={"seed": time.monotonic_ns() % 10**9}))
-    stopped.join()
+    request = {"musetalk_job_id": "s", "video_url": str(SAMPLES / "presenter.mp4"), "audio_url": str(speech)}
+    with ThreadPoolExecutor(1) as pool:
+        stopped = pool.submit(other.run_job, request, control=control)
+        while not stopped.done():  # a job at every moment of the other one's end
+            output(run(service, short_clip, short_speech, params={"seed": time.monotonic_ns() % 10**9}))
+    body = stopped.result()
+    assert (body["status"], body["stage"], body["error_message"]) == ("failed", "inference", "the job was cancelled")
 
 
 def test_a_job_that_waits_for_its_turn_can_be_cancelled(service: Service, short_clip: Path, short_speech: Path) -> None:
@@ -290,7 +290,7 @@ def test_deadline(service: Service, media: Make) -> None:
 
 def test_out_of_memory_halves_the_batch(service: Service, short_clip: Path, short_speech: Path) -> None:
     """Injects the exception torch raises; the batch is halved until it fits."""
-    fresh = beside(service)
+    fresh = another(service)
     with failing(fresh.engine.load().nets.unet, torch.OutOfMemoryError("CUDA out of memory"), above=2) as seen:
         assert run(fresh, short_clip, short_speech)["status"] == "success"
     assert max(seen) == 8
@@ -305,7 +305,7 @@ def test_out_of_memory_halves_the_batch(service: Service, short_clip: Path, shor
 def test_device_errors_injected(
     service: Service, short_clip: Path, short_speech: Path, error: BaseException, leaf: str, retryable: bool
 ) -> None:
-    fresh = beside(service)
+    fresh = another(service)
     with failing(fresh.engine.load().nets.unet, error):
         body = run(fresh, short_clip, short_speech)
     assert (body["error_type"], body["retryable"]) == (leaf, retryable)
@@ -354,9 +354,7 @@ def test_error_of_each_dtype_against_float32(dtype: torch.dtype, settings: Setti
     generator = torch.Generator().manual_seed(3)
     latents = torch.randn(2, 8, side, side, generator=generator)
     tokens = torch.randn(2, 50, nets.unet.cfg.cross_attention_dim, generator=generator)
-    with torch.inference_mode():
-        want = LipSync(nets).generate(latents, tokens).int()
-        got = LipSync(other).generate(latents, tokens).int()
+    want, got = (FaceGenerator(each)(latents, tokens)[0].int() for each in (nets, other))
     difference = (want - got).abs().float()
     print(f"{dtype}: mean {float(difference.mean()):.3f}, max {float(difference.max()):.0f} grey levels")
     assert float(difference.mean()) <= (0.01 if dtype == torch.float32 else 2.0)
@@ -380,10 +378,3 @@ def test_batch_follows_the_model_of_the_device(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 30, int(total_gb * 2**30)))
     assert engine.batch_for(torch.device("cuda")) == batch
     assert engine.batch_for(torch.device("cpu")) == 8
-
-
-def test_engine_reports_ready(settings: Settings) -> None:
-    engine = Engine(settings)
-    assert not engine.ready
-    engine.warm_up()
-    assert engine.ready

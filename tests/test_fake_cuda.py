@@ -27,15 +27,20 @@ from torch.utils._pytree import tree_leaves
 from musetalk import LipSync, Options, checkpoints
 from musetalk.avatar import Avatar
 from musetalk.draw import recorded as tuning
-from musetalk.face import faces
-from musetalk.face.faces import Detection, PoseFrame
-from musetalk.face.track import Found, Tracker
+from musetalk.draw.generator import FaceGenerator
+from musetalk.face import detect, landmarks, people
+from musetalk.face.detect import Detection
+from musetalk.face.landmarks import PoseFrame
+from musetalk.face.people import Person
+from musetalk.face.steady import Found
+from musetalk.face.track import Tracker, Window
 from musetalk.geometry import subpixel
 from musetalk.geometry.box import Box, Region
 from musetalk.geometry.place import Place
 from musetalk.pixels import resample as imaging
 from musetalk.pixels.colour import Colour, Planes, from_rgb, to_rgb
 from musetalk.show import blend
+from musetalk.steps import State
 from tests.conftest import DEMO
 from tests.test_tuning import Device
 
@@ -212,19 +217,22 @@ def lipsync(networks: checkpoints.Networks, mode: FakeTensorMode, monkeypatch: p
         assert {t.device for pair in levels for t in pair} == {CUDA}
         return [Detection(FACE.x1, FACE.y1, FACE.x2, FACE.y2, 0.99)] * COUNT
 
-    def read(self: Tracker, frames: list[Tensor], guesses: list[Box]) -> tuple[list[Found], bool]:
-        regions = [PoseFrame.around(g) for g in guesses] if self.natural or self.crowded else None
-        points, scores = faces.landmarks(self.pose, frames, regions)
-        assert points.device.type == scores.device.type == "cpu"
-        assert points.shape == (len(frames), 68, 2)
-        return [Found(FACE, FACE, Place.turned(40.25, 40, 100, 110, 0.3))] * len(frames), True
+    def read(self: Tracker, person: Person, window: Window, boxes: dict[int, Box]) -> tuple[dict[int, Found], bool]:
+        frames = [window.frames[i] for i in boxes]
+        for roll in (0.0, 0.6):
+            points, scores = landmarks.landmarks(self.pose, frames, [PoseFrame.around(b, roll) for b in boxes.values()])
+            assert points.device.type == scores.device.type == "cpu"
+            assert points.shape == (len(frames), 68, 2)
+        return dict.fromkeys(boxes, Found(FACE, FACE, Place.turned(40.25, 40, 100, 110, 0.3))), True
 
     def masked(mask: Tensor, area: Box, size: tuple[int, int]) -> Region:
         assert mask.device.type == "cpu"
         return Region(MOUTH, torch.zeros(MOUTH.height, MOUTH.width, dtype=torch.uint8))
 
-    monkeypatch.setattr(faces, "decode_s3fd", decode)
-    monkeypatch.setattr(Tracker, "_landmarks", read)
+    monkeypatch.setattr(detect, "decode_s3fd", decode)
+    monkeypatch.setattr(Tracker, "_read", read)
+    look = np.zeros((people.ROWS, people.COLUMNS, 3), np.float32), np.ones((people.ROWS, people.COLUMNS), bool)
+    monkeypatch.setattr(people, "look_of", lambda *_: look)
     monkeypatch.setattr(subpixel, "region_of", masked)
     taps = imaging._pillow_taps
 
@@ -246,11 +254,11 @@ def test_preparing_and_speaking(lipsync: LipSync, watch: Watch, given: dict[str,
     options = Options(**given)
     pictures = [torch.zeros(160, 128, 3, dtype=torch.uint8) for _ in range(3)]
     avatar = lipsync.prepare(pictures, options)
-    assert len(avatar) == avatar.faces == 3
+    assert (len(avatar), avatar.first_face) == (3, 0)
     assert all(entry is not None and entry.latents.device.type == "cpu" for entry in avatar)
     prompts = lipsync.prompts(np.zeros(4000, np.float32), Fraction(25), options)
     assert prompts.batch(range(2)).device == CUDA
-    made = lipsync.generator(torch.stack([e.latents for e in avatar if e]), prompts.batch(range(3)))
+    made = FaceGenerator(lipsync.nets)(torch.stack([e.latents for e in avatar if e]), prompts.batch(range(3)))
     assert {t.device for t in made} == {CUDA}
     planes = Planes.of(torch.zeros(160 * 128 * 3 // 2, dtype=torch.uint8), 128, 160)
     mask = torch.ones(FACE.height, FACE.width, dtype=torch.uint8)
@@ -286,19 +294,20 @@ def captures(monkeypatch: pytest.MonkeyPatch, watch: Watch) -> Captures:
 def test_what_a_graph_records_waits_for_nothing(lipsync: LipSync, captures: Captures) -> None:
     """No value is read on the host, no host memory is touched, and pictures stay in channels-last order but for the norms'.
 
-    In both lanes, for every batch size: what is looked at is what `LipSync.tune` captures.
+    In both lanes, for every batch size: what is looked at is what a worker captures.
     """
-    lipsync.tune(4, 50)
-    assert isinstance(lipsync.generator, tuning.Recorded)
-    assert isinstance(lipsync.fast, tuning.Recorded)
-    assert list(lipsync.generator.graphs) == list(lipsync.fast.graphs) == [4, 1]
+    generator = FaceGenerator(lipsync.nets)
+    generator.record(4, 50)
+    assert isinstance(generator.exact, tuning.Recorded)
+    assert isinstance(generator.fast, tuning.Recorded)
+    assert list(generator.exact.graphs) == list(generator.fast.graphs) == [4, 1]
     assert len(captures.seen) == 4
     for calls, *faults, lost in captures.seen:
         assert len(calls) > 100
         assert faults == [[], [], []]
         assert set(lost) in ({NORM}, {NORM, EDGE}), "the fast lane's edge is repeated in the picture itself, three channels"
         assert not {"aten.clone.default", "aten.copy_.default", "aten.contiguous.default"} & set(calls)
-    for (faces_, finite), _ in lipsync.generator.graphs.values():
+    for (faces_, finite), _ in generator.exact.graphs.values():
         assert faces_.device == finite.device == CUDA
 
 
@@ -309,10 +318,11 @@ def test_speaking(
     """The library's `speak`, plain and recorded: a frame for every 1/fps, one answer a batch read by the host."""
     options = Options(batch_size=2, quality=quality)
     avatar = lipsync.prepare([torch.zeros(160, 128, 3, dtype=torch.uint8) for _ in range(3)], options)
+    state = State.of(lipsync.nets)
     if recorded:
-        lipsync.tune(2, 50)
+        state.generator.record(2, 50)
     watch.clear(), Indexing.read.clear()
-    spoken = list(lipsync.speak(avatar, np.zeros(16000 * 5 // 25, np.float32), options=options))
+    spoken = list(lipsync.speak(avatar, np.zeros(16000 * 5 // 25, np.float32), options=options, state=state))
     assert [frame.shape for frame in spoken] == [(160, 128, 3)] * 5
     assert not watch.slow
     assert Indexing.read.count("cuda") == 3, "whether a batch's faces are finite"

@@ -15,8 +15,8 @@ import torch
 
 from musetalk import LipSync, Options
 from musetalk.draw import generate
-from musetalk.errors import NoFastLane
-from musetalk.nets.layers import can_pack
+from musetalk.errors import NoFastLane, NonFiniteOutput
+from musetalk.nets.fast import can_pack
 from musetalk.nets.tiny import Tiny, TinyConfig
 from pipeline.errors import ModelBroken
 from pipeline.media import ffmpeg
@@ -47,6 +47,17 @@ def frames(short_clip: Path) -> list[np.ndarray]:
 def spoken(lipsync: LipSync, avatar: Any, options: Options) -> np.ndarray:
     pcm = np.random.default_rng(0).normal(size=3200).astype(np.float32) * 0.1
     return np.stack(list(lipsync.speak(avatar, pcm, Fraction(25), options)))
+
+
+@pytest.mark.parametrize("quality", ["exact", "fast"])
+@pytest.mark.parametrize("part", ["unet.conv_out", "unet.mid_block.resnets.0.conv1", "vae.quant_conv", "whisper.conv1"])
+def test_broken_networks_make_no_picture(part: str, quality: Any, frames: list[np.ndarray]) -> None:
+    """Of the loaded demo weights, whose tiny decoder makes finite pixels of NaN."""
+    lipsync = LipSync.load(DEMO, dtype=torch.float32)
+    net, _, layer = part.partition(".")
+    getattr(lipsync.nets, net).get_submodule(layer).bias.data.fill_(float("nan"))
+    with pytest.raises(NonFiniteOutput):
+        spoken(lipsync, lipsync.prepare(frames, replace(FAST, quality=quality)), replace(FAST, quality=quality))
 
 
 def test_the_rows_that_are_left_out_are_never_seen(lipsync: LipSync, frames: list[np.ndarray],

@@ -20,7 +20,7 @@ import pytest
 from pipeline import media as m
 from pipeline.errors import BadMedia, Cancelled, DeadlineExceeded, FfmpegFailed, JobError
 from pipeline.job.control import Control
-from pipeline.media import FrameReader, FrameSource, Mp4Writer, Speech, child, plan, read_speech
+from pipeline.media import FrameReader, FrameSource, Mp4Writer, Speech, child, encoder, plan, read_speech
 from pipeline.settings import REPOSITORY
 from tests.conftest import SAMPLES
 from tests.faults.fuzz import mutate
@@ -273,7 +273,7 @@ def test_mono_is_the_mean_of_the_channels(media: Make) -> None:
 
 
 def test_the_readme_names_what_is_accepted() -> None:
-    readme = (REPOSITORY / "README.md").read_text()
+    readme = (REPOSITORY / "docs/formats.md").read_text()
     table = dict(re.findall(r"^\| (clip|still|speech) \| (.*) \|$", readme, re.MULTILINE))
     assert table == {"clip": f"{m.ACCEPTED['video']}; {m.ACCEPTED['animation']}", "still": m.ACCEPTED["picture"],
                      "speech": m.ACCEPTED["audio"].replace("video above", "clip")}
@@ -367,3 +367,17 @@ def test_a_child_that_is_waited_for_ends_with_its_job(stop: str) -> None:
     with pytest.raises(Cancelled if stop == "cancel" else DeadlineExceeded):
         child.run(["sleep", "30"], 30, check=control.check)
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(("size", "codec"), [((640, 360), "nvenc"), ((145, 4096), "nvenc"), (None, "nvenc"),
+                                             ((144, 360), "x264"), ((640, 100), "x264"), ((4098, 360), "x264")])
+def test_the_encoder_is_one_that_takes_the_films_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int] | None, codec: str
+) -> None:
+    """With an ffmpeg whose NVENC works: a script that says so, since no machine of the tests has one."""
+    (tmp_path / "ffmpeg").write_text(f"#!/bin/sh\necho trial >> {tmp_path}/trials\n")
+    (tmp_path / "ffmpeg").chmod(0o755)
+    monkeypatch.setattr(child, "ffmpeg", lambda: str(tmp_path / "ffmpeg"))
+    for _ in range(2):
+        assert codec in encoder.video_encoder(tmp_path, size)[1]
+    assert (tmp_path / "trials").read_text() == "trial\n", "one trial for all sizes"

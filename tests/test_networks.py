@@ -16,7 +16,19 @@ from torch import Tensor, nn
 
 from musetalk.nets import layers
 from musetalk.nets.bisenet import BiSeNet
-from musetalk.nets.layers import Doubling, Packed, PackedLinear, can_pack, fold_batch_norm, fold_upsampling, fuse_relu, pack
+from musetalk.nets.fast import (
+    Doubling,
+    Packed,
+    PackedLinear,
+    can_pack,
+    fold_batch_norm,
+    fold_upsampling,
+    fuse_relu,
+    heads_as_products,
+    input_shapes,
+    multiply_heads,
+    pack,
+)
 from musetalk.nets.rtmpose import RtmPose
 from musetalk.nets.s3fd import S3fd
 from musetalk.nets.tiny import Tiny, TinyConfig
@@ -163,7 +175,7 @@ def test_s3fd(prefix: str) -> None:
     g = golden("s3fd")
     net = build(S3fd, "s3fd")
     if prefix:
-        from musetalk.face.faces import s3fd_input
+        from musetalk.face.detect import s3fd_input
 
         image = s3fd_input(torch.from_numpy(g["odd_image_bgr"].copy()).flip(-1)[None])
     else:
@@ -178,7 +190,7 @@ def test_s3fd(prefix: str) -> None:
 def test_rtmpose() -> None:
     g = golden("rtmpose_net")
     net = build(RtmPose, "dwpose")
-    from musetalk.face.faces import decode_simcc, pose_input, simcc_mean
+    from musetalk.face.landmarks import decode_simcc, pose_input, simcc_mean
 
     image = pose_input(torch.from_numpy(g["image_rgb"])[None])
     for fold in (False, True):
@@ -208,7 +220,7 @@ def test_tiny_decoder() -> None:
     with torch.inference_mode():
         close("tiny decoder", net.decode(latents), g["decoded"], 2e-5, 5.0e-6)
         fold_upsampling(net)
-        fuse_relu(net)
+        fuse_relu(net, input_shapes(net, lambda: net.decode(latents)))
         close("tiny decoder, folded and fused", net.decode(latents), g["decoded"], 2e-5, 5.0e-6)
         half = build(Tiny, "tiny").to(torch.bfloat16, memory_format=torch.channels_last).decode(latents.bfloat16())
     error = (half - torch.from_numpy(g["decoded"])).abs()
@@ -226,10 +238,11 @@ def test_rows_of_the_tiny_decoder_are_the_whole_picture_s(
     torch.manual_seed(1)
     net = Tiny(TinyConfig(decoder_block_out_channels=(16,) * len(blocks), num_decoder_blocks=blocks)).requires_grad_(False)
     net.to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    latents = torch.randn(2, 4, 24, 16).to(dtype).contiguous(memory_format=torch.channels_last)
     if fit:
         fold_upsampling(net)
-        fuse_relu(net)
-    latents = torch.randn(2, 4, 24, 16).to(dtype).contiguous(memory_format=torch.channels_last)
+        with torch.inference_mode():
+            fuse_relu(net, input_shapes(net, lambda: net.decode(latents)))
     height = 24 * net.cfg.stride
     random = np.random.default_rng(2)
     cases = [(0, height), (0, 1), (height - 1, height), (height * 7 // 16, height),
@@ -264,9 +277,26 @@ def test_packed_weights(dtype: torch.dtype) -> None:
     inputs += [torch.randn(2, 20, 256).to(dtype)]
     with torch.inference_mode():
         plain = [[layer(x), layer(x[..., :6, :])] for layer, x in zip(net, inputs, strict=True)]
-        pack(net)
+        pack(net, input_shapes(net, lambda: [layer(x) for layer, x in zip(net, inputs, strict=True)]))
         packed = [[layer(x), layer(x[..., :6, :])] for layer, x in zip(net, inputs, strict=True)]
     assert [isinstance(layer, Packed | PackedLinear) for layer in net] == [True, True, False, dtype == torch.bfloat16]
     limit = 1e-5 if dtype == torch.float32 else 2**-6
     for a, b in zip(plain, packed, strict=True):
         torch.testing.assert_close(a, b, rtol=limit, atol=limit)
+
+
+@pytest.mark.parametrize("heads", [1, 8])
+def test_attention_by_products(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All heads at once, some at once, and one whose scores are too large for the caches."""
+    q, k, v = (torch.randn(3, n, 64).bfloat16() for n in (40, 24, 24))
+    plain = layers.attend(q, k, v, heads)
+    for limit in (8 << 20, 5 * 40 * 24 * 2, 100):
+        monkeypatch.setitem(layers.MAP_BYTES, "cpu", limit)
+        torch.testing.assert_close(heads_as_products(q, k, v, heads), plain, rtol=2**-6, atol=2**-6)
+
+
+def test_only_bfloat16_multiplies_heads() -> None:
+    for dtype, chosen in ((torch.float32, layers.attend), (torch.bfloat16, heads_as_products)):
+        net = Vae(VaeConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, crop_size=16)).to(dtype)
+        multiply_heads(net)
+        assert [m.attend for m in net.modules() if hasattr(m, "attend")] == [chosen, chosen]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from musetalk import LipSync, Options
-from musetalk.face import faces
+from musetalk.face import crops, landmarks
 from musetalk.geometry import subpixel, upstream
 from musetalk.geometry.box import Box, Region
 from musetalk.geometry.place import Place
@@ -35,7 +35,7 @@ def whole(picture: Picture) -> tuple[torch.Tensor, Box]:
 
 
 def place_of(roll: float) -> Place:
-    return faces.head_place(*whole(drawn(roll)))
+    return crops.head_place(*whole(drawn(roll)))
 
 
 def distance(a: Place, b: Place) -> float:
@@ -58,7 +58,7 @@ def test_a_rolled_head_is_measured_along_itself(degrees: int) -> None:
 def test_a_head_hardly_rolled_keeps_its_box_and_none_jumps() -> None:
     for degrees in (-9, 0, 4, 9):
         points, box = whole(drawn(math.radians(degrees)))
-        assert faces.head_place(points, box) == Place.of(box)
+        assert crops.head_place(points, box) == Place.of(box)
     places = [place_of(math.radians(9 + d / 4)) for d in range(28)]
     assert max(distance(a, b) for a, b in itertools.pairwise(places)) < 4
     assert all(b.roll >= a.roll - math.radians(1) for a, b in itertools.pairwise(places))
@@ -233,11 +233,11 @@ def test_a_rolled_head_is_found_better_at_the_second_look(service: Service) -> N
         picture = drawn(math.radians(degrees))
         frame = torch.from_numpy(picture.image)
         with torch.inference_mode():
-            points, _ = faces.landmarks(net, [frame])
+            points, _ = landmarks.landmarks(net, [frame])
             box = upstream.face_box(points[0], Box(0, 0, 360, 360))
-            (again,) = faces.head_places(net, [frame], points, [box])
+            (again,) = crops.head_places(net, [frame], points, [box])
         true = place_of(math.radians(degrees))
-        errors.append([distance(found, true) for found in (faces.head_place(points[0], box), again)])
+        errors.append([distance(found, true) for found in (crops.head_place(points[0], box), again)])
     first, second = np.mean(errors, axis=0)
     assert second < 0.85 * first, errors
     assert second < 6

@@ -1,54 +1,80 @@
-"""Single frames of a job's film: what a job would make, in bounded memory."""
+"""Single frames of a job's film: what a job would make, found again by the next frame and by the job."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from musetalk import AvatarCache, LipSync
 from musetalk.pixels.colour import Colour, Planes, to_rgb
 from pipeline.film import preview as module
 from pipeline.run import Service
 from pipeline.schema import parse
-from tests.conftest import encoded
+from tests.conftest import encoded, failing
 
 
 @pytest.fixture(scope="module")
-def job(short_clip: Path, short_speech: Path) -> dict[str, str]:
-    return {"musetalk_job_id": "preview", "video_url": str(short_clip), "audio_url": str(short_speech)}
+def job(media: Callable[..., Path], short_clip: Path, short_speech: Path) -> dict[str, str]:
+    """28 frames of speech on a clip of 25."""
+    speech = media("preview.wav", "-i", str(short_speech), "-t", "1.12")
+    return {"musetalk_job_id": "preview", "video_url": str(short_clip), "audio_url": str(speech)}
 
 
-@pytest.mark.parametrize("finish", ["official", "natural"])
-def test_a_frame_is_the_films(service: Service, job: dict[str, str], finish: str) -> None:
-    """Bit for bit what the job hands to the encoder once the clip is prepared; before, in the official finish, whose boxes
-    are not steadied by their neighbours'.
+@pytest.fixture
+def fresh(service: Service, tmp_path: Path) -> Service:
+    """A service whose cache is empty."""
+    other = Service(service.settings.model_copy(update={"cache_dir": tmp_path}))
+    other.engine._lipsync = LipSync(service.engine.load().nets)
+    return other
+
+
+def film(service: Service, job: dict[str, Any]) -> tuple[list[np.ndarray], bool]:
+    """RGB frames of a job's film, and whether its avatar was cached."""
+    with encoded() as written:
+        body = service.run_job(job)
+    assert body["status"] == "success", body
+    planes = (Planes.of(torch.from_numpy(frame), 640, 360) for frame in written)
+    return [to_rgb(each, Colour("bt709")).numpy() for each in planes], body["metrics"]["avatar_cached"]
+
+
+@pytest.mark.parametrize("params", [
+    {"batch_size": 5}, {"finish": "official", "batch_size": 3, "loop": "repeat"},
+    pytest.param({"batch_size": 64, "quality": "fast", "silence": "rest"}, marks=pytest.mark.full)], ids=str)
+def test_a_frame_is_the_films(service: Service, fresh: Service, job: dict[str, str], params: dict[str, Any]) -> None:
+    """Bit for bit what the job hands to the encoder, whether or not the clip was prepared before; the job then finds it so.
+
+    Of a frame within the clip, and of one after its end.
     """
-    params = {"extra_margin": 20, "batch_size": 1, "finish": finish}
-    request = parse({**job, "params": params})
-    with service.preview(job) as preview, encoded() as written:
-        before = preview.frame(request, 0.64)
-        assert service.run_job({**job, "params": params})["status"] == "success"
-    with service.preview(job) as preview:
-        after = preview.frame(request, 0.64)
-        video = preview.inputs.clip.video
-    assert video is not None
-    made = Planes.of(torch.from_numpy(written[16]), 640, 360)
-    film = to_rgb(made, Colour(video.matrix, video.full_range)).numpy()
-    assert np.array_equal(after.film, film)
-    assert finish == "natural" or np.array_equal(before.film, film)
-    assert not np.array_equal(after.film, after.source)
-    green = (after.outlined() == module.GREEN).all(-1)
+    asked = {**job, "params": params}
+    moments = (0.16, 1.08)
+    with fresh.preview(job) as preview:
+        before = [preview.frame(parse(asked), second) for second in moments]
+        assert preview.inputs.clip.picture.matrix == "bt709"
+    frames, cached = film(fresh, asked)
+    assert cached, "the job finds what the preview prepared"
+    for second, shown in zip(moments, before, strict=True):
+        assert np.array_equal(shown.film, frames[int(second * 25)]), second
+    assert not np.array_equal(before[0].film, before[0].source)
+    green = (before[0].outlined() == module.GREEN).all(-1)
     assert 50 < green.sum() < 5000
+    with fresh.preview(job) as preview, failing(service.engine.load().nets.detector, AssertionError("prepared again")):
+        assert np.array_equal(preview.frame(parse(asked), 0.64).film, frames[16])
 
 
-def test_what_is_kept_is_bounded(service: Service, job: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A person who tunes for an hour leaves no trail of prepared faces."""
-    monkeypatch.setattr(module, "FACES", 3)
-    with service.preview(job) as preview:
-        first = preview.frame(parse(job), 0.1)
-        for margin in range(4):
-            preview.frame(parse({**job, "params": {"extra_margin": margin}}), 0.1)
-        assert len(preview._faces) == 3
-        assert np.array_equal(preview.frame(parse(job), 0.1).film, first.film), "prepared again, as before"
+@pytest.mark.parametrize("limit", [0, 10**9])
+def test_only_what_changes_the_avatar_prepares_anew(service: Service, fresh: Service, job: dict[str, str], limit: int,
+                                                    tmp_path: Path) -> None:
+    """With a cache and without; one avatar is kept, however long a person tunes."""
+    fresh.engine.cache = AvatarCache(tmp_path / "other", limit)
+    with fresh.preview(job) as preview:
+        preview.frame(parse({**job, "params": {"batch_size": 4}}), 0.3)
+        with failing(service.engine.load().nets.detector, AssertionError("prepared again")):
+            for params in ({"audio_padding_left": 0}, {"quality": "fast"}, {"silence": "rest"}, {"batch_size": 2}):
+                preview.frame(parse({**job, "params": params}), 0.3 if "batch_size" in params else 0.1)
+        with failing(service.engine.load().nets.detector, KeyError("prepared")), pytest.raises(KeyError, match="prepared"):
+            preview.frame(parse({**job, "params": {"extra_margin": 30}}), 0.1)

@@ -20,7 +20,7 @@ import pytest
 from benchmarks.signing import growth, large_film
 from pipeline import provenance
 from pipeline.job.control import Control
-from pipeline.provenance import COMPOSITE, Making, Marker
+from pipeline.mark.marker import COMPOSITE, DESCRIPTION, Making, Marker, tags
 from pipeline.settings import BadSetting, Settings
 from pipeline.transfer.storage import storage_of
 from scripts.make_test_certificate import make
@@ -40,7 +40,7 @@ def film(tmp_path: Path) -> Path:
     """A finished film as the encoder leaves it, with its tags."""
     path = tmp_path / "output.mp4"
     ffmpeg("-i", str(SAMPLES / "presenter.mp4"), "-i", str(SAMPLES / "speech.wav"), "-map", "0:v", "-map", "1:a",
-           "-c:v", "copy", "-shortest", *provenance.tags(Settings.from_env({})), "-movflags", "+faststart", str(path))
+           "-c:v", "copy", "-shortest", *tags(Settings.from_env({})), "-movflags", "+faststart", str(path))
     return path
 
 
@@ -90,14 +90,14 @@ def test_exiftool_finds_the_iptc_mark(film: Path) -> None:
 
 def test_ffmpeg_shows_comment_and_description(film: Path) -> None:
     said = ffmpeg("-i", str(film))
-    assert f"comment         : {provenance.DESCRIPTION}" in said
+    assert f"comment         : {DESCRIPTION}" in said
     assert COMPOSITE in next(line for line in said.splitlines() if "description " in line)
 
 
 def test_the_label_can_be_switched_off(film: Path) -> None:
     before = film.read_bytes()
     off = settings(AI_LABEL="off")
-    assert provenance.tags(off) == ()
+    assert tags(off) == ()
     assert Marker(off).finish(film, making(), Control(60)).written == "none"
     assert film.read_bytes() == before
 
@@ -256,7 +256,7 @@ def test_a_rerun_is_one_object(tmp_path: Path, film: Path, pair: tuple[Path, Pat
         film.write_bytes(original)
         chosen = Settings.from_env({**server.environment(), "C2PA_CERT": str(pair[0]), "C2PA_KEY": str(pair[1]), **changes})
         mark = Marker(chosen).finish(film, making(), Control(60))
-        storage_of(chosen).upload(film, "job-1", Control(60), mark.digest)
+        storage_of(chosen).upload(film, "job-1.mp4", Control(60), digest=mark.digest)
         return film.read_bytes()
 
     try:

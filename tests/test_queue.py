@@ -19,7 +19,7 @@ from pipeline.settings import REPOSITORY
 from tests.conftest import make_media, temporary_files
 from tests.fakes.b2 import B2
 from tests.fakes.platform import API_KEY, Platform
-from tests.fakes.workers import QueueWorker
+from tests.fakes.workers import QueueWorker, broken_weights
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +159,22 @@ def test_even_a_broken_job_function_ends_in_failed(tmp_path: Path) -> None:
             assert posted["error"], posted
             assert "output" not in posted
             json.loads(platform.raw[f"faulty-{kind}"], parse_constant=lambda name: pytest.fail(f"{name} on the wire"))
+    finally:
+        worker.close()
+        platform.close()
+        b2.close()
+
+
+def test_a_worker_that_fails_its_warm_up_takes_no_job(tmp_path: Path) -> None:
+    """It ends with status 1, for the platform to start another; the job stays in the queue for that one."""
+    platform, b2 = Platform(), B2()
+    worker = QueueWorker(platform, b2, tmp_path, MODEL_DIR=str(broken_weights(tmp_path / "weights")))
+    try:
+        platform.submit("untaken", {"selftest": True})
+        assert worker.process.wait(90) == 1
+        assert not platform.taken
+        assert not platform.results
+        assert "not a number" in worker.output() or "finite" in worker.output(), worker.output()
     finally:
         worker.close()
         platform.close()

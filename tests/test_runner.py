@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -15,6 +17,7 @@ from pipeline.errors import Cancelled, DeadlineExceeded
 from pipeline.film import runner
 from pipeline.film.runner import Buffers, Stage, Together
 from pipeline.job.control import Control
+from pipeline.settings import REPOSITORY
 
 
 class Source(Stage):
@@ -205,3 +208,28 @@ def test_each_thread_works_in_its_context() -> None:
 
     runner.run([Source(1, buffers), Sink(buffers)], Control(60), buffers, enter)
     assert sorted(entered) == ["sink ends", "sink on sink", "source ends", "source on source"]
+
+
+CROWDED = """
+import resource, threading
+from pathlib import Path
+from pipeline.film import runner
+from pipeline.film.runner import Buffers
+from pipeline.job.control import Control
+from pipeline.settings import REPOSITORY
+from tests.test_runner import Sink, Source, Step, same
+buffers = Buffers(list, 30)
+threading.stack_size(512 << 20)
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (1800 << 20), resource.RLIM_INFINITY))
+try:
+    runner.run([Source(500, buffers), *(Step(str(i), same) for i in range(6)), Sink(buffers)], Control(60), buffers)
+except RuntimeError as e:
+    print(e, threading.active_count())
+"""
+
+
+def test_where_a_thread_cannot_start_none_is_left() -> None:
+    """In a process whose memory limit holds the stacks of some of the threads."""
+    done = subprocess.run([sys.executable, "-c", CROWDED], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "can't start new thread 1\n", done.stderr[-400:]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import struct
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -72,6 +74,9 @@ ROWS: dict[str, tuple[str, tuple[str, ...], float]] = {
     "negative start": ("clock-i.mkv", (*PICTURE, *WORDS, "-c:v", "libx264", "-output_ts_offset", "-0.3"), 0),
     "edit list": ("clock-j.mp4", (*PICTURE, "-ss", "0.37", *WORDS, "-c:v", "libx264", "-c:a", "aac"), 0),
     "transport stream": ("clock-k.ts", (*PICTURE, *WORDS, "-c:v", "libx264", "-c:a", "aac"), 0),
+    "ts, sound from 0.65 s": ("clock-n.ts", (*PICTURE, "-itsoffset", "0.65", *WORDS, "-c:v", "libx264", "-c:a", "aac"), 0.65),
+    "mpg, sound from 0.65 s": ("clock-o.mpg", (*PICTURE, "-itsoffset", "0.65", *WORDS), 0.65),
+    "ogv, sound from 0.65 s": ("clock-p.ogv", (*PICTURE, "-itsoffset", "0.65", *WORDS), 0.65),
     "longer than its header": ("clock-m.flac", WORDS, 0),
     "gap in the timestamps": ("clock-l.mkv", (*WORDS, "-af", GAP, "-c:a", "pcm_s16le"), 0),
 }
@@ -110,7 +115,7 @@ def stated(data: bytes, chunk: bytes, layout: str, size: int) -> bytes:
     return data[:at] + struct.pack(layout, size) + data[at + struct.calcsize(layout) :]
 
 
-@pytest.mark.parametrize("size", [0, 16_000, 16_001, 128_000, 0x7FFFFFFF, 0xFFFFFFFF])
+@pytest.mark.parametrize("size", [0, 16_000, 16_001, 64_500, 0x7FFFFFFF, 0xFFFFFFFF])
 def test_of_a_wav_what_is_in_the_file_counts(media: Make, tmp_path: Path, size: int) -> None:
     """Whatever the header says of 64,000 bytes; what follows the samples in an honest file is no sound."""
     data = media("clock-a.wav", *WORDS).read_bytes()
@@ -130,7 +135,53 @@ def test_a_header_that_states_too_few_samples_is_damage(
     whole = media(f"chunks.{kind}", *WORDS)
     assert not speech(whole, tmp_path).damaged
     (tmp_path / f"lies.{kind}").write_bytes(stated(whole.read_bytes(), chunk, layout, 16_000))
-    assert "fewer samples" in speech(tmp_path / f"lies.{kind}", tmp_path).damaged
+    assert "header states" in speech(tmp_path / f"lies.{kind}", tmp_path).damaged
+
+
+# kind -> ffmpeg's arguments; each states its length in a header
+STATED = {
+    "wav": (), "aiff": (), "caf": (), "flac": (), "mp3": (), "vbr.mp3": ("-q:a", "4"), "m4a": ("-movflags", "+faststart"),
+    "mka": ("-c:a", "libvorbis"), "alaw.wav": ("-c:a", "pcm_alaw"), "rf64.wav": ("-rf64", "always"),
+    "avi": ("-c:a", "pcm_s16le"), "ogg": ("-c:a", "libvorbis"), "opus": ("-c:a", "libopus"),
+}
+
+
+@pytest.mark.parametrize("kind", STATED)
+def test_a_speech_that_is_cut_says_how_much_is_missing(media: Make, tmp_path: Path, kind: str) -> None:
+    """Between two samples, too, where no decoder complains. What an Ogg file has lost, nothing in it tells."""
+    whole = media(f"cut-{kind.replace('.', '-')}.{kind.rpartition('.')[2]}", "-i", str(SAMPLES / "speech.wav"), *STATED[kind])
+    assert not speech(whole, tmp_path).damaged
+    data = whole.read_bytes()
+    for share in (0.5, 0.9):
+        header = len(data) - 2 * 85_505 if kind in ("wav", "aiff", "caf") else 0
+        half = tmp_path / f"cut{whole.suffix}"
+        half.write_bytes(data[: header + int((len(data) - header) * share) // 4 * 4])
+        spoken = speech(half, tmp_path)
+        assert spoken.seconds == pytest.approx(5.3 * share, abs=1.0)
+        words = "page is not whole" if kind in ("ogg", "opus") else r"[\d.]+( s)? of the [\d.]+ (s|bytes) that its header"
+        assert re.match(f"(the file ends early: .*)?{words}", spoken.damaged), spoken.damaged
+
+
+@pytest.mark.parametrize(("kind", "arguments"), [
+    ("wav", ("-f", "wav", "pipe:1")), ("ogg", ("-c:a", "libvorbis", "-f", "ogg", "pipe:1")), ("aac", ("-f", "adts", "pipe:1")),
+    ("mp3", ("-write_xing", "0", "-f", "mp3", "pipe:1")), ("mka", ("-c:a", "libopus", "-f", "matroska", "pipe:1")),
+    ("caf", ("-f", "caf", "pipe:1")), ("flac", ("-f", "flac", "pipe:1")),
+])
+def test_a_header_that_does_not_know_the_length_is_no_damage(tmp_path: Path, kind: str, arguments: tuple[str, ...]) -> None:
+    """As programs write that send while they record: ffmpeg into a pipe, which it cannot go back in."""
+    streamed = subprocess.run([m.ffmpeg(), "-v", "error", *WORDS, *arguments], check=True, stdout=subprocess.PIPE).stdout
+    (tmp_path / f"streamed.{kind}").write_bytes(streamed)
+    spoken = speech(tmp_path / f"streamed.{kind}", tmp_path)
+    assert spoken.seconds == pytest.approx(2, abs=0.15)
+    assert not spoken.damaged
+
+
+def test_a_sound_that_ends_before_its_picture_is_no_damage(media: Make, tmp_path: Path) -> None:
+    for kind in ("mp4", "mkv", "avi"):
+        path = media(f"shorter.{kind}", *PICTURE, "-t", "1", "-i", str(SAMPLES / "speech.wav"), "-c:v", "libx264")
+        spoken = speech(path, tmp_path)
+        assert spoken.seconds == pytest.approx(1, abs=0.1)
+        assert not spoken.damaged
 
 
 def test_timestamps_that_begin_anew_go_on(media: Make, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from musetalk import order
 from musetalk.draw import generate
-from musetalk.face import faces
+from musetalk.face import detect, landmarks
 from musetalk.geometry import upstream
 from musetalk.geometry.box import Box, Region, region_of
 from musetalk.geometry.place import Place
@@ -89,6 +89,19 @@ def test_frame_count_is_the_speech_length_at_fractional_rates() -> None:
     assert audio.frame_count(1, Fraction(25)) == 1
 
 
+@pytest.mark.parametrize("fps", ["1", "2", "3", "5", "10", "12", "15", "24000/1001", "24", "25", "30000/1001", "30", "50",
+                                 "60"])
+def test_a_slow_film_is_as_long_as_its_speech(fps: str) -> None:
+    """From 23.976 fps on the count is the nearest; below, less than 21 ms of the end have no frame."""
+    rate = Fraction(fps)
+    for samples in range(1, 64_000, 97):
+        count = audio.frame_count(samples, rate)
+        assert samples / 16_000 - count / rate <= Fraction(21, 1000)
+        assert count == 1 or (count - 1) / rate < Fraction(samples, 16_000), "no frame begins after the speech's end"
+        if rate > 23:
+            assert count == max(1, round(samples * rate / 16_000))
+
+
 # -- faces -----------------------------------------------------------------------------------------------------------
 
 
@@ -99,7 +112,7 @@ def test_face_boxes() -> None:
         detection = g["s3fd_box"][i]
         if (detection < 0).all():
             continue  # no face: one None per frame here, zeros upstream
-        points = t(g["keypoints133"][i][faces.FACE_POINTS]).trunc().long()
+        points = t(g["keypoints133"][i][landmarks.FACE_POINTS]).trunc().long()
         got = upstream.face_box(points, Box(*detection.tolist()), int(g["bbox_shift"][i]))
         assert [got.x1, got.y1, got.x2, got.y2] == g["box"][i].tolist(), name
         inside = got.clipped(width, height)  # upstream never clamps to the far border
@@ -127,19 +140,19 @@ def test_pose_picture() -> None:
     g = golden("rtmpose_input")
     for size in ("landscape", "portrait", "small", "big"):
         image = t(g[f"{size}_image_bgr"])
-        where = faces.PoseFrame.whole(image.shape[1], image.shape[0])
-        got = faces.pose_picture(image, where).numpy()
+        where = landmarks.PoseFrame.whole(image.shape[1], image.shape[0])
+        got = landmarks.pose_picture(image, where).numpy()
         np.testing.assert_array_equal(got, g[f"{size}_opencv49_bgr"], err_msg=size)
 
 
 def test_simcc_decoding() -> None:
     g = golden("simcc_decode")
     plain, mirrored = ((t(g[f"simcc_x{m}"]).float(), t(g[f"simcc_y{m}"]).float()) for m in ("", "_mirrored"))
-    points, scores = faces.decode_simcc(*faces.simcc_mean(plain, mirrored))
+    points, scores = landmarks.decode_simcc(*landmarks.simcc_mean(plain, mirrored))
     sizes = [k.split("_")[1] for k in g if k.startswith("keypoints_")]
     for size in sizes:
         width, height = (int(v) for v in size.split("x"))
-        got = faces.to_frame(points[0], faces.PoseFrame.whole(width, height))
+        got = landmarks.to_frame(points[0], landmarks.PoseFrame.whole(width, height))
         np.testing.assert_allclose(got.numpy(), g[f"keypoints_{size}"], atol=1e-4, err_msg=size)
         np.testing.assert_array_equal(got.trunc().numpy(), np.trunc(g[f"keypoints_{size}"]))
         np.testing.assert_allclose(scores[0].numpy(), g[f"scores_{size}"], atol=1e-6)
@@ -150,7 +163,7 @@ def test_s3fd_decoding() -> None:
     g = golden("s3fd_decode")
     for case in g["cases"]:
         levels = [(t(g[f"{case}_cls{i}"]), t(g[f"{case}_reg{i}"])) for i in range(1, 7)]
-        found = faces.decode_s3fd(levels)
+        found = detect.decode_s3fd(levels)
         want = g[f"{case}_kept"]
         got = np.array([[d.x1, d.y1, d.x2, d.y2, d.score] for d in found]).reshape(-1, 5)
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-3, err_msg=str(case))

@@ -13,6 +13,7 @@ import torch
 from musetalk import LipSync, checkpoints
 from musetalk.draw import generate
 from musetalk.draw import recorded as tuning
+from musetalk.draw.generator import FaceGenerator
 from musetalk.draw.recorded import Made, Recorded
 from tests.conftest import DEMO
 from tests.fakes import cuda
@@ -103,12 +104,12 @@ class Scarce(Recorded):
         return self.generator(latents, prompts)
 
 
-def scarce(nets: checkpoints.Networks, **how: Any) -> tuple[LipSync, Recorded]:
-    lipsync = LipSync(nets)
+def scarce(nets: checkpoints.Networks, **how: Any) -> tuple[FaceGenerator, Recorded]:
+    generator = FaceGenerator(nets)
     way = recorded(nets, Graphs(), Scarce)
     vars(way).update(how)
-    lipsync.generator, lipsync.largest_batch = way, BATCH
-    return lipsync, way
+    generator.exact, generator.fitting.largest = way, BATCH
+    return generator, way
 
 
 def accelerator_error(code: int) -> torch.AcceleratorError:
@@ -118,31 +119,34 @@ def accelerator_error(code: int) -> torch.AcceleratorError:
     return error
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), accelerator_error(tuning.OUT_OF_MEMORY)])
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory"), accelerator_error(tuning.OUT_OF_MEMORY),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED")])
 def test_memory_that_another_thread_held_costs_nothing(
     nets: checkpoints.Networks, error: BaseException
 ) -> None:
-    lipsync, way = scarce(nets, spells=1, error=error)
-    assert len(lipsync.generate(*inputs(nets, BATCH, 1))) == BATCH
-    assert lipsync.largest_batch == BATCH
+    generator, way = scarce(nets, spells=1, error=error)
+    assert len(generator(*inputs(nets, BATCH, 1))[0]) == BATCH
+    assert generator.fitting.largest == BATCH
     assert sorted(way.graphs) == [1, 4, 6]
 
 
 def test_out_of_memory_records_a_smaller_batch_and_says_so(
     nets: checkpoints.Networks, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lipsync, way = scarce(nets, spells=0, room=4)
+    generator, way = scarce(nets, spells=0, room=4)
     with caplog.at_level(logging.WARNING):
-        assert len(lipsync.generate(*inputs(nets, BATCH, 1))) == BATCH
-    assert lipsync.largest_batch == 3
+        assert len(generator(*inputs(nets, BATCH, 1))[0]) == BATCH
+    assert generator.fitting.largest == 3
     assert sorted(way.graphs) == [1, 3]
     assert [r.next_batch for r in caplog.records if hasattr(r, "next_batch")] == [6, 3]
 
 
 def test_a_lost_device_is_no_lack_of_memory(nets: checkpoints.Networks) -> None:
-    lipsync, _ = scarce(nets, spells=1, error=accelerator_error(700))  # cudaErrorIllegalAddress
+    generator, _ = scarce(nets, spells=1, error=accelerator_error(700))  # cudaErrorIllegalAddress
     with pytest.raises(torch.AcceleratorError):
-        lipsync.generate(*inputs(nets, 1, 1))
+        generator(*inputs(nets, 1, 1))
 
 
 class Device:
@@ -188,10 +192,16 @@ class Stream:
     def wait_stream(self, _: Stream) -> None:
         """Everything here happens at once."""
 
+    def synchronize(self) -> None:
+        """The same."""
+
 
 class Graph:
     def replay(self) -> None:
         """Nothing was captured."""
+
+
+RECORD_CUDA = tuning.record_cuda  # as it is without the fake device
 
 
 @pytest.fixture
@@ -213,8 +223,9 @@ def test_the_flags_under_which_is_recorded() -> None:
     torch.backends.cudnn.benchmark = torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     with cuda.device(), pytest.MonkeyPatch.context() as patch:
         device = Device(patch)
+        patch.setattr(tuning, "record_cuda", RECORD_CUDA)
         patch.setattr(generate, "faces", lambda *_: device.work())
-        LipSync.load(DEMO, "cuda").tune(4, TOKENS)
+        FaceGenerator(LipSync.load(DEMO, "cuda").nets).record(4, TOKENS)
     assert [f[0] for f in device.flags] == (["aside"] * tuning.ROUNDS + ["capture"]) * 2 * len((4, 1))
     assert {f[1:] for f in device.flags} == {(True, False, True, False, False)}
 
@@ -235,8 +246,8 @@ def test_numerics_name_what_decides_them() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @torch.inference_mode()
 def test_on_a_gpu() -> None:
-    lipsync = LipSync.load(DEMO, "cuda")
-    nets = lipsync.nets
-    lipsync.tune(BATCH, TOKENS)
+    nets = LipSync.load(DEMO, "cuda").nets
+    generator = FaceGenerator(nets)
+    generator.record(BATCH, TOKENS)
     each = tuning.examples(nets.unet, nets.vae, BATCH, TOKENS)
-    assert same(lipsync.generator(*each), generate.faces(nets.unet, nets.vae, *each))
+    assert same(generator(*each), generate.faces(nets.unet, nets.vae, *each))

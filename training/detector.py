@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from musetalk.face.faces import decode_s3fd, s3fd_input
+from musetalk.face.detect import decode_s3fd, s3fd_input
 from musetalk.nets.s3fd import STRIDES, S3fd, S3fdConfig
 from training import clutter, common, data, wide
 from training.camera import Camera

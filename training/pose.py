@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from musetalk.face.faces import FACE_POINTS, PoseFrame, decode_simcc, pose_input, pose_picture
+from musetalk.face.landmarks import FACE_POINTS, PoseFrame, decode_simcc, pose_input, pose_picture
 from musetalk.geometry.box import Box
 from musetalk.nets.rtmpose import RtmPose, RtmPoseConfig
 from training import common, data, wide

@@ -1,4 +1,4 @@
-"""Everything about a source clip that does not depend on the speech, and a cache of it by content.
+"""Everything about a source clip that does not depend on the speech.
 
 An avatar is one entry per source frame: the face box, the region that blending may change with its soft mask, and the
 UNet's input latents; None for a frame without a face. Entries are kept in half precision, in chunks, so a long clip
@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -30,21 +30,19 @@ from musetalk.geometry.box import Box, Region
 from musetalk.geometry.place import Place
 
 CHUNK = 32  # source frames
-HELD = 4  # chunks kept in memory while reading
-MEMORY = 64 << 20  # bytes of avatars kept in memory: about a thousand frames
+CHUNKS_HELD = 4  # chunks kept in memory while reading
 FORMAT = 9
-SUFFIX = ".avatar"
-STALE_SEC = 24 * 3600  # partial files of workers that died are removed after this
 
 
 @dataclass(frozen=True)
 class Face:
-    """One source frame's face: its place with the chin margin, blended region, latents (8, h, w) float16, `mask.lips_map`."""
+    """One source frame's face."""
 
-    place: Place
-    region: Region
-    latents: Tensor
-    lips: Tensor
+    place: Place  # with the chin margin
+    region: Region  # what blending may change, with its soft mask
+    latents: Tensor  # (8, h, w) float16
+    lips: Tensor  # `mask.lips_map`
+    weight: float = 1.0  # how strongly a generated mouth may cover it: less where the face comes or goes
 
 
 class Avatar:
@@ -54,30 +52,37 @@ class Avatar:
     the index's own sha256 (32 bytes) and length (8).
     """
 
-    def __init__(self, file: BinaryIO, index: list[tuple[int, int, str]], count: int, complete: bool = False) -> None:
-        self._file, self._index, self._count = file, index, count
-        self.faces = 0  # frames that hold a face
+    def __init__(
+        self, file: BinaryIO, index: list[tuple[int, int, str]], present: Iterable[bool] = (), complete: bool = False,
+    ) -> None:
+        self._file, self._index = file, index
+        self.present = list(present)  # of each source frame, whether it holds a face
         self.frames: list[Tensor] = []  # the clip itself, where the library holds it; the streaming worker does not
         self._pending: list[Face | None] = []
         self._lock = threading.RLock()  # one thread may append while another reads
-        self._held: OrderedDict[int, list[Face | None]] = OrderedDict()
-        self.complete = complete  # whether the clip ends here, or only what a short speech needed
+        self._chunks: OrderedDict[int, list[Face | None]] = OrderedDict()
+        self.finished = bool(index)  # whether no more will be appended
+        self.complete = complete  # whether the clip ends here; else only so much was prepared as a speech needed
 
     @classmethod
     def new(cls, folder: Path | None = None) -> Avatar:
         """An empty avatar, backed by an unnamed temporary file."""
-        return cls(tempfile.TemporaryFile(dir=folder), [], 0)
+        return cls(tempfile.TemporaryFile(dir=folder), [])
 
     def __len__(self) -> int:
         """Source frames so far."""
-        return self._count
+        return len(self.present)
+
+    @property
+    def first_face(self) -> int | None:
+        """The first frame that holds a face."""
+        return self.present.index(True) if True in self.present else None
 
     def append(self, face: Face | None) -> None:
         """Add the next source frame."""
         with self._lock:
             self._pending.append(face)
-            self._count += 1
-            self.faces += face is not None
+            self.present.append(face is not None)
             if len(self._pending) == CHUNK:
                 self._flush()
 
@@ -86,15 +91,15 @@ class Avatar:
         with self._lock:
             if self._pending:
                 self._flush()
-            self.complete = complete
+            self.finished, self.complete = True, complete
 
     def __getitem__(self, i: int) -> Face | None:
         """Source frame i."""
-        if not 0 <= i < self._count:
+        if not 0 <= i < len(self):
             raise IndexError(i)
         chunk, at = divmod(i, CHUNK)
         with self._lock:
-            return self._pending[at] if chunk == len(self._index) else self._chunk(chunk)[at]
+            return self._pending[at] if chunk == len(self._index) else self._read_chunk(chunk)[at]
 
     def __iter__(self) -> Iterator[Face | None]:
         return (self[i] for i in range(len(self)))
@@ -102,7 +107,7 @@ class Avatar:
     def close(self) -> None:
         """Release the file."""
         self._file.close()
-        self._held.clear()
+        self._chunks.clear()
 
     # -- chunks --
 
@@ -114,14 +119,14 @@ class Avatar:
         self._index.append((start, len(blob), hashlib.sha256(blob).hexdigest()))
         self._pending = []
 
-    def _chunk(self, chunk: int) -> list[Face | None]:
-        if chunk not in self._held:
+    def _read_chunk(self, chunk: int) -> list[Face | None]:
+        if chunk not in self._chunks:
             start, length, _ = self._index[chunk]
-            self._held[chunk] = _unpack(_read(self._file, start, length))
-            while len(self._held) > HELD:
-                self._held.popitem(last=False)
-        self._held.move_to_end(chunk)
-        return self._held[chunk]
+            self._chunks[chunk] = _unpack(_read(self._file, start, length))
+            while len(self._chunks) > CHUNKS_HELD:
+                self._chunks.popitem(last=False)
+        self._chunks.move_to_end(chunk)
+        return self._chunks[chunk]
 
     # -- files --
 
@@ -139,11 +144,19 @@ class Avatar:
         """Write the finished avatar into a file."""
         for start, length, _ in self._index:
             out.write(_read(self._file, start, length))
+        out.write(self._tail(key))
+
+    def file_size(self, key: str) -> int:
+        """Bytes that `write` writes."""
+        return self.size + len(self._tail(key))
+
+    def _tail(self, key: str) -> bytes:
+        """The index and what verifies it."""
         index = json.dumps({
-            "format": FORMAT, "key": key, "count": self._count, "faces": self.faces,
-            "complete": self.complete, "chunks": self._index,
+            "format": FORMAT, "key": key, "present": "".join("01"[p] for p in self.present), "complete": self.complete,
+            "chunks": self._index,
         }).encode()
-        out.write(index + hashlib.sha256(index).digest() + len(index).to_bytes(8, "little"))
+        return index + hashlib.sha256(index).digest() + len(index).to_bytes(8, "little")
 
     @property
     def size(self) -> int:
@@ -170,9 +183,7 @@ class Avatar:
             for start, count, want in chunks:
                 if hashlib.sha256(_read(file, start, count)).hexdigest() != want:
                     raise ValueError("corrupt")
-            avatar = cls(file, chunks, int(index["count"]), bool(index["complete"]))
-            avatar.faces = int(index["faces"])
-            return avatar
+            return cls(file, chunks, (p == "1" for p in index["present"]), bool(index["complete"]))
         except (ValueError, KeyError, TypeError, OSError, SafetensorError):
             file.close()
             return None
@@ -184,13 +195,14 @@ def _read(file: BinaryIO, start: int, length: int) -> bytes:
 
 
 def _pack(faces: list[Face | None]) -> bytes:
-    """Places (K, 6) float64 and regions (K, 4) int32 of the K frames with a face, their masks' bytes end to end, latents
-    (K, 8, h, w), lips (K, L, L) uint8.
+    """Places (K, 6) and weights (K,) float64 and regions (K, 4) int32 of the K frames with a face, their masks' bytes end to
+    end, latents (K, 8, h, w), lips (K, L, L) uint8.
     """
     present = [f for f in faces if f is not None]
     tensors = {"present": torch.tensor([f is not None for f in faces])}
     if present:
         tensors["places"] = torch.tensor([astuple(f.place) for f in present], dtype=torch.float64)
+        tensors["weights"] = torch.tensor([f.weight for f in present], dtype=torch.float64)
         tensors["regions"] = torch.tensor([astuple(f.region.box) for f in present], dtype=torch.int32)
         tensors["masks"] = torch.cat([f.region.mask.cpu().flatten() for f in present])
         tensors["latents"] = torch.stack([f.latents.half().cpu().contiguous() for f in present])
@@ -210,6 +222,7 @@ def _unpack(blob: bytes) -> list[Face | None]:
         size = region.width * region.height
         mask = tensors["masks"][byte : byte + size].view(region.height, region.width)
         place = Place(*tensors["places"][at].tolist())
-        out.append(Face(place, Region(region, mask), tensors["latents"][at], tensors["lips"][at]))
+        weight = float(tensors["weights"][at])
+        out.append(Face(place, Region(region, mask), tensors["latents"][at], tensors["lips"][at], weight))
         at, byte = at + 1, byte + size
     return out

@@ -74,9 +74,13 @@ class Lower:
 
 
 def faces(unet: UNet, vae: Decoder, latent: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
-    """UNet input (N, 8, h, w) and prompts (N, T, C) -> RGB faces (N, S, S, 3) uint8, finite flags (N,) bool."""
+    """UNet input (N, 8, h, w) and prompts (N, T, C) -> RGB faces (N, S, S, 3) uint8, finite flags (N,) bool.
+
+    The predicted latents are looked at, too: a decoder may turn NaN into finite pixels, since a fused ReLU gives 0 for it.
+    """
     weight = unet.conv_in.weight
     latent = latent.to(weight.device, weight.dtype).contiguous(memory_format=torch.channels_last)
-    decoded = vae.decode(unet(latent, prompts.to(weight.device, weight.dtype)))
-    finite = torch.isfinite(decoded).flatten(1).all(dim=1)
+    predicted = unet(latent, prompts.to(weight.device, weight.dtype))
+    decoded = vae.decode(predicted)
+    finite = torch.isfinite(predicted).flatten(1).all(dim=1) & torch.isfinite(decoded).flatten(1).all(dim=1)
     return to_levels(torch.nan_to_num(decoded)), finite

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+from torch import nn
+
 from musetalk.errors import Interrupted
 
-# By context, since several users may share the networks: each thread of a job works in a copy of the job's context.
-_interrupted: ContextVar[threading.Event | None] = ContextVar("interrupted", default=None)
+# By context, since several films may run over the same networks: each thread of a job works in a copy of the job's context.
+_stop: ContextVar[threading.Event | None] = ContextVar("stop", default=None)
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """In this context, and in threads that work in copies of it, networks on a CPU end with Interrupted after `interrupt`."""
-    token = _interrupted.set(threading.Event())
+def interruptible(stop: threading.Event) -> Iterator[None]:
+    """In this context, and in threads that work in copies of it, networks on a CPU end with Interrupted once `stop` is set."""
+    token = _stop.set(stop)
     try:
         yield
     finally:
-        _interrupted.reset(token)
+        _stop.reset(token)
 
 
-def interrupt() -> None:
-    """End the networks' passes of the `interruptible` context that this is called in, by any of its threads."""
-    if (event := _interrupted.get()) is not None:
-        event.set()
+def make_interruptible(modules: Iterable[nn.Module]) -> None:
+    """Let modules look whether to stop before each of their passes."""
+    for module in modules:
+        module.register_forward_pre_hook(_check)
 
 
-def check(*_: object) -> None:
-    """A network's forward pre-hook: raises Interrupted after `interrupt`."""
-    if (event := _interrupted.get()) is not None and event.is_set():
+def _check(*_: object) -> None:
+    if (stop := _stop.get()) is not None and stop.is_set():
         raise Interrupted("the work was interrupted")

@@ -1,24 +1,36 @@
-"""How loaded networks lie in memory: on a CPU by capability alone, never by timing; on a GPU as they were loaded."""
+"""How loaded networks are laid out in memory: on a CPU by its capability alone, never by timing; on a GPU as they were loaded.
+
+After this nothing changes a network any more, so several films may run over the same ones at once.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from musetalk.checkpoints import Networks
-from musetalk.nets.layers import Doubling, Packed, fold_upsampling, fuse_relu, pack
+from musetalk.draw.generate import Lower
+from musetalk.draw.recorded import examples
+from musetalk.nets.fast import Doubling, Packed, fold_upsampling, fuse_relu, input_shapes, multiply_heads, pack
 from musetalk.nets.tiny import Tiny
 from musetalk.nets.unet import UNet
 from musetalk.nets.vae import Vae
 
+TOKENS = 50  # audio tokens a frame with the default padding
 
+
+@torch.inference_mode()
 def fit_cpu(unet: UNet, vae: Vae, tiny: Tiny | None) -> None:
-    """Lay loaded networks out for a CPU, in place."""
+    """Lay loaded networks out for a CPU, in place. Draws one face to learn the shapes that weights are packed for."""
     for net in (unet, vae.decoder, tiny):
         if net is not None:
             fold_upsampling(net)
-    pack(unet)
+    multiply_heads(unet)
+    multiply_heads(vae)
+    latents, prompts = examples(unet, vae, 1, TOKENS)
+    pack(unet, input_shapes(unet, lambda: unet(latents, prompts)))
     if tiny is not None:
-        fuse_relu(tiny)
+        lower, drawn = Lower(tiny, vae.cfg), latents[:, : vae.cfg.latent_channels]
+        fuse_relu(tiny, input_shapes(tiny, lambda: lower.decode(drawn)))
 
 
 def described(nets: Networks) -> str:

@@ -25,6 +25,9 @@ Record = Callable[[Callable[[], Made], object], tuple[Made, Callable[[], None]]]
 SIZES = (1, 4, 16)  # batches that are recorded, those under the worker's own and that one
 ROUNDS = 3  # runs before the capture, in which libraries load their kernels and take their workspaces
 OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+# cuBLAS and cuDNN ask the driver for memory of their own; torch passes their status on in the text of a RuntimeError
+ALLOCATION_FAILED = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+                     "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED")
 
 
 def fix_numerics() -> None:
@@ -50,9 +53,11 @@ def numerics(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU's memory ran out: the allocator's own error, or CUDA's by its code."""
+    """Whether a GPU's memory ran out: the allocator's own error, CUDA's by its code, a library's by its status."""
+    if isinstance(error, torch.AcceleratorError):
+        return getattr(error, "error_code", None) == OUT_OF_MEMORY
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, torch.AcceleratorError) and getattr(error, "error_code", None) == OUT_OF_MEMORY)
+        isinstance(error, RuntimeError) and any(status in str(error) for status in ALLOCATION_FAILED))
 
 
 def plain(unet: UNet, vae: generate.Decoder) -> Generator:
@@ -85,12 +90,12 @@ class Recorded:
     """
 
     def __init__(
-        self, generator: Generator, latents: Tensor, prompts: Tensor, record: Record = record_cuda,
+        self, generator: Generator, latents: Tensor, prompts: Tensor, record: Record | None = None,
         pool: Callable[[], object] = lambda: torch.cuda.graph_pool_handle(),
     ) -> None:
         """Examples of the inputs of the full batch, on the device, in its data type and channels-last order."""
         self.generator, self.latents, self.prompts = generator, latents.clone(), prompts.clone()
-        self.record, self.pool = record, pool
+        self.record, self.pool = record or record_cuda, pool
         self.graphs: dict[int, tuple[Made, Callable[[], None]]] = {}
         self.keep(len(latents))
 

@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from musetalk.nets.layers import Packed
-
 CONVS = 3  # 3 x 3 convolutions of a block, each of which looks one row up and one down
 
 Rows = tuple[int, int]  # first row, and the row behind the last
@@ -48,10 +46,7 @@ class TinyBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, width, H, W) -> (N, width, H, W)."""
-        last = self.conv[-1]
-        if isinstance(last, Packed):
-            return last.relu_sum(self.conv[:-1](x), x)
-        return F.relu_(self.conv(x).add_(x))
+        return F.relu(self.conv(x) + x)
 
 
 class TinyDecoder(nn.Module):

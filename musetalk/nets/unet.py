@@ -36,7 +36,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, context: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.attend = heads, attend
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context, width, bias=False)
         self.to_v = nn.Linear(context, width, bias=False)
@@ -44,7 +44,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """(N, L, width), (N, T, context) -> (N, L, width)."""
-        out = attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads)
+        out = self.attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads)
         return cast(Tensor, self.to_out[0](out))
 
 
@@ -88,9 +88,9 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, audio: Tensor) -> Tensor:
         """(N, L, width), (N, T, context) -> (N, L, width)."""
         h = self.norm1(x)
-        x = self.attn1(h, h).add_(x)
-        x = self.attn2(self.norm2(x), audio).add_(x)
-        return cast(Tensor, self.ff(self.norm3(x)).add_(x))
+        x = x + self.attn1(h, h)
+        x = x + self.attn2(self.norm2(x), audio)
+        return cast(Tensor, x + self.ff(self.norm3(x)))
 
 
 class SpatialTransformer(nn.Module):
@@ -110,7 +110,7 @@ class SpatialTransformer(nn.Module):
         h = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).reshape(n, height * w, width)
         h = self.transformer_blocks[0](h, audio)
         h = h.view(n, height, w, width).permute(0, 3, 1, 2)
-        return cast(Tensor, self.proj_out(h).add_(x))
+        return cast(Tensor, x + self.proj_out(h))
 
 
 class Block(nn.Module):

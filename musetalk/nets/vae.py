@@ -44,12 +44,13 @@ class MidAttention(nn.Module):
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
         self.proj_attn = nn.Linear(width, width)
+        self.attend = attend
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C, H, W)."""
         n, c, height, width = x.shape
         h = self.group_norm(x).permute(0, 2, 3, 1).reshape(n, height * width, c)
-        h = self.proj_attn(attend(self.query(h), self.key(h), self.value(h), heads=1))
+        h = self.proj_attn(self.attend(self.query(h), self.key(h), self.value(h), heads=1))
         return x + h.view(n, height, width, c).permute(0, 3, 1, 2)
 
 

@@ -25,6 +25,7 @@ N_FFT = 400  # 25 ms
 HOP = 160  # 10 ms per mel frame
 PIECE = 30 * SAMPLE_RATE  # Whisper hears 30 s at a time
 STEP_RATE = 50  # encoder steps per second
+LARGEST_CUT = Fraction(21, 1000)  # seconds of the speech's end without a frame: half a frame at 24000/1001 fps
 
 
 @lru_cache(maxsize=4)
@@ -62,8 +63,13 @@ def whisper_states(net: WhisperEncoder, pcm: Tensor) -> Tensor:
 
 
 def frame_count(samples: int, fps: Fraction) -> int:
-    """Video frames of `samples` of speech at 16 kHz: the speech's length to the nearest frame, at least one."""
-    return max(1, round(samples * fps / SAMPLE_RATE))
+    """Video frames of `samples` of speech at 16 kHz: the speech's length to the nearest frame, at least one.
+
+    At slow rates, where half a frame is more than LARGEST_CUT of speech, a frame more rather than that much less.
+    """
+    count = round(samples * fps / SAMPLE_RATE)
+    cut = Fraction(samples, SAMPLE_RATE) - count / fps
+    return max(1, count + (cut > LARGEST_CUT))
 
 
 def step_count(samples: int) -> int:

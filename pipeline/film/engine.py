@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from musetalk import AvatarCache, BadAudio, BadCheckpoint, LipSync, NoFace, NonFiniteOutput, Options
+from musetalk import AvatarCache, BadAudio, BadCheckpoint, LipSync, NoFace, NonFiniteOutput, Options, steps
 from musetalk.avatar import Avatar
 from musetalk.checkpoints import digests
 from musetalk.draw import layout
 from musetalk.draw.interruption import interruptible
 from musetalk.draw.recorded import numerics, out_of_memory
 from musetalk.errors import Interrupted, NoFastLane
-from musetalk.face import faces
-from musetalk.face.track import Found
+from musetalk.face import landmarks
+from musetalk.face.steady import Found
 from musetalk.geometry.box import Box
 from musetalk.geometry.place import Place
-from musetalk.lipsync import Slot
-from musetalk.pixels.colour import Colour, Planes, from_rgb, to_rgb
+from musetalk.pixels.colour import Colour
+from musetalk.steps import Frame, Speaker, State, Yuv420
 from pipeline.errors import (
     BadMedia,
     BadOutput,
@@ -44,7 +44,7 @@ from pipeline.errors import (
 )
 from pipeline.job.metrics import gpu_driver, gpu_name
 from pipeline.media import FrameReader, FrameSource, probe, video_encoder
-from pipeline.settings import Settings
+from pipeline.settings import Settings, try_writing
 
 log = logging.getLogger("musetalk.engine")
 
@@ -70,18 +70,26 @@ class Engine:
         folder = settings.cache_dir if settings.cache_max_gb > 0 else None
         self.cache = AvatarCache(folder, int(settings.cache_max_gb * 1e9))
         if folder is not None:
-            check_writable(folder, "CACHE_DIR", "avatars are kept in memory alone")
-        self.lost = False  # the GPU is gone: every later job fails at once
+            check_cache(folder)
+        self.failed: str | None = None  # why every later job fails at once: the GPU is gone, or the warm-up failed
         self.batch_size = settings.batch_size or 8  # known once the weights lie on the device
+        self._warm = False
+        self._threads = torch.get_num_threads()
         self._streams: dict[str, torch.cuda.Stream] = {}
         self._lipsync: LipSync | None = None
+        self._state: State | None = None  # of the latest job
         self._loading = threading.Lock()
         self._running = threading.Lock()
 
     @property
     def ready(self) -> bool:
-        """Whether a job could run at once."""
-        return self._lipsync is not None and not self.lost
+        """Whether a job can run at once: every network has run, and nothing has failed since."""
+        return self._warm and self.failed is None
+
+    @property
+    def lost(self) -> bool:
+        """Whether this worker can run no job any more and must be replaced."""
+        return self.failed is not None
 
     def load(self) -> LipSync:
         """Load the weights, once. Raises NoDevice where the GPU that is asked for cannot be used, ModelBroken where the
@@ -107,54 +115,35 @@ class Engine:
     @property
     def numerics(self) -> str:
         """What decides the networks' rounding beside the weights; whatever is cached of their results has it in its key."""
-        return numerics(self.device, self.load().nets.dtype)
+        threads = f" {self._threads} threads" if self.device.type == "cpu" else ""
+        return numerics(self.device, self.load().nets.dtype) + threads
 
     def warm_up(self) -> None:
-        """A job without sound and file, so that the first one finds every network's kernels loaded and memory laid out.
-
-        On a GPU this records the generator, too.
+        """The steps over a drawn face, each where its thread will work, so that the first job finds every network's kernels
+        loaded and memory laid out. On a GPU this records the generator, too. Where it fails, every later job does.
         """
-        lipsync = self.load()
-        options = Options.for_version(lipsync.nets.version, batch_size=self.batch_size)
-        with self.job(), self.beside("generate"):
-            prompts = lipsync.prompts(np.zeros(int(16000 * self.batch_size / FPS), np.float32), FPS, options)
-            lipsync.tune(self.batch_size, prompts.batch(range(1)).shape[1])
-            planes = self._picture()
-            with self.beside("prepare"):
-                avatar = self._warm_avatar(lipsync, to_rgb(planes, Colour()).to(self.device), options)
-            slots = [Slot(i, 0) for i in range(self.batch_size)]
-            painted = lipsync.generate_batch(avatar, prompts, slots, options)[0]
-            assert painted is not None
-            with self.beside("blend"):
-                painted.paste(planes, from_rgb(painted.face[None], Colour())[0])
-            avatar.close()
-
-    @staticmethod
-    def _picture() -> Planes:
-        """The drawn face, decoded as a clip is."""
-        info = probe(FACE, MAX_FACE_PIXELS)
-        source = FrameSource(info, info.picture.width, info.picture.height, FPS, (), MAX_FACE_PIXELS)
-        pixels = np.empty(source.frame_bytes, np.uint8)
-        with closing(FrameReader(source, 0, 1)) as reader:
-            reader.read_into(pixels)
-        return Planes.of(torch.from_numpy(pixels), source.width, source.height)
-
-    @staticmethod
-    def _warm_avatar(lipsync: LipSync, frame: torch.Tensor, options: Options) -> Avatar:
-        """The drawn face prepared; with a detector that does not see it, its landmarks and parts all the same."""
-        avatar = Avatar.new()
-        for _ in lipsync.prepare_stream(iter([frame]), avatar, options):
-            pass
-        if not avatar.faces:
-            faces.landmarks(lipsync.nets.pose, [frame])
-            avatar = Avatar.new()
-            lipsync.append(avatar, [(frame, Found(FACE_BOX, FACE_BOX, Place.of(FACE_BOX)))], options)
-            avatar.finish()
-        return avatar
+        with self.job(warming_up=True) as state:
+            options = Options.for_version(state.nets.version, batch_size=self.batch_size)
+            silence = np.zeros(int(16000 * self.batch_size / FPS), np.float32)
+            prompts = self.load().prompts(silence, FPS, options)
+            state.generator.record(self.batch_size, prompts.batch(range(1)).shape[1])
+            drawn = drawn_frame()
+            frames = [replace(drawn, output=i, buffer=drawn.buffer.clone(), painted=[]) for i in range(len(prompts))]
+            with self.thread("prepare"):
+                avatar = drawn_avatar(drawn, options, state)
+            with self.thread("generate"), closing(avatar):
+                frames = list(steps.generate(frames, [Speaker(avatar, prompts, [1.0] * len(prompts), options)], state))
+            with self.thread("blend"):
+                assert all(frame.painted for frame in frames)
+                list(steps.blend(frames))
+            self._warm = True
 
     @contextmanager
-    def beside(self, name: str) -> Iterator[None]:
-        """For a thread beside the generator's: on a GPU a stream of its own, so that its small kernels overtake large ones.
+    def thread(self, name: str) -> Iterator[None]:
+        """For each thread of a film, by its stage's name: torch's settings, and on a GPU its stream.
+
+        A CPU's networks round by the number of threads they run on, and a thread's number is else what any other set last.
+        Beside the generator's, each has a stream of its own, so that its small kernels overtake large ones.
 
         What each stream may touch until when. Nothing orders two streams, so the host does:
         - A thread works on one stream, the same for every job: what it allocates is freed and reused in that stream's order.
@@ -162,11 +151,12 @@ class Engine:
         - A tensor goes to another thread only when its stream has ended the work on it: the avatar's entries go through
           host memory, a copy to which waits; faces after `Clock.running` has waited for the generator's stream.
         - Who got a tensor keeps it until its own stream has ended reading it, since dropping it lets the first stream write
-          there at once: blending holds a batch's faces until their pixels are back in host memory.
+          there at once: blending holds a frame's faces until its pixels are back in host memory.
         - A recorded generator's inputs and results belong to the generator's stream: results leave it as copies.
         """
         with torch.inference_mode():
-            if self.device.type != "cuda" or name == "generate":
+            if self.device.type != "cuda" or name in ("generate", "listen"):
+                torch.set_num_threads(self._threads)
                 yield
                 return
             if name not in self._streams:
@@ -184,39 +174,67 @@ class Engine:
         }
 
     @contextmanager
-    def job(self, check: Callable[[], None] = lambda: None) -> Iterator[LipSync]:
-        """The loaded model for one job at a time, musetalk's exceptions translated; a lost GPU fails every later job.
+    def job(self, check: Callable[[], None] = lambda: None, warming_up: bool = False) -> Iterator[State]:
+        """The state of a film, for one job at a time, musetalk's exceptions translated.
 
-        `check` may raise while the job waits for its turn: it was cancelled or is out of time.
+        A lost GPU or a failed warm-up fails every later job, and those that wait. `check` may raise while the job waits for
+        its turn: it was cancelled or is out of time.
         """
-        if self.lost:
-            raise Unfit("this worker's GPU is lost; it is being replaced", stage="inference")
         while not self._running.acquire(timeout=TURN_SEC):
             check()
         try:
-            lipsync = self.load()
-            with interruptible(), translated("inference"), torch.inference_mode():
-                yield lipsync
-        except DeviceLost:
-            self.lost = True
+            if self.failed is not None:
+                raise Unfit(f"this worker is being replaced: {self.failed}", stage="inference")
+            nets = self.load().nets
+            known = self._state is not None and self._state.nets is nets
+            self._state = self._state.next() if self._state is not None and known else State.of(nets)
+            with interruptible(self._state.stop), translated("inference"), self.thread("generate"):
+                yield self._state
+        except Exception as e:
+            if warming_up or isinstance(e, DeviceLost):
+                self.failed = self.failed or (e.message if isinstance(e, JobError) else f"{type(e).__name__}: {e}")
             raise
         finally:
             self._running.release()
 
 
-def check_writable(folder: Path, setting: str, follows: str) -> None:
-    """Say at start when a setting's folder, perhaps a volume of another owner, cannot be written, and what follows."""
+def drawn_frame() -> Frame:
+    """The drawn face, decoded as a clip is."""
+    info = probe(FACE, MAX_FACE_PIXELS)
+    source = FrameSource(info, info.picture.width, info.picture.height, FPS, (), MAX_FACE_PIXELS)
+    pixels = np.empty(source.frame_bytes, np.uint8)
+    with closing(FrameReader(source, 0, 1)) as reader:
+        reader.read_into(pixels)
+    return Frame(0, 0, torch.from_numpy(pixels), Yuv420(source.width, source.height, Colour()))
+
+
+def drawn_avatar(frame: Frame, options: Options, state: State) -> Avatar:
+    """The drawn face prepared; with a detector that does not see it, its landmarks and parts all the same."""
+    avatar = Avatar.new()
+    for _ in steps.follow(iter([frame]), avatar, options, state):
+        pass
+    if avatar.first_face is None:
+        picture = frame.rgb(state.nets.device)
+        landmarks.landmarks(state.nets.pose, [picture])
+        avatar = Avatar.new()
+        steps.add_entries(avatar, [(picture, Found(FACE_BOX, FACE_BOX, Place.of(FACE_BOX)))], options, state)
+        avatar.finish()
+    return avatar
+
+
+def check_cache(folder: Path) -> None:
+    """Say at start when the cache's folder, perhaps a volume of another owner, cannot be written."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        try_writing(folder)
     except OSError as e:
-        log.warning("%s cannot be written: %s; let this user write it", setting, follows,
+        log.warning("CACHE_DIR cannot be written: avatars are kept in memory alone; let this user write it",
                     extra={"folder": str(folder), "uid": os.getuid(), "reason": e.strerror})
 
 
 def batch_for(device: torch.device) -> int:
-    """How many frames to generate at once: what the device's memory holds, as its model says. Running out halves it."""
+    """How many frames to generate at once: what the device's whole memory holds, so that workers on one model make the same
+    bytes. Running out of what is free halves it.
+    """
     if device.type != "cuda":
         return 8
     _, total = torch.cuda.mem_get_info(device)

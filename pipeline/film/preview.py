@@ -1,4 +1,4 @@
-"""One frame of a job's film in a moment: the clip and the speech are read once, then any frame is made from them."""
+"""One frame of a job's film in a moment: the speech is heard and the clip prepared once, then any frame is made from them."""
 
 from __future__ import annotations
 
@@ -11,24 +11,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from musetalk import LipSync
-from musetalk.avatar import Avatar, Face
+from musetalk import Options, steps
+from musetalk.avatar import Avatar
 from musetalk.geometry.box import Region
-from musetalk.lipsync import Slot, speech_weights
-from musetalk.options import Options
+from musetalk.options import Finish
 from musetalk.order import source_index
-from musetalk.pixels.colour import Planes, from_rgb, to_rgb
 from musetalk.sound.features import Prompts
-from pipeline.errors import BadMedia
+from musetalk.steps import Frame, Speaker, State, Yuv420, speech_weights
+from pipeline.errors import ProcessingError
 from pipeline.film.engine import Engine
-from pipeline.film.stream import clip_of, options_of
+from pipeline.film.stages import Decode
+from pipeline.film.stream import clip_of, film_buffers, options_of
 from pipeline.film.validate import Inputs
 from pipeline.media import FrameReader, FrameSource
 from pipeline.schema import JobRequest
 
 Picture = NDArray[np.uint8]
 GREEN = np.array([70, 220, 90], np.uint8)
-FACES = 64  # source frames whose preparation is kept, of the newest parameters
 
 
 @dataclass(frozen=True)
@@ -57,55 +56,68 @@ class Preview:
         self.engine, self.inputs, self.content = engine, inputs, content
         self._prompts = lru_cache(4)(self._heard)
         self._pixels = lru_cache(4)(self._decoded)
-        self._faces: dict[tuple[str, int], Face | None] = {}
+        self._prepared: tuple[str, int, Avatar] | None = None  # the newest avatar: its key, how many frames it was made for
 
     def frame(self, request: JobRequest, second: float) -> Shown:
-        """What the film shows at a moment. Raises what a job would."""
-        with self.engine.job() as lipsync:
-            options = options_of(self.engine, lipsync, request, batch_size=1)
-            source, colour, key = clip_of(self.engine, lipsync, request, options, self.inputs.clip, self.content)
-            prompts = self._prompts(source.fps, options.audio_padding_left, options.audio_padding_right)
+        """What the film shows at a moment, bit for bit. Raises what a job would.
+
+        The clip is prepared up to there as a job prepares it, and left in the cache. Faces are made in the film's batches.
+        """
+        with self.engine.job() as state:
+            options = options_of(self.engine, state, request)
+            source, form, key = clip_of(self.engine, state, request, options, self.inputs.clip, self.content)
+            prompts = self._prompts(source.fps, options.audio_padding_left, options.audio_padding_right, options.finish)
             output = min(max(int(second * source.fps), 0), len(prompts) - 1)
-            at = source_index(output, self._length(source.fps), options.loop)
-            at, pixels = self._pixels(source, at)
-            planes = Planes.of(torch.from_numpy(pixels.copy()), source.width, source.height)
-            before = to_rgb(planes, colour)
-            weight = speech_weights(self.inputs.speech.pcm, source.fps, len(prompts), options)[output]
-            face = self._face(lipsync, key, at, before, options)
-            (painted,) = lipsync.generate_batch([face], prompts, [Slot(output, 0, weight)], options)
-            if painted is not None:
-                painted.paste(planes, from_rgb(painted.face[None], colour)[0])
-            return Shown(before.numpy(), to_rgb(planes, colour).numpy(), painted.region if painted else None)
+            first = output - output % options.batch_size
+            batch = range(first, min(first + options.batch_size, len(prompts)))
+            avatar = self._avatar(key, batch.stop, source, form, options, state)
+            weights = speech_weights(self.inputs.speech.pcm, source.fps, len(prompts), options)
+            speakers = [Speaker(avatar, prompts, weights, options)]
+            sources = {i: source_index(i, len(avatar), options.loop) for i in batch}
+            pixels = torch.from_numpy(self._pixels(source, sources[output]).copy())
+            # generating reads no pixels, so all frames of the batch may have the one's that is looked at
+            frames = steps.generate((Frame(i, sources[i], pixels, form) for i in batch), speakers, state)
+            frame = next(frame for frame in frames if frame.output == output)
+            before, region = frame.rgb().numpy(), frame.painted[0].region if frame.painted else None
+            (frame,) = steps.blend([frame])
+            return Shown(before, frame.rgb().numpy(), region)
 
-    def _heard(self, fps: Fraction, left: int, right: int) -> Prompts:
-        padding = Options(audio_padding_left=left, audio_padding_right=right)
-        return self.engine.load().prompts(self.inputs.speech.pcm, fps, padding)
+    def _heard(self, fps: Fraction, left: int, right: int, finish: Finish) -> Prompts:
+        options = Options(audio_padding_left=left, audio_padding_right=right, finish=finish)
+        return self.engine.load().prompts(self.inputs.speech.pcm, fps, options)
 
-    def _length(self, fps: Fraction) -> int:
-        """Frames of the clip by its header, which is good enough to look at one."""
-        return max(1, round((self.inputs.clip.duration or 0) * fps))
-
-    def _decoded(self, source: FrameSource, at: int) -> tuple[int, Picture]:
-        """Frame `at`, or the last there is before it."""
+    def _decoded(self, source: FrameSource, at: int) -> Picture:
+        """Frame `at`."""
         pixels = np.empty(source.frame_bytes, np.uint8)
-        while at >= 0:
-            with closing(FrameReader(source, at, 1)) as reader:
-                if reader.read_into(pixels):
-                    return at, pixels
-            at = at - 1 if at < 8 else at * 3 // 4
-        raise BadMedia("video_url: no frame can be decoded", stage="preprocessing", field="video_url")
+        with closing(FrameReader(source, at, 1)) as reader:
+            if not reader.read_into(pixels):
+                raise ProcessingError("the clip's frames could not be read again", stage="inference")
+        return pixels
 
-    def _face(self, lipsync: LipSync, key: str, at: int, frame: torch.Tensor, options: Options) -> Face | None:
-        """A source frame's entry: of the prepared avatar in the cache, else prepared by itself."""
-        if (key, at) not in self._faces:
-            if len(self._faces) >= FACES:
-                del self._faces[next(iter(self._faces))]
-            if (cached := self.engine.cache.get(key, at + 1)) is not None and at < len(cached):
-                with closing(cached):
-                    self._faces[key, at] = cached[at]
-            else:
-                with closing(Avatar.new()) as avatar:
-                    for _ in lipsync.prepare_stream(iter([frame]), avatar, options):
-                        pass
-                    self._faces[key, at] = avatar[0]
-        return self._faces[key, at]
+    def _avatar(self, key: str, outputs: int, source: FrameSource, form: Yuv420, options: Options, state: State) -> Avatar:
+        """The clip prepared for a film of so many frames: in the cache, or now."""
+        if self._prepared is not None:
+            known, count, avatar = self._prepared
+            if known == key and (avatar.complete or count >= outputs):
+                return avatar
+            self.close()
+        avatar = self.engine.cache.get(key, outputs) or self._prepare(key, outputs, source, form, options, state)
+        self._prepared = key, max(outputs, len(avatar)), avatar
+        return avatar
+
+    def _prepare(self, key: str, outputs: int, source: FrameSource, form: Yuv420, options: Options, state: State) -> Avatar:
+        """The clip's first frames through the film's first two stages."""
+        avatar, buffers, count = Avatar.new(), film_buffers(source, 1), steps.frames_to_read(outputs)
+        decode = Decode(source, form, outputs, options.loop, count, buffers)
+        with closing(decode.first_pass()) as clip:
+            for frame in steps.follow(clip, avatar, options, state, steps.entries_needed(outputs)):
+                buffers.give_back(frame.buffer.numpy())
+        avatar.complete = avatar.complete and not decode.complaint
+        self.engine.cache.put(key, avatar)
+        return avatar
+
+    def close(self) -> None:
+        """Release the prepared avatar."""
+        if self._prepared is not None:
+            self._prepared[2].close()
+            self._prepared = None

@@ -38,11 +38,11 @@ class Stage(ABC):
 
 
 class Stopped(Exception):
-    """The stream has ended for this thread: what it would have made, nobody waits for."""
+    """Raised in a stage's thread that waits: the run is over, nobody takes what the stage would make."""
 
 
 class Shared:
-    """What threads wait at until it is closed."""
+    """Something that threads wait for. Once it is closed, nobody waits any more."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -55,7 +55,7 @@ class Shared:
             raise Stopped
 
     def close(self) -> None:
-        """Nobody gives or takes any more: who waits gets Stopped raised."""
+        """Raise Stopped in every thread that waits, now or later."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -97,9 +97,9 @@ class Queue(Shared):
 class Buffers(Shared, Generic[T]):
     """A fixed number of buffers that items travel in, so that memory does not grow with the stream.
 
-    The stage that holds an item owns its buffer; the one that passes nothing on gives it back. There must be more of them
-    than all stages and queues behind the taker can hold without handing one on: with fewer, the taker would wait for a
-    buffer in the hands of a stage that waits for the taker's next item.
+    The stage that holds an item owns its buffer; the last one gives it back. There must be more buffers than all later stages
+    and queues can hold without handing one on. With fewer there would be a deadlock: the first stage waits for a buffer, and
+    the stage that holds it waits for the first stage's next item.
     """
 
     def __init__(self, make: Callable[[], T], count: int) -> None:
@@ -109,7 +109,7 @@ class Buffers(Shared, Generic[T]):
 
     @property
     def free(self) -> int:
-        """How many lie here."""
+        """How many nobody holds."""
         return len(self._free)
 
     def take(self) -> T:
@@ -152,6 +152,7 @@ def run(
     """
     stream = _Stream(stages, buffers, enter)
     try:
+        stream.start()
         while not stream.over.wait(POLL_SEC):
             control.check()
     finally:
@@ -177,6 +178,9 @@ class _Stream:
         self.threads = [
             threading.Thread(target=contextvars.copy_context().run, args=(self._work, i), name=stage.name, daemon=True)
             for i, stage in enumerate(stages)]
+
+    def start(self) -> None:
+        """Start the threads. Raises RuntimeError where the system has no more of them: `stop` ends those that run."""
         for thread in self.threads:
             thread.start()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -10,16 +11,23 @@ from pipeline.errors import Cancelled, DeadlineExceeded
 
 
 class Control:
-    """One job's stop signal and progress report."""
+    """One job's stop signal and progress report.
 
-    def __init__(self, deadline_sec: float, progress: Callable[[str, float], None] | None = None) -> None:
+    Two limits end it: `deadline_sec` from its start, and `request_limit_sec` from its arrival, waiting in a queue included.
+    """
+
+    def __init__(
+        self, deadline_sec: float, progress: Callable[[str, float], None] | None = None, *,
+        request_limit_sec: float | None = None,
+    ) -> None:
         self.limit = deadline_sec
-        self.started = time.monotonic()
+        self.request_limit = request_limit_sec or math.inf
+        self.arrived = self.started = time.monotonic()
         self._cancelled = threading.Event()
         self._progress = progress
 
-    def restart(self) -> None:
-        """Count the deadline from now."""
+    def start(self) -> None:
+        """Count the deadline from now: the job has waited until here."""
         self.started = time.monotonic()
 
     def cancel(self) -> None:
@@ -27,14 +35,22 @@ class Control:
         self._cancelled.set()
 
     @property
+    def request_remaining(self) -> float:
+        """Seconds until the request's limit; not below zero."""
+        return max(0.0, self.request_limit - (time.monotonic() - self.arrived))
+
+    @property
     def remaining(self) -> float:
-        """Seconds until the deadline; not below zero."""
-        return max(0.0, self.limit - (time.monotonic() - self.started))
+        """Seconds until the job has to stop; not below zero."""
+        return min(max(0.0, self.limit - (time.monotonic() - self.started)), self.request_remaining)
 
     def check(self) -> None:
         """Raise Cancelled or DeadlineExceeded when the job has to stop."""
         if self._cancelled.is_set():
             raise Cancelled("the job was cancelled")
+        if self.request_remaining <= 0:
+            raise DeadlineExceeded(f"the request took longer than REQUEST_LIMIT_SEC={self.request_limit:g}, waiting included",
+                                   timeout_seconds=self.request_limit)
         if self.remaining <= 0:
             raise DeadlineExceeded(f"the job took longer than JOB_DEADLINE_SEC={self.limit:g}", timeout_seconds=self.limit)
 

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,13 @@ PIPE_BYTES = 1 << 20
 MEMORY_LIMIT = 6 << 30  # bytes of address space of a child that reads a stranger's file
 PROBE_SEC = 20  # to describe a file
 CHECK_SEC = 0.2  # how often a child that is waited for is asked after
+LOG_BYTES = 8 << 10  # of a log's end from which a message is made: its size is up to a stranger's file
 END_SEC = 10.0  # from the end of a child's output to its own
 STARVED = re.compile(r"Cannot allocate memory|Resource temporarily unavailable|error while loading shared libraries")
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGTRAP}  # nobody sends them
+CONSEQUENCE = re.compile(r"^( |frame=|size=|Output #|Press |Conversion failed)|^\[([av]f|[av]ost|out)#|"
+                         r"Task finished with|Terminating thread|Decode error rate")
+CONTEXT = re.compile(r"\[[^\s\[\]]{1,80} @ 0x[0-9a-f]+\] ")
 CROWDED = "exceeds max_streams parameter"  # a file's fault, for which ffmpeg has no error number of its own but ENOMEM's
 
 
@@ -42,9 +46,12 @@ def ffmpeg() -> str:
     return imageio_ffmpeg.get_ffmpeg_exe()
 
 
-def spawn(command: Sequence[str], memory: int | None, **pipes: Any) -> subprocess.Popen[bytes]:
+def spawn(
+    command: Sequence[str], memory: int | None, environment: Mapping[str, str] | None = None, **pipes: Any
+) -> subprocess.Popen[bytes]:
     """Start a child in a process group of its own, with at most `memory` bytes of address space if given."""
-    child = subprocess.Popen(list(command), env=child_environment(), start_new_session=True, bufsize=0, **pipes)
+    child = subprocess.Popen(list(command), env=child_environment() if environment is None else environment,
+                             start_new_session=True, bufsize=0, **pipes)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if memory is not None:
             resource.prlimit(child.pid, resource.RLIMIT_AS, (memory, memory))
@@ -107,14 +114,29 @@ def check_exit(name: str, code: int, said: str, foreign: bool) -> None:
         if foreign and -code in CRASHES:
             raise BadMedia(f"the file is damaged: {name} crashed on it ({name_of})", exit_status=code)
         raise FfmpegFailed(f"{name} was killed ({name_of})", exit_status=code)
+    said = complaints(said)
     if code and STARVED.search(said) and CROWDED not in said:
         raise FfmpegFailed(f"{name} ran out of memory", exit_status=code, ffprobe_stderr=tail(said))
 
 
+def complaints(text: str) -> str:
+    """ffmpeg's log without the indented lines: those describe a file, in the words of whoever wrote its tags."""
+    return "\n".join(line for line in text.split("\n") if not line.startswith(" "))
+
+
 def tail(text: str, path: Path | None = None, limit: int = 400) -> str:
-    """The end of ffmpeg's complaints, without the file's local path."""
+    """The end of ffmpeg's complaints, without the file's local path. Only the log's last LOG_BYTES are looked at."""
+    text = text[-LOG_BYTES:]
     text = redact.text(text.replace(f"file:{path}", "input").replace(str(path), "input") if path else text)
     return text.strip()[-limit:]
+
+
+def about_file(log: str, path: Path) -> str:
+    """What is wrong with a file that ffmpeg reads: what its demuxers and decoders say, not what the rest of ffmpeg, which lacks
+    their frames, says of itself. Empty when nothing is."""
+    lines = [CONTEXT.sub("", line) for line in log[-LOG_BYTES:].split("\n") if line.strip() and not CONSEQUENCE.search(line)]
+    said = tail("\n".join(dict.fromkeys(lines)), path)
+    return ": ".join(filter(None, ["the file is damaged or cut off" if log.strip() else "", said]))
 
 
 class Child:
@@ -130,10 +152,14 @@ class Child:
                 with contextlib.suppress(OSError):  # a larger pipe: fewer wake-ups for each frame
                     fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
+    def log(self) -> str:
+        """The end of what ffmpeg has said so far."""
+        self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - LOG_BYTES))
+        return self._log.read().decode(errors="replace")
+
     def complaint(self) -> str:
-        """What ffmpeg said, without the local path of its file."""
-        self._log.seek(0)
-        return tail(self._log.read().decode(errors="replace"), self._path)
+        """The same without the local path of its file."""
+        return tail(self.log(), self._path)
 
     def abort(self) -> None:
         """Make a read or write in another thread end at once."""

@@ -20,19 +20,24 @@ from pipeline.media.sound import Speech
 
 log = logging.getLogger("musetalk.media")
 NVENC = ("-c:v", "h264_nvenc", "-preset", "p4", "-rc", "vbr", "-cq", "19", "-b:v", "0")
+NVENC_SIDES = (145, 4096)  # pixels of a side of H.264: the least and the most that every generation takes
 X264 = ("-c:v", "libx264", "-preset", "veryfast", "-crf", "18")
 NVIDIA = Path("/dev/nvidiactl")  # there where a driver is
 
 
-@functools.cache
-def video_encoder(driver: Path = NVIDIA) -> tuple[str, ...]:
-    """Encoder options: NVENC when a trial encode works here, else x264 with a preset that keeps up. Logged with the reason."""
+@functools.lru_cache(64)
+def video_encoder(driver: Path = NVIDIA, size: tuple[int, int] | None = None) -> tuple[str, ...]:
+    """Encoder options: NVENC when a trial encode works here and it takes the size (width, height; None: a usual one), else x264
+    with a preset that keeps up. Logged with the reason."""
     reason = _nvenc_refused(driver)
+    if not reason and size and not NVENC_SIDES[0] <= min(size) <= max(size) <= NVENC_SIDES[1]:
+        reason = f"NVENC takes {NVENC_SIDES[0]} to {NVENC_SIDES[1]} pixels a side, not {size[0]}x{size[1]}"
     chosen = X264 if reason else NVENC
     log.info("video encoder: %s (%s)", chosen[1], reason or "its trial encode worked")
     return chosen
 
 
+@functools.cache
 def _nvenc_refused(driver: Path) -> str:
     """Why NVENC cannot be used; empty when it can."""
     if not driver.exists():
@@ -59,7 +64,8 @@ class Mp4Writer(Child):
             child.ffmpeg(), "-nostdin", "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "yuv420p",
             "-s", f"{source.width}x{source.height}", "-r", f"{source.fps.numerator}/{source.fps.denominator}", "-i", "pipe:0",
             "-f", "wav", "-i", f"file:{speech.path}", "-map", "0:v", "-map", "1:a", "-map_metadata", "-1", *tags,
-            *(encoder or video_encoder()), *colour_tags(source.info.picture), "-pix_fmt", "yuv420p",
+            *(encoder or video_encoder(size=(source.width, source.height))), *colour_tags(source.info.picture),
+            "-pix_fmt", "yuv420p",
             "-af", f"atrim=end={seconds:.6f}", "-c:a", "aac", "-b:a", "160k", "-movflags", "+faststart", "-f", "mp4",
             f"file:{path}",
         ]
@@ -108,7 +114,7 @@ def colour_tags(video: VideoInfo) -> list[str]:
     if video.is_rgb or video.is_hdr:
         return ["-vf", "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"]
     tags = [f"{name}={value}" for name, value in (
-        ("colorspace", video.color_space), ("color_primaries", video.color_primaries), ("color_trc", video.color_transfer),
+        ("colorspace", video.matrix_tag), ("color_primaries", video.color_primaries), ("color_trc", video.color_transfer),
     ) if value not in ("unknown", "reserved", "gbr", "N/A")]
     if video.full_range or video.color_range == "tv":
         tags.append(f"range={'pc' if video.full_range else 'tv'}")

@@ -16,7 +16,7 @@ CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,"
               "wav,mp3,flac,ogg,aac,amr,aiff,caf")
 ACCEPTED = {
     "video": "MP4, MOV, 3GP, MKV, WebM, AVI, MPEG-TS, MPEG-PS, FLV, WMV/ASF",
-    "animation": "GIF, animated WebP",
+    "animation": "GIF, APNG, animated WebP, animated AVIF",
     "picture": "PNG, JPEG, WebP, BMP, TIFF, AVIF, HEIC",
     "audio": "WAV, MP3, M4A/AAC, FLAC, Ogg, Opus, AMR, AIFF, CAF, WMA, or the sound track of any video above",
 }
@@ -31,6 +31,7 @@ class Opener:
     still: bool = False
     grid: int | None = None  # of a picture in tiles: which of the file's stream groups they are
     more: tuple[str, ...] = ()  # further input options
+    seekable: bool = True  # else times are known only by reading from the start
     doubt: str = ""  # what is wrong with the file where ffmpeg would not say so
 
     def options(self) -> list[str]:
@@ -41,10 +42,15 @@ class Opener:
 
 
 UNKNOWN = Opener()
+# As browsers do: a picture that is to be shown for 10 ms or less is shown for 100 ms. ffmpeg does so for WebP by itself.
+UNHURRIED = ("-bsf:v", r"setts=duration=if(lte(DURATION*TB\,0.0101)\,0.1/TB\,DURATION)"
+                       r":ts=if(N\,PREV_OUTPTS+PREV_OUTDURATION\,TS)")
+GIF = Opener("gif", more=UNHURRIED, seekable=False)
+PNG, APNG = Opener("png_pipe", True), Opener("apng", more=("-default_fps", "10", *UNHURRIED), seekable=False)
 PICTURES = {
-    b"\x89PNG\r\n\x1a\n": Opener("png_pipe", True), b"\xff\xd8\xff": Opener("jpeg_pipe", True),
+    b"\x89PNG\r\n\x1a\n": PNG, b"\xff\xd8\xff": Opener("jpeg_pipe", True),
     b"II*\0": Opener("tiff_pipe", True), b"MM\0*": Opener("tiff_pipe", True),
-    b"GIF87a": Opener("gif"), b"GIF89a": Opener("gif"),
+    b"GIF87a": GIF, b"GIF89a": GIF,
 }
 UNSTATED = "the header states fewer samples than the file holds"
 JOINED = "another file is put after the first, and is not read"
@@ -59,13 +65,25 @@ class Chain:
     begin: int
     part: Callable[[bytes], tuple[bytes, int]]  # its first 24 bytes -> its name and whole length; not positive: to the end
     more: Opener | None = None  # how to open a file that goes on after its last part; parts' names are printable
+    body: tuple[bytes, ...] = ()  # names of the parts that hold sound and pictures: one that ends after the file is cut
 
 
 def _riff(order: Literal["little", "big"]) -> Callable[[bytes], tuple[bytes, int]]:
     def part(head: bytes) -> tuple[bytes, int]:
         size = int.from_bytes(head[4:8], order)
-        return head[:4], 8 + size + size % 2
+        return head[:4], 8 + size + size % 2 if size < STREAMED else 0
     return part
+
+
+def _avi(head: bytes) -> tuple[bytes, int]:
+    """The whole RIFF of an AVI by the name of its form: a large file goes on with others, named AVIX."""
+    name, length = _riff("little")(head)
+    return (head[8:12] if name == b"RIFF" else name), length
+
+
+def _caf(head: bytes) -> tuple[bytes, int]:
+    size = int.from_bytes(head[4:12], signed=True)
+    return head[:4], 12 + size if size >= 0 else 0
 
 
 def _atom(head: bytes) -> tuple[bytes, int]:
@@ -74,16 +92,21 @@ def _atom(head: bytes) -> tuple[bytes, int]:
 
 
 ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
 PARTS = 1_000_000  # that are looked at: ten minutes of FLV have less than a tenth
+STREAMED = 0x7FFF_F000  # bytes; sizes from here on are what programs write who did not know the size
+MISSING, MISSING_BYTES = 0.02, 512  # share and bytes of what a header states that may be missing without a word
+OGG_PAGE = 27 + 255 + 255 * 255  # bytes of the largest
 CHAINS = (
-    Chain(b"RIFF", b"WAVE", 12, _riff("little"), Opener("wav", more=("-ignore_length", "1"))),
-    Chain(b"FORM", b"AIFF", 12, _riff("big"), Opener(doubt=UNSTATED)),
-    Chain(b"FORM", b"AIFC", 12, _riff("big"), Opener(doubt=UNSTATED)),
-    Chain(b"caff", b"", 8, lambda h: (h[:4], 12 + int.from_bytes(h[4:12], signed=True)), Opener(doubt=UNSTATED)),
+    Chain(b"RIFF", b"WAVE", 12, _riff("little"), Opener("wav", more=("-ignore_length", "1")), (b"data",)),
+    Chain(b"FORM", b"AIFF", 12, _riff("big"), Opener(doubt=UNSTATED), (b"SSND",)),
+    Chain(b"FORM", b"AIFC", 12, _riff("big"), Opener(doubt=UNSTATED), (b"SSND",)),
+    Chain(b"caff", b"", 8, _caf, Opener(doubt=UNSTATED), (b"data",)),
+    Chain(b"AVI ", b"AVI ", 0, _avi, body=(b"AVI ", b"AVIX")),
     Chain(b"RIFF", b"WEBP", 12, _riff("little")),
     Chain(b"FLV", b"", 13, lambda h: (h[:3], 15 + int.from_bytes(h[1:4]))),
-    Chain(ASF, b"", 0, lambda h: (h[:16], int.from_bytes(h[16:24], "little"))),
-    Chain(b"ftyp", b"", 0, _atom),
+    Chain(ASF, b"", 0, lambda h: (h[:16], int.from_bytes(h[16:24], "little")), body=(ASF_DATA,)),
+    Chain(b"ftyp", b"", 0, _atom, body=(b"mdat", b"moof")),
 )
 
 
@@ -92,9 +115,9 @@ def opener(path: Path) -> Opener:
     with path.open("rb") as file:
         head = file.read(64)
         if how := _picture(head):
-            return how
+            return APNG if how == PNG and _is_animated(file) else how
         chain = next((c for c in CHAINS if c.part(head)[0] == c.first and head[8:].startswith(c.form)), None)
-        how = _after(file, chain) if chain else UNKNOWN
+        how = _by_chain(file, chain) if chain else Opener(doubt=_ogg_cut(file)) if head[:4] == b"OggS" else UNKNOWN
     return replace(how, demuxer="webp_anim") if head[8:12] == b"WEBP" else how
 
 
@@ -104,13 +127,27 @@ def _picture(head: bytes) -> Opener | None:
         return Opener("webp_pipe", True)
     if head[:2] == b"BM" and head[6:10] == b"\0\0\0\0":
         return Opener("bmp_pipe", True)
-    if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"mif1", b"heic", b"heix"):
+    if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"mif1", b"heic", b"heix") and b"avis" not in head[16:]:
         return Opener("mov", True)
     return next((how for magic, how in PICTURES.items() if head.startswith(magic)), None)
 
 
-def _after(file: BinaryIO, chain: Chain) -> Opener:
-    """How to open a file that may go on where its chain ends."""
+def _is_animated(file: BinaryIO) -> bool:
+    """Whether a PNG says before its first picture that there are more (APNG)."""
+    at = 8
+    for _ in range(PARTS):
+        file.seek(at)
+        head = file.read(8)
+        if len(head) < 8 or head[4:] == b"IDAT":
+            return False
+        if head[4:] == b"acTL":
+            return int.from_bytes(file.read(4)) > 1
+        at += 12 + int.from_bytes(head[:4])
+    return False
+
+
+def _by_chain(file: BinaryIO, chain: Chain) -> Opener:
+    """How to open a file that may end inside its chain of parts or go on after it."""
     end, at = file.seek(0, os.SEEK_END), chain.begin
     for _ in range(PARTS):
         if end - at < 12:
@@ -126,7 +163,20 @@ def _after(file: BinaryIO, chain: Chain) -> Opener:
         if length <= 0:
             break
         at += length
+        if name in chain.body and end < at * (1 - MISSING) - MISSING_BYTES:
+            return Opener(doubt=f"the file ends early: it has {end} of the {at} bytes that its header states")
     return UNKNOWN
+
+
+def _ogg_cut(file: BinaryIO) -> str:
+    """What to say of an Ogg file whose last page is not whole; how long the file was, nothing in it tells."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - OGG_PAGE))
+    data = file.read()
+    page = data[max(0, data.rfind(b"OggS\0")) :]
+    sizes = page[27 : 27 + page[26]] if len(page) > 27 else b""
+    whole = len(page) > 27 and len(sizes) == page[26] and len(page) >= 27 + len(sizes) + sum(sizes)
+    return "" if whole else "the file ends early: its last page is not whole, and what came after it is missing"
 
 
 def guarded(path: Path, max_pixels: int, how: Opener) -> list[str]:

@@ -14,12 +14,29 @@ from pipeline.errors import FfmpegFailed
 from pipeline.media import child
 from pipeline.media.child import END_SEC, Child
 from pipeline.media.formats import guarded
-from pipeline.media.probe import MediaInfo, VideoInfo, filtered
+from pipeline.media.probe import CONVERTED, MATRICES, MediaInfo, VideoInfo, filtered
 
 FRAME = b"FRAME\n"  # what y4m puts before each frame
+# The clip's first shape fills the frame; a part of another shape, in files put one after the other, fits into it with bars.
+FIT = ("scale=w='if({same},{w},2*round(min({w},{h}*{shape})/2))':h='if({same},{h},2*round(min({h},{w}/{shape})/2))':eval=frame,"
+       "pad={w}:{h}:(ow-iw)/2:(oh-ih)/2:eval=frame")
+SHAPE = "if(between(sar,1/8,8),dar,a)"  # width over height as it is shown; `probe` also takes other pixel aspects for 1
+# What lies behind transparent parts; copied from the frame itself, so that it has its size, format and moment.
+OVER_BLACK = "split[front][behind];[behind]drawbox=color=black:replace=1:t=fill[black];[black][front]overlay=format=auto"
+# zscale reads constant luminance by the camera's curve, and writes RGB by the display's: from this back to the camera's.
+CONSTANT_LUMINANCE = ("bt2020c", "chroma-derived-c")
+CAMERA_CURVE = "format=gbrp16le,lutrgb=" + ":".join(
+    f"{colour}='st(0,pow(val/maxval,2.4));maxval*if(lt(ld(0),0.018054),4.5*ld(0),1.099297*pow(ld(0),0.45)-0.099297)'"
+    for colour in "rgb")
+# ffmpeg's JPEG decoder makes RGB of CMYK in an alpha format, and cuts off fractions: its white is 254, its mean half a level
+# too dark. This brings white to 255 and the mean to nothing; a level up or down stays, since the fractions are gone.
+WHITE_OF_CMYK = "lutrgb=" + ":".join(f"{colour}=round(val*255/254)" for colour in "rgb")
+# HDR to BT.709 in light, where 1 is BT.2408's reference white: 203 cd/m2, PQ 58 %, HLG 75 %, and SDR's 100 %. Light up to
+# 0.8 stays what it is; from there on highlights up to 1000 cd/m2 are compressed, by the same factor for red, green and blue.
+WHITE, KNEE, PEAK = 203, 0.8, 1000
 TONE_MAP = (
-    "zscale=tin={transfer}:pin=bt2020:min={matrix}:rin={range}:t=linear:npl=100,format=gbrpf32le,zscale=p=bt709,"
-    "tonemap=hable:desat=0,zscale=t=bt709:m=bt709:r=limited")
+    f"zscale=tin={{transfer}}:pin={{primaries}}:min={{matrix}}:rin={{range}}:t=linear:p=bt709:npl={WHITE},format=gbrpf32le,"
+    f"tonemap=mobius:param={KNEE}:peak={PEAK / WHITE:.4f}:desat=0,zscale=t=bt709:m=bt709:r=limited")
 # Timestamps that begin anew in the middle go on where the picture was, as the sound's do: variable 0 is what is added to
 # them, 1 this frame's moment, 2 the end of the last, 3 its beginning.
 ONWARD = ("setpts='st(1,PTS+ld(0));if(N*lt(ld(1),ld(3)),st(0,ld(0)+ld(2)-ld(1))+st(1,ld(2)));"
@@ -36,6 +53,7 @@ class FrameSource:
     fps: Fraction
     filters: tuple[str, ...]
     max_pixels: int
+    from_start: bool = False  # never seek: in a damaged clip a frame depends on all that was decoded before it
 
     @property
     def frame_bytes(self) -> int:
@@ -53,32 +71,69 @@ class FrameSource:
         a, b = self.fps.numerator, self.fps.denominator
         unit = Fraction(b, 1000) if b > 1 and a % 1000 == 0 else Fraction(b)  # seconds that are whole frames
         # of joined files a moment is no place: they are read from the beginning
-        origin = Fraction(0) if video.joined else max(0, int(start / self.fps / unit) - 1) * unit
+        unsought = video.joined or self.from_start or not info.opener.seekable
+        origin = Fraction(0) if unsought else max(0, int(start / self.fps / unit) - 1) * unit
         drop = start - int(origin * self.fps)
         seek = ["-noaccurate_seek", "-ss", f"{float(origin):.6f}"] if origin else []
         rate = ["settb=1/1000000", *([ONWARD] if video.joined else []), "setpts=PTS+7",
                 f"fps={a}/{b}:start_time={float(origin):.6f}"]
         chain = [*(["bwdif=deint=interlaced"] if video.interlaced else []), *([] if info.opener.still else rate),
-                 f"scale={video.width}:{video.height}", "setsar=1", *self.filters, *_colour(video), "format=yuv420p"]
-        # the chain scales to the probed size in square pixels, whatever size a picture on the way has; for that the graph is
-        # not made anew: the rate filter would count from its origin
+                 *_known_matrix(video), _fit(video), *_over_black(info), "setsar=1", *self.filters,
+                 *_colour(video), "format=yuv420p"]
+        # `_fit` takes any size that a picture on the way has; for that the graph is not made anew: the rate filter would
+        # count from its origin
         fixed = [] if video.interlaced else ["-reinit_filter", "0"]
         return [
-            child.ffmpeg(), "-nostdin", "-v", "error", "-threads", "2", "-copyts", "-start_at_zero", *seek, *fixed,
+            child.ffmpeg(), "-nostdin", "-v", "error", "-threads", _threads(video), "-copyts", "-start_at_zero", *seek, *fixed,
             *guarded(info.path, self.max_pixels, info.opener), "-an", "-sn", "-dn",
             *filtered(f"0:{video.index}", info.opener, ",".join(chain)), "-fps_mode", "passthrough",
             "-frames:v", str(drop + count), "-f", "yuv4mpegpipe", "pipe:1",
         ], drop
 
 
+def _threads(video: VideoInfo) -> str:
+    """Decoding threads: one up to 1080p, so that a damaged clip is decoded alike each time. With more, what hides the damage is
+    copied from frames that are still being decoded; larger pictures need a second thread to keep up."""
+    return "1" if video.width * video.height <= 1920 * 1088 else "2"
+
+
+def _fit(video: VideoInfo) -> str:
+    """Filters that bring pictures of any shape to the probed size in square pixels."""
+    w, h = video.width, video.height
+    same = f"lt(min(abs({h}*{SHAPE}-{w}),abs({w}/{SHAPE}-{h})),1)"
+    return FIT.format(w=w, h=h, same=same, shape=SHAPE)
+
+
+def _over_black(info: MediaInfo) -> list[str]:
+    """Filters that put what may be transparent over black."""
+    if info.opener.demuxer == "jpeg_pipe" and info.picture.pix_fmt == "gbrap":
+        return [WHITE_OF_CMYK]
+    return [OVER_BLACK] if info.picture.has_alpha else []
+
+
+def _known_matrix(video: VideoInfo) -> list[str]:
+    """A filter from a matrix that only zscale knows to the one that VideoInfo states; none for all others."""
+    if video.color_space not in CONVERTED:
+        return []
+    matrix, tags = f"zscale=min={video.color_space}:rin={_range(video)}:tin={video.transfer}:pin={video.primaries}:m={{}}", (
+        f":t={video.transfer}:p={video.primaries}")
+    if video.is_hdr or video.color_space not in CONSTANT_LUMINANCE:
+        return [matrix.format(video.matrix_tag) + tags]
+    return [matrix.format("gbr") + tags, CAMERA_CURVE, f"zscale=m={video.matrix_tag}:r=limited"]
+
+
+def _range(video: VideoInfo) -> str:
+    return "full" if video.color_range in ("pc", "jpeg") else "limited"
+
+
 def _colour(video: VideoInfo) -> list[str]:
     """Filters that bring the frames to 8 bit Y'CbCr of the matrix and range that VideoInfo states."""
     if video.is_hdr:
-        full = video.color_range in ("pc", "jpeg")
-        matrix = "gbr" if video.is_rgb else "2020_cl" if video.color_space == "bt2020c" else "2020_ncl"
-        return [TONE_MAP.format(transfer=video.color_transfer, matrix=matrix, range="full" if full else "limited")]
-    if video.is_rgb:
-        return ["scale=out_color_matrix=bt709:out_range=tv"]
+        matrix = "gbr" if video.is_rgb else video.matrix_tag if video.matrix_tag in MATRICES else "bt2020nc"
+        return [TONE_MAP.format(transfer=video.transfer, primaries=video.primaries, matrix=matrix, range=_range(video))]
+    if video.is_rgb:  # swscale's own way from bgr24 cuts fractions off: half a level darker
+        ordered = ["format=rgb24"] if video.pix_fmt == "bgr24" else []
+        return [*ordered, "scale=out_color_matrix=bt709:out_range=tv"]
     return ["scale=in_range=pc:out_range=pc"] if video.full_range else []
 
 
@@ -94,7 +149,8 @@ class FrameReader(Child):
     @property
     def damaged(self) -> str:
         """What is wrong with the clip as far as it was read; empty when nothing is."""
-        return self.complaint() or (f"the decoder ended with status {self._status}" if self._status else "")
+        ended = f"the decoder ended with status {self._status}" if self._status else ""
+        return child.about_file(self.log(), self._source.info.path) or ended
 
     def read_into(self, buffer: NDArray[np.uint8]) -> bool:
         """Fill `buffer` with the next frame; False at the end of what can be decoded, or once aborted.
@@ -154,7 +210,7 @@ class FrameReader(Child):
             raise FfmpegFailed("the decoder closed its output but does not end", timeout_seconds=END_SEC) from None
         if self._aborted:
             return False
-        child.check_exit("the decoder", self._status, self.complaint(), True)
+        child.check_exit("the decoder", self._status, self.log(), True)
         if got:
             raise FfmpegFailed(f"the decoder ended inside a frame (exit {self._status})", exit_status=self._status)
         return False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -14,10 +15,18 @@ from pathlib import Path
 
 from pipeline.errors import BadMedia
 from pipeline.media import child
+from pipeline.media.channels import channel_names
 from pipeline.media.child import tail
+from pipeline.media.description import Stream, read_description
 from pipeline.media.formats import ACCEPTED_TEXT, UNKNOWN, Opener, guarded, opener
 
-MATRICES = {"bt709": "bt709", "smpte170m": "bt601", "bt470bg": "bt601", "bt2020nc": "bt2020", "bt2020c": "bt2020"}
+MATRICES = {"bt709": "bt709", "smpte170m": "bt601", "bt470bg": "bt601", "fcc": "bt601", "bt2020nc": "bt2020"}
+CONVERTED = ("ycgco", "smpte240m", "chroma-derived-nc", "chroma-derived-c", "bt2020c", "ictcp")  # to another while decoding
+REFUSED = ("smpte2085", "ipt-c2", "ycgco-re", "ycgco-ro")  # matrices that no filter of ffmpeg converts
+PRIMARIES = ("bt709", "bt470m", "bt470bg", "smpte170m", "smpte240m", "film", "bt2020", "smpte428", "smpte431", "smpte432")
+TRANSFERS = ("bt709", "bt470m", "bt470bg", "smpte170m", "linear", "iec61966-2-1", "bt2020-10", "bt2020-12", "smpte2084",
+             "arib-std-b67")  # that zscale knows, as the primaries
+ALPHA = ("yuva", "ya8", "ya16", "gbrap", "rgba", "bgra", "argb", "abgr", "pal8", "ayuv", "vuya")
 JOINABLE = ("mpegts", "mpeg", "matroska,webm")  # files of these, put one after the other, are read as one
 HDR = ("smpte2084", "arib-std-b67")  # transfers of PQ (HDR10, Dolby Vision) and HLG
 
@@ -48,14 +57,39 @@ class VideoInfo:
     @property
     def is_hdr(self) -> bool:
         """Whether the frames are PQ or HLG, which are mapped to BT.709 while they are decoded."""
-        return self.color_transfer in HDR
+        return self.transfer in HDR
+
+    @property
+    def has_alpha(self) -> bool:
+        """Whether parts of the frames may be transparent."""
+        return self.pix_fmt.startswith(ALPHA)
+
+    @property
+    def transfer(self) -> str:
+        """Transfer of the stored frames: the tag, or the one that their matrix is made for, or BT.709's."""
+        if self.color_space == "ictcp" and self.color_transfer not in HDR:
+            return "smpte2084"
+        return self.color_transfer if self.color_transfer in TRANSFERS else "bt709"
+
+    @property
+    def primaries(self) -> str:
+        """Primaries of the stored frames: the tag, or BT.2020's where the rest is made for these, or BT.709's."""
+        wide = self.is_hdr or self.color_space in ("bt2020c", "bt2020nc", "ictcp")
+        return self.color_primaries if self.color_primaries in PRIMARIES else "bt2020" if wide else "bt709"
+
+    @property
+    def matrix_tag(self) -> str:
+        """Tag of the matrix of the frames read, HDR not yet mapped: the file's, but for matrices that are converted."""
+        if self.color_space not in CONVERTED:
+            return self.color_space
+        return "bt2020nc" if self.color_space in ("bt2020c", "ictcp") else "bt709"
 
     @property
     def matrix(self) -> str:
         """Matrix of the frames read: the tag, or by custom BT.709 from 720 lines on and BT.601 below."""
         if self.is_rgb or self.is_hdr:
             return "bt709"
-        return MATRICES.get(self.color_space, "bt709" if min(self.width, self.height) >= 720 else "bt601")
+        return MATRICES.get(self.matrix_tag, "bt709" if min(self.width, self.height) >= 720 else "bt601")
 
     @property
     def full_range(self) -> bool:
@@ -66,11 +100,13 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """The first audio stream."""
+    """The audio stream that is the speech: the one flagged as default, else the first, before any for people who cannot see
+    or hear and before comments."""
 
     index: int
     rate: int
     channels: int
+    layout: str = ""  # of the channels, in ffmpeg's words
 
 
 @dataclass(frozen=True)
@@ -84,6 +120,7 @@ class MediaInfo:
     audio: AudioInfo | None
     opener: Opener = UNKNOWN
     undecodable: str = ""  # why there is no video though the file has a video stream
+    stated: float | None = None  # `duration` where a header states it, rather than the file's size and bit rate
 
     @property
     def picture(self) -> VideoInfo:
@@ -96,24 +133,45 @@ class MediaInfo:
 def probe(path: Path, max_pixels: int, check: Callable[[], None] = lambda: None) -> MediaInfo:
     """What the file holds. Raises BadMedia; FfmpegFailed when ffmpeg hangs or is killed."""
     how = opener(path)
-    log = _decode_first(path, max_pixels, how, check)
-    if how.still and (grid := _GRID.search(log)):
-        how = replace(how, grid=int(grid[1]))
-        log = _decode_first(path, max_pixels, how, check)
-    if "Input #0" not in log or _too_many_pixels(log):
+    nonce = secrets.token_hex(16)
+    _, _, log = child.run([child.ffmpeg(), "-hide_banner", "-nostdin", "-nostats", "-dump_separator", f" {nonce} ",
+                           *guarded(path, max_pixels, how), "-map", "0:V?", "-map", "0:a?", "-c", "copy", "-t", "0",
+                           "-map_metadata", "-1", "-map_chapters", "-1", "-f", "null", "-"],
+                          child.PROBE_SEC, check=check)
+    described = read_description(log, path, nonce)
+    if described is None or _too_many_pixels(log):
         raise BadMedia(explain(path, log), ffprobe_stderr=tail(log, path))
-    info = _read(path, log, how)
-    if info.video and info.format in JOINABLE:
-        return replace(info, video=replace(info.video, joined=_joined(info, info.video.index, max_pixels, check)))
-    return info
+    audio = next((found for s in sorted(described.of("Audio"), key=_rank) if (found := _audio(s))), None)
+    duration = None if how.still else described.duration
+    stated = None if "Estimating duration from bitrate" in log else duration
+    info = MediaInfo(path, described.format, duration, None, audio, how, stated=stated)
+    stream = described.picture(how.still)
+    if stream is None:  # of a still, whose tiles are no streams, this means that they do not fit
+        return replace(info, undecodable="the picture's tiles do not make a whole" if how.still else "")
+    if stream.group:
+        how = replace(how, grid=stream.index)
+    if decoder := described.alpha_decoder(stream):
+        how = replace(how, more=(*how.more, f"-c:{stream.index}", decoder))
+    return _with_picture(replace(info, opener=how), stream, max_pixels, check)
 
 
-def _decode_first(path: Path, max_pixels: int, how: Opener, check: Callable[[], None]) -> str:
-    """ffmpeg's log of decoding the first picture."""
+def _with_picture(info: MediaInfo, stream: Stream, max_pixels: int, check: Callable[[], None]) -> MediaInfo:
+    """Decode the stream's first picture and describe it; `undecodable` says why there is none."""
+    nonce = secrets.token_hex(16)
     _, _, log = child.run([
-        child.ffmpeg(), "-hide_banner", "-nostdin", "-nostats", *guarded(path, max_pixels, how), "-an", "-sn", "-dn",
-        *filtered("0:V:0?", how, "showinfo=checksum=0"), "-frames:v", "1", "-f", "null", "-"], child.PROBE_SEC, check=check)
-    return log
+        child.ffmpeg(), "-hide_banner", "-nostdin", "-nostats", *guarded(info.path, max_pixels, info.opener),
+        *filtered(f"0:{stream.index}", info.opener, f"showinfo@{nonce}=checksum=0"), "-an", "-sn", "-dn",
+        "-map_metadata", "-1", "-map_chapters", "-1", "-frames:v", "1", "-f", "null", "-"], child.PROBE_SEC, check=check)
+    if _too_many_pixels(log):
+        raise BadMedia(explain(info.path, log), ffprobe_stderr=tail(log, info.path))
+    shown = [line for line in log.split("\n") if line.startswith(f"[showinfo@{nonce} @ ")]
+    if (video := _video(stream, "\n".join(shown))) is None:
+        return replace(info, undecodable=child.about_file(log.rpartition("\nStream mapping:\n")[2], info.path))
+    if video.color_space in REFUSED:
+        return replace(info, undecodable=f"its colour matrix, {video.color_space}, is none that this worker converts")
+    if info.format in JOINABLE:
+        video = replace(video, joined=_joined(info, stream.index, max_pixels, check))
+    return replace(info, video=video)
 
 
 def filtered(stream: str, how: Opener, chain: str) -> list[str]:
@@ -158,45 +216,20 @@ def explain(path: Path, err: str) -> str:
 
 
 def _too_many_pixels(err: str) -> bool:
+    err = child.complaints(err)
     return "exceeds specified max pixel count" in err or "Picture size" in err
 
 
 # -- reading ffmpeg's log --------------------------------------------------------------------------------------------
 
-_STREAM = re.compile(r"^\s*Stream #0:(\d+)[^:]*(?:\([^)]*\))?: (Video|Audio): (.*)$")
-_GRID = re.compile(r"^  Stream group #0:(\d+).*: Tile Grid: (.*)\(default\)$", re.MULTILINE)
-_CHOSEN = re.compile(r"^  Stream #0:(\d+) -> #0:0 ", re.MULTILINE)
-_PICTURE = re.compile(r"^\[Parsed_showinfo_0 @ \w+\] n: *0 .* fmt:(\w+) .*sar:(\d+)/(\d+) s:(\d+)x(\d+) i:(\w)", re.MULTILINE)
-_COLOURS = re.compile(r"^\[Parsed_showinfo_0 @ \w+\] color_range:(\S+) color_space:(\S+) color_primaries:(\S+) color_trc:(\S+)",
-                      re.MULTILINE)
-_CHANNELS = {"mono": 1, "stereo": 2, "2.1": 3, "quad": 4, "4.0": 4, "5.0": 5, "5.1": 6, "6.1": 7, "7.1": 8}
+_PICTURE = re.compile(r"\] n: *0 .* fmt:(\w+) .*sar:(\d+)/(\d+) s:(\d+)x(\d+) i:(\w)")
+_COLOURS = re.compile(r"\] color_range:(\S+) color_space:(\S+) color_primaries:(\S+) color_trc:(\S+)")
+_ASIDE = re.compile(r" \((?:comment|descriptions|visual impaired|hearing impaired|clean effects|karaoke)\)")
 
 
-def _read(path: Path, log: str, how: Opener) -> MediaInfo:
-    described, _, rest = log.partition("\nOutput #0")
-    streams = [(int(m[1]), m[2], m[3]) for line in described.splitlines() if (m := _STREAM.match(line))]
-    audio = next((found for index, kind, text in streams if kind == "Audio" and (found := _audio(index, text))), None)
-    video, undecodable = None, ""
-    if how.grid is not None and (grid := _GRID.search(described)):
-        video = _video(0, grid[2], log)
-        undecodable = "" if video else tail(rest or described, path)
-    elif chosen := _CHOSEN.search(described):
-        text = next((text for index, kind, text in streams if (index, kind) == (int(chosen[1]), "Video")), "")
-        cover = "(attached pic)" in text  # ffmpeg's own choice, when there is no other picture
-        video = None if cover or not text else _video(int(chosen[1]), text, log)
-        if not text:  # a tile of a grid that is not whole
-            undecodable = "the picture's tiles do not make a whole"
-        elif video is None and not cover:
-            undecodable = tail(rest or described, path) or "no frame can be decoded"
-    length = re.search(r"^  Duration: (\d+):(\d+):([\d.]+)", log, re.MULTILINE)
-    duration = int(length[1]) * 3600 + int(length[2]) * 60 + float(length[3]) if length and not how.still else None
-    name = re.search(r"^Input #0, (.+?), from", log, re.MULTILINE)
-    return MediaInfo(path, name[1] if name else "?", duration, video, audio, how, undecodable)
-
-
-def _video(index: int, text: str, log: str) -> VideoInfo | None:
-    """The stream's description and its first picture; None when none was decoded."""
-    picture, colours = _PICTURE.search(log), _COLOURS.search(log)
+def _video(stream: Stream, shown: str) -> VideoInfo | None:
+    """The stream's description and its first picture, from `showinfo`'s lines; None when none was decoded."""
+    picture, colours, text = _PICTURE.search(shown), _COLOURS.search(shown), stream.text
     if picture is None or colours is None:
         return None
     width, height = int(picture[4]), int(picture[5])
@@ -207,20 +240,25 @@ def _video(index: int, text: str, log: str) -> VideoInfo | None:
         sar = Fraction(int(picture[2]), int(picture[3])) or Fraction(1)
     if not Fraction(1, 8) <= sar <= 8:
         sar = Fraction(1)
-    shown = (width, max(1, round(height / sar))) if turned else (max(1, round(width * sar)), height)
+    square = (width, max(1, round(height / sar))) if turned else (max(1, round(width * sar)), height)
     fps = re.search(r"([\d.]+) fps", text)
     space, primaries, transfer = colours[2], colours[3], colours[4]
     return VideoInfo(
-        index, *shown, picture[1], (float(fps[1]) or None) if fps else None, sar, space,
+        stream.index, *square, picture[1], (float(fps[1]) or None) if fps else None, sar, space,
         colours[1], primaries, transfer, picture[6] in "TB" or bool(re.search(r"\b(top|bottom) (coded )?first", text)),
         (width, height))
 
 
-def _audio(index: int, text: str) -> AudioInfo | None:
+def _rank(stream: Stream) -> tuple[bool, bool]:
+    """What sorts an audio stream before others, by its flags: not for a few, then the default."""
+    return bool(_ASIDE.search(stream.text)), not stream.default
+
+
+def _audio(stream: Stream) -> AudioInfo | None:
+    text = stream.text
     rate, layout = re.search(r"(\d+) Hz", text), re.search(r"Hz, ([^,]+)", text)
     if rate is None or int(rate[1]) <= 0:
         return None
     named = layout[1] if layout else ""
     count = re.match(r"(\d+) channels", named)
-    channels = int(count[1]) if count else _CHANNELS.get(named.split("(")[0].strip(), 2)
-    return AudioInfo(index, int(rate[1]), channels)
+    return AudioInfo(stream.index, int(rate[1]), int(count[1]) if count else len(channel_names(named)), named)

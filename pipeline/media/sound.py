@@ -11,13 +11,16 @@ from numpy.typing import NDArray
 
 from pipeline.errors import BadMedia
 from pipeline.media import child
+from pipeline.media.channels import STEREO, candidates, channel_names, is_mixable, loudest_speech, to_stereo
 from pipeline.media.child import tail
 from pipeline.media.formats import guarded
-from pipeline.media.probe import MediaInfo
+from pipeline.media.probe import AudioInfo, MediaInfo
 
 SAMPLE_RATE = 16_000  # Hz of `Speech.pcm`
 RATES = (44_100, 48_000)  # Hz of the sound as it is passed on
 MAX_CHANNELS = 64  # of sound; more are a damaged file
+MISSING, MISSING_SEC = 0.02, 0.1  # share and seconds of what a header states that may be missing without a word
+MOVED_START = ("mpegts", "mpeg", "ogg")  # of these, ffmpeg begins the clock with the streams that are read
 
 # Timestamps that begin anew in the middle (files put one after the other) go on where the sound was: variable 0 is what is
 # added to them, 1 this frame's moment, 2 the end of the last. Gaps stay, and become silence.
@@ -28,13 +31,14 @@ ONWARD = ("asetpts='st(1,if(isnan(PTS),ld(2),PTS+ld(0)));"
 
 @dataclass(frozen=True)
 class Speech:
-    """A speech on one clock, which begins at 0 s: late starts and gaps are silence."""
+    """A speech on one clock, which begins where its file begins (its first picture or sound): late starts and gaps are silence.
+    """
 
     path: Path  # WAV, `rate` Hz, `channels` channels
     rate: int
     channels: int
-    pcm: NDArray[np.float32]  # (S,) mono, 16 kHz: the same samples' mean over the channels, resampled
-    damaged: str = ""  # what the decoder complained of
+    pcm: NDArray[np.float32]  # (S,) mono, 16 kHz: what drives the mouth, of the same samples (see `channels`)
+    damaged: str = ""  # how much of it is missing, and what the decoder complained of
 
     @property
     def seconds(self) -> float:
@@ -46,7 +50,7 @@ def read_speech(
     info: MediaInfo, path: Path, max_seconds: float, timeout: float, max_pixels: int, first_seconds: float | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Speech:
-    """Decode the first audio stream into the WAV `path` and to mono float32 at 16 kHz, in one run of ffmpeg.
+    """Decode the file's audio stream into the WAV `path` and to mono float32 at 16 kHz, in one run of ffmpeg.
 
     At most `first_seconds`, or `max_seconds` and a little more, so that the caller can tell an overlong file. Raises
     BadMedia; FfmpegFailed when the decoder hangs, is killed or lacks memory.
@@ -59,20 +63,44 @@ def read_speech(
                        size=audio.channels, limit=MAX_CHANNELS)
     rate, channels = audio.rate if audio.rate in RATES else RATES[-1], min(audio.channels, 2)
     end = max_seconds + 1 if first_seconds is None else min(first_seconds, max_seconds)
-    mean = "+".join(f"{1 / audio.channels:.9f}*c{i}" for i in range(audio.channels))
-    graph = (  # cut before gaps are filled, too: a gap of a day would be filled in memory
-        f"[0:{audio.index}]{ONWARD},atrim=end={end:.6f},aresample=async=1:first_pts=0,atrim=end={end:.6f},asplit[heard][b];"
-        f"[b]pan=mono|c0={mean},aresample={SAMPLE_RATE}:filter_size=64:cutoff=0.95[mouth]")
+    graph, tracks = _graph(audio, end)
     command = [
         child.ffmpeg(), "-nostdin", "-v", "error", "-y", *guarded(info.path, max_pixels, info.opener), "-filter_complex", graph,
-        "-map", "[heard]", "-c:a", "pcm_s16le", "-ar", str(rate), "-ac", str(channels), "-f", "wav", f"file:{path}",
-        "-map", "[mouth]", "-ar", str(SAMPLE_RATE), "-ac", "1", "-f", "f32le", "pipe:1",
+        "-map", "[film]", "-c:a", "pcm_s16le", "-ar", str(rate), "-ac", str(channels), "-f", "wav", f"file:{path}",
+        "-map", "[mouth]", "-ar", str(SAMPLE_RATE), "-ac", str(tracks), "-f", "f32le", "pipe:1",
     ]
+    if info.video and info.format in MOVED_START:  # so that the picture is read, too, and the sound's late start is seen
+        command += ["-map", f"0:{info.video.index}", "-c", "copy", "-f", "null", "-"]
     code, out, err = child.run(command, timeout, check=check)
-    pcm = np.frombuffer(out[: len(out) // 4 * 4], np.float32)
+    samples = np.frombuffer(out[: len(out) // (4 * tracks) * (4 * tracks)], np.float32).reshape(-1, tracks)
     if "No space left" in err:
         raise OSError(28, "No space left on device")
-    if not len(pcm):
+    if not len(samples):
         raise BadMedia("the audio cannot be decoded" if code else "the audio is empty", ffprobe_stderr=tail(err, info.path))
-    damaged = tail(err, info.path) or (f"the decoder ended with status {code}" if code else info.opener.doubt)
-    return Speech(path, rate, channels, np.clip(np.nan_to_num(pcm), -1.0, 1.0), damaged)
+    complaint = tail(err, info.path) or (f"the decoder ended with status {code}" if code else "")
+    missing = _missing(info, len(samples) / SAMPLE_RATE, end) or info.opener.doubt
+    pcm = loudest_speech(np.clip(np.nan_to_num(samples), -1.0, 1.0))
+    return Speech(path, rate, channels, pcm, "; ".join(words for words in (missing, complaint) if words))
+
+
+def _graph(audio: AudioInfo, end: float) -> tuple[str, int]:
+    """ffmpeg's filters from the stream to [film] and [mouth], and how many candidates for the mouth the latter holds."""
+    names, first = channel_names(audio.layout), ""
+    if not is_mixable(audio.layout, names):
+        names, first = STEREO, to_stereo(names) + ","
+    mixes = candidates(names)
+    panned = "|".join(f"c{i}={mix}" for i, mix in enumerate(mixes))
+    layout = "mono" if len(mixes) == 1 else f"{len(mixes)}c"
+    # without it, ffmpeg mixes all down to the film's two before they are split
+    held = f",aformat=channel_layouts={'+'.join(names)}" if len(names) > 2 else ""
+    return (  # cut before gaps are filled, too: a gap of a day would be filled in memory
+        f"[0:{audio.index}]{first}{ONWARD},atrim=end={end:.6f},aresample=async=1:first_pts=0{held},atrim=end={end:.6f},"
+        f"asplit[film][b];[b]pan={layout}|{panned},aresample={SAMPLE_RATE}:filter_size=64:cutoff=0.95[mouth]"), len(mixes)
+
+
+def _missing(info: MediaInfo, seconds: float, end: float) -> str:
+    """How much is missing of what the header states; empty for a header that does not know, or that speaks of pictures, too."""
+    stated = info.stated
+    if stated is None or info.video is not None or seconds >= min(stated * (1 - MISSING) - MISSING_SEC, end - MISSING_SEC):
+        return ""
+    return f"{seconds:.2f} s of the {stated:.2f} s that its header states"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import ipaddress
 import time
@@ -15,38 +16,83 @@ from urllib.parse import urljoin, urlsplit
 import requests
 from requests_hardened import Config, HTTPSession
 from requests_hardened.ip_filter import InvalidIPAddress
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    stop_after_delay,
+    wait_exponential,
+    wait_random,
+)
 from urllib3.exceptions import HTTPError
 
 from pipeline.errors import BadMedia, BadRequest, DiskFull, MediaError, SourceRefused, SourceUnavailable, disk_is_full
 from pipeline.job import redact
 from pipeline.job.control import Control
 from pipeline.settings import Settings
-from pipeline.transfer.interruptible import Reach, leaving
+from pipeline.transfer.interruptible import Connections, in_thread
 
 TRIES = 3
 CONNECT_SEC, IDLE_SEC = 10.0, 20.0
+ANSWER_SEC = 30.0  # from a request to the end of the answer's headers, whatever comes before it
+FETCH_SEC = 60.0  # of one input with all tries; longer where a third of the job's time is
+SLOWEST = 1000  # bytes a second of a body, once IDLE_SEC have passed
 REDIRECTS = 5
 RETRY_AFTER_MAX = 15.0  # seconds a source may make us wait
 BACKOFF = wait_exponential(multiplier=0.4, exp_base=3) + wait_random(0, 0.2)
 CHUNK = 1 << 18
-RETRYABLE_STATUS = {408, 425, 429, 500, 502, 503, 504}
+RETRYABLE_STATUS = {408, 425, 429, 500, 502, 503, 504, *range(520, 530)}  # from 520 on: a CDN's word for its origin
 REDIRECT_STATUS = {301, 302, 303, 307, 308}
 
 
 @dataclass(frozen=True)
 class Source:
-    """A fetched input: its file, its sha256 and the redacted URL for messages."""
+    """A fetched input: its file, its sha256 and the redacted URL for messages.
+
+    Without `length_known` the source said its end by closing the connection, as it does when it breaks off: whether the file
+    is whole only its own format can say.
+    """
 
     path: Path
     sha256: str
     shown: str
+    length_known: bool = True
+
+
+class Patience:
+    """The job's control, and how long the source of one input may keep the job waiting."""
+
+    def __init__(self, control: Control, field: str, shown: str, answer_sec: float) -> None:
+        self.control, self.where = control, _where(field, shown)
+        self.answer_sec, self.seconds = answer_sec, max(FETCH_SEC, control.limit / 3)
+        self._ends = time.monotonic() + self.seconds
+        self._answer_by = float("inf")
+
+    @contextmanager
+    def answer(self) -> Iterator[None]:
+        """The headers of one answer come in here."""
+        self._answer_by = time.monotonic() + self.answer_sec
+        yield
+        self._answer_by = float("inf")
+
+    def check(self) -> None:
+        """Raise Cancelled or DeadlineExceeded when the job has to stop, SourceUnavailable when the source takes too long."""
+        self.control.check()
+        now, field = time.monotonic(), self.where["field"]
+        if now > self._answer_by:
+            raise SourceUnavailable(f"{field}: the source did not answer within {self.answer_sec:g} s",
+                                    timeout_seconds=self.answer_sec, **self.where)
+        if now > self._ends:
+            raise SourceUnavailable(f"{field}: the source did not send the file within {self.seconds:g} s",
+                                    timeout_seconds=self.seconds, **self.where)
 
 
 class Downloader:
     """Fetches inputs under the settings' limits."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, answer_sec: float = ANSWER_SEC) -> None:
+        self.answer_sec = answer_sec
         self.limit = int(settings.max_download_mb * 1_000_000)
         self.root = settings.local_input_root
         self.names = {h for h in settings.download_allow_hosts if "/" not in h}
@@ -56,9 +102,11 @@ class Downloader:
         """Bring `url` (or a path under LOCAL_INPUT_ROOT) to a local file; raises a MediaError naming `field`."""
         if "://" not in url and not url.lower().startswith(("data:", "file:")) and self.root is not None:
             return self._local(self.root.resolve(), url, field)
-        retrying = Retrying(stop=stop_after_attempt(TRIES), wait=_wait, retry=retry_if_exception_type(SourceUnavailable),
-                            sleep=control.sleep, before=lambda _: control.check(), reraise=True)
-        return Source(target, retrying(self._try, url, target, field, control), redact.url(url))
+        patience = Patience(control, field, redact.url(url), self.answer_sec)
+        retrying = Retrying(stop=stop_after_attempt(TRIES) | stop_after_delay(patience.seconds), wait=_wait,
+                            retry=retry_if_exception_type(SourceUnavailable), sleep=control.sleep,
+                            before=lambda _: control.check(), reraise=True)
+        return retrying(self._try, url, target, field, patience)
 
     def _local(self, root: Path, path: str, field: str) -> Source:
         """A plain path, which must lie under LOCAL_INPUT_ROOT once all links are resolved."""
@@ -89,43 +137,37 @@ class Downloader:
             return False
         return any(address in network for network in self.networks)
 
-    def _session(self, host: str, reach: Reach) -> HTTPSession:
+    def _session(self, host: str, connections: Connections) -> HTTPSession:
         guarded = not self._allowed(host)
         session = HTTPSession(Config(guarded, False, True, (CONNECT_SEC, IDLE_SEC), "musetalk-worker"))
         session.trust_env = False  # a proxy from the environment would resolve names itself
-        reach.watch(session)
+        connections.register(session)
         return session
 
-    def _try(self, url: str, target: Path, field: str, control: Control) -> str:
-        """One try, given up within a moment when the job has to stop; returns the sha256.
+    def _try(self, url: str, target: Path, field: str, patience: Patience) -> Source:
+        """One try, ended within a moment when the job has to stop or the source takes too long."""
+        connections = Connections()
+        return in_thread(lambda: self._get(url, target, field, connections, patience), patience, "download", connections.close)
 
-        Resolving, connecting and waiting for an answer cannot be interrupted.
-        """
-        reach = Reach()
-        try:
-            return leaving(lambda: self._get(url, target, field, reach, control), control, "download")
-        finally:
-            reach.cut()
-
-    def _get(self, url: str, target: Path, field: str, reach: Reach, control: Control) -> str:
-        """The file behind `url`, redirects followed by hand so that each hop is checked; returns the sha256."""
+    def _get(self, url: str, target: Path, field: str, connections: Connections, patience: Patience) -> Source:
+        """The file behind `url`, redirects followed by hand so that each hop is checked."""
         where = _where(field, redact.url(url))
         for hop in range(REDIRECTS + 1):
-            redact.hide_in_job(*_signatures(url))
+            redact.hide_in_job(url)
             here = {**where, "url": redact.url(url)}
             host = _host(url, here, hop > 0)
-            with (
-                _translated(here, True), self._session(host, reach) as session,
-                session.get(url, stream=True, headers={"Accept-Encoding": "identity"}) as response,
-            ):
+            with _translated(here, True), self._session(host, connections) as session, contextlib.ExitStack() as opened:
+                with patience.answer():
+                    response = opened.enter_context(
+                        session.get(url, stream=True, headers={"Accept-Encoding": "identity"}))
                 if response.status_code in REDIRECT_STATUS and "location" in response.headers:
                     url = urljoin(url, response.headers["location"].strip())
                     continue
                 _check_status(response, where)
-                return self._save(response, target, where, control)
+                return self._save(response, target, where, patience)
         raise SourceRefused(f"{field}: more than {REDIRECTS} redirects", limit=REDIRECTS, **where)
 
-    def _save(self, response: requests.Response, target: Path, where: dict[str, Any], control: Control) -> str:
+    def _save(self, response: requests.Response, target: Path, where: dict[str, Any], patience: Patience) -> Source:
         announced = _number(response.headers.get("content-length", ""))
         if announced > self.limit:
             raise _too_large(announced, self.limit, where)
@@ -137,16 +179,16 @@ class Downloader:
                     raise _too_large(size, self.limit, where)
                 digest.update(chunk)
                 file.write(chunk)
-                control.check()
-                if time.monotonic() - began > IDLE_SEC and size < 1000 * (time.monotonic() - began):
-                    raise SourceUnavailable(f"{where['field']}: the source sends less than 1 kB/s",
+                patience.check()
+                if time.monotonic() - began > IDLE_SEC and size < SLOWEST * (time.monotonic() - began):
+                    raise SourceUnavailable(f"{where['field']}: the source sends less than {SLOWEST / 1000:g} kB/s",
                                             timeout_seconds=IDLE_SEC, **where)
         if announced and response.raw.length_remaining:
             raise SourceUnavailable(f"{where['field']}: the source broke off after {size} of {announced} bytes",
                                     size=size, **where)
         if not size:
             raise BadMedia(f"{where['field']}: the file is empty", size=0, **where)
-        return digest.hexdigest()
+        return Source(target, digest.hexdigest(), where["url"], bool(announced) or bool(response.raw.chunked))
 
 
 def _where(field: str, shown: str) -> dict[str, Any]:
@@ -173,21 +215,14 @@ def _too_large(size: int, limit: int, where: dict[str, Any]) -> BadMedia:
                     size=size, limit=limit, **where)
 
 
-def _signatures(url: str) -> list[str]:
-    """Query values and passwords of a URL, which must never be repeated."""
-    try:
-        parts = urlsplit(url)
-        values = [v for p in parts.query.split("&") if len(v := p.partition("=")[2]) >= 12]
-        return [*values, *([parts.password] if parts.password else [])]
-    except ValueError:
-        return []
-
-
 def _check_status(response: requests.Response, where: dict[str, Any]) -> None:
     code = response.status_code
+    message = f"Download failed: {code} {redact.text(response.reason or '')}".strip()
+    if code == 206:
+        raise SourceRefused(f"{message}: the source sent a part of the file where the whole was asked for", status_code=code,
+                            **where)
     if 200 <= code < 300:
         return
-    message = f"Download failed: {code} {redact.text(response.reason or '')}".strip()
     if code not in RETRYABLE_STATUS:
         raise SourceRefused(message, status_code=code, **where)
     if after := _number(response.headers.get("retry-after", "")):

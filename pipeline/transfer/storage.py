@@ -1,166 +1,212 @@
-"""MP4 -> URL: Backblaze B2, or a local folder. Uploading the same job twice gives one object and one URL."""
+"""File -> URL: Backblaze B2, an S3 bucket or a local folder. Uploading the same job twice gives one object and one URL."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import fcntl
+import logging
+import os
 import random
-import shutil
+import secrets
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 from urllib.parse import quote
 
-import requests
-from b2sdk.v3.exception import (
-    AccessDenied,
-    B2ConnectionError,
-    B2Error,
-    B2RequestTimeout,
-    BadRequest,
-    CapExceeded,
-    FileNotPresent,
-    InvalidAuthToken,
-    MaxRetriesExceeded,
-    NonExistentBucket,
-    TooManyRequests,
-    TransientErrorMixin,
-    Unauthorized,
-)
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_before_delay
 
-from pipeline.errors import Cancelled, DeadlineExceeded, DiskFull, JobError, StorageRejected, StorageUnavailable, disk_is_full
-from pipeline.job import redact
+from pipeline.errors import DeadlineExceeded, DiskFull, StorageRejected, StorageUnavailable, disk_is_full
 from pipeline.job.control import Control
-from pipeline.settings import Settings
-from pipeline.transfer.b2 import Line
-from pipeline.transfer.interruptible import Cut, leaving
+from pipeline.settings import BadSetting, Settings
+from pipeline.transfer.helper import HelperFailed, Helpers
+
+log = logging.getLogger("musetalk.storage")
 
 UPLOAD_SEC = 120.0  # of one upload with all its tries
-DIGEST = "content_digest"  # in an object's file info: what was signed, where signatures make each run's bytes differ
-PERMANENT = (Unauthorized, AccessDenied, CapExceeded, NonExistentBucket, BadRequest)
+CHECK_SEC = 15.0  # to try the storage at start
+COPY_BYTES = 4 << 20
+STALE_SEC = 60.0  # after which a partial file that nobody holds is a dead worker's
+PARTIAL = ".musetalk-{}.part"  # names of files that are being written
+MP4 = "video/mp4"
 
 
 class Storage(Protocol):
-    """Where results go."""
+    """Where results go. A `key` is a name below the storage's own prefix or folder, `/` between its parts."""
 
-    def upload(self, path: Path, job_id: str, control: Control, digest: str = "") -> str:
-        """Store the file under the job's id; returns its URL. `digest` names what the file holds where its bytes do not."""
+    def check(self) -> None:
+        """Try the storage before any work is done for it. Raises BadSetting where it will never take a result."""
+
+    def upload(self, path: Path, key: str, control: Control, *, content_type: str = MP4, cache_control: str | None = None,
+               digest: str = "") -> str:
+        """Store a file under a key; returns its URL. `digest` names what the file holds where its bytes do not.
+
+        Raises StorageRejected, StorageUnavailable or DiskFull; Cancelled or DeadlineExceeded when the job has to stop.
+        """
+
+
+def parts_of(key: str) -> list[str]:
+    """The parts of a key. Raises StorageRejected when one would lead somewhere else."""
+    parts = key.split("/")
+    if any(part in ("", ".", "..") or "\0" in part for part in parts):
+        raise StorageRejected(f"{key[:200]!r} is no name for a result: no part of it may be empty, . or ..", stage="upload",
+                              file_name=key)
+    return parts
 
 
 class LocalStorage:
-    """A folder; the URL is file://."""
+    """A folder; the URL is file://. Nothing outside the folder is written.
+
+    The folder itself may be a symbolic link. Below it none is followed: one in a result's place is replaced by the result,
+    one in the place of a folder is refused. A result is written under a name of its own beside its place and renamed.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def upload(self, path: Path, job_id: str, control: Control, digest: str = "") -> str:  # noqa: ARG002
-        """Copy next to the target, then rename, so nobody sees half a file."""
-        control.check()
-        target = (self.folder / f"{job_id}.mp4").resolve()
-        partial = target.with_name(f".{target.name}.part")
+    def check(self) -> None:
+        """Raise BadSetting when nothing can be written; remove what killed workers left."""
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, partial)
-            partial.replace(target)
+            with self._opened([]) as folder, _partial(folder):
+                pass
         except OSError as e:
-            with contextlib.suppress(OSError):
-                partial.unlink()
+            raise BadSetting(f"LOCAL_STORAGE_DIR={str(self.folder)!r}: user {os.getuid()} cannot write there: "
+                             f"{e.strerror}") from e
+        for place in ("", "*/"):  # no deeper: the folder may hold much that is not ours
+            for partial in self.folder.glob(f"{place}{PARTIAL.format('*')}"):
+                _remove_stale(partial)
+
+    def upload(  # a folder keeps no type, caching or digest
+        self, path: Path, key: str, control: Control, *, content_type: str = MP4,  # noqa: ARG002
+        cache_control: str | None = None, digest: str = "",  # noqa: ARG002
+    ) -> str:
+        """Copy beside the target, then rename: nobody sees half a file, and the last of several attempts stays."""
+        control.check()
+        parts = parts_of(key)
+        try:
+            with self._opened(parts[:-1]) as folder, _partial(folder) as (partial, target), path.open("rb") as source:
+                while piece := source.read(COPY_BYTES):
+                    control.check()
+                    target.write(piece)
+                target.flush()
+                os.replace(partial, parts[-1], src_dir_fd=folder, dst_dir_fd=folder)
+        except OSError as e:
             if disk_is_full(e):
                 raise DiskFull("LOCAL_STORAGE_DIR: no space left", stage="upload") from e
-            raise StorageRejected(f"LOCAL_STORAGE_DIR cannot be written: {e.strerror}", stage="upload",
-                                  file_name=f"{job_id}.mp4") from e
-        return target.as_uri()
+            raise StorageRejected(f"LOCAL_STORAGE_DIR cannot be written: {e.strerror}", stage="upload", file_name=key) from e
+        return self.folder.resolve().joinpath(*parts).as_uri()
+
+    @contextlib.contextmanager
+    def _opened(self, parts: list[str]) -> Iterator[int]:
+        """A descriptor of the folder with these parts, made where it is missing; no symbolic link is followed to it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as opened:
+            folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+            opened.callback(os.close, folder)
+            for part in parts:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(part, dir_fd=folder)
+                folder = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+                opened.callback(os.close, folder)
+            yield folder
 
 
-class B2Storage:
-    """A B2 bucket, one authorised client for the worker's life."""
+@contextlib.contextmanager
+def _partial(folder: int) -> Iterator[tuple[str, IO[bytes]]]:
+    """A new file in a folder, its name and itself, locked while it is written; what has not been renamed is removed."""
+    name = PARTIAL.format(secrets.token_hex(16))
+    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=folder)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            with contextlib.suppress(OSError):  # a file system without locks: then its age alone protects it
+                fcntl.flock(file, fcntl.LOCK_EX)
+            yield name, file
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=folder)
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self._line: Line | None = None
 
-    def upload(self, path: Path, job_id: str, control: Control, digest: str = "") -> str:
-        """Upload with backoff until it is there, the storage refuses for good, or UPLOAD_SEC or the job is over."""
-        key = f"{self.settings.b2_prefix.strip('/')}/{job_id}.mp4".lstrip("/")
+def _remove_stale(partial: Path) -> None:
+    """Remove a partial file that no living worker writes."""
+    with contextlib.suppress(OSError), open(os.open(partial, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+        if time.time() - os.fstat(file.fileno()).st_mtime > STALE_SEC:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises BlockingIOError while it is being written
+            partial.unlink()
+
+
+class BucketStorage:
+    """A bucket. Its SDK runs in a helper process, which keeps its connection from one upload to the next."""
+
+    def __init__(self, module: str, account: dict[str, str | None], prefix: str, public_url_base: str | None) -> None:
+        """`module` is the helper's (see `bucket`), `account` what it needs to know; `account["names"]` the settings' names."""
+        self.prefix, self.base = prefix.strip("/"), public_url_base
+        self._helpers, self._bucket, self._names = Helpers(module), account["bucket"], account["names"]
+        self._account = {**account, "prefix": f"{self.prefix}/".lstrip("/")}
+
+    def check(self) -> None:
+        """Try credentials, bucket and permissions; a storage that cannot be reached is a warning, since it may come back."""
+        try:
+            for said in self._helpers.call({"account": self._account}, Control(CHECK_SEC), CHECK_SEC):
+                log.warning("storage: %s", said)
+        except HelperFailed as e:
+            if e.kind == "rejected":
+                raise BadSetting(f"{self._names}: nothing can be stored in the bucket {self._bucket!r}: {e.message}") from e
+            log.warning("the storage could not be tried: %s", e.message)
+        except (TimeoutError, DeadlineExceeded):
+            log.warning("the storage could not be tried: no answer within %g s", CHECK_SEC)
+
+    def upload(self, path: Path, key: str, control: Control, *, content_type: str = MP4, cache_control: str | None = None,
+               digest: str = "") -> str:
+        """Upload with waits between tries until it is there, it is refused for good, or UPLOAD_SEC or the job is over."""
         control.check()
+        name = "/".join([*([self.prefix] if self.prefix else []), *parts_of(key)])
         limit = Control(min(UPLOAD_SEC, control.remaining))
+        wanted = {"path": str(path.resolve()), "key": name, "content_type": content_type, "cache_control": cache_control,
+                  "digest": digest}
         tries = Retrying(sleep=control.sleep, retry=retry_if_exception_type(StorageUnavailable), wait=_wait, reraise=True,
                          stop=stop_before_delay(limit.limit))
-        return tries(self._try, path, key, control, limit, digest)
+        url: str = tries(self._try, wanted, control, limit)
+        return f"{self.base.rstrip('/')}/{quote(name)}" if self.base else url
 
-    def _try(self, path: Path, key: str, control: Control, limit: Control, digest: str) -> str:
-        """One try, left behind when the job has to stop: the SDK's own waiting knows no job."""
-        line = self._line = self._line or Line()
+    def _try(self, wanted: dict[str, Any], control: Control, limit: Control) -> str:
+        """One try; its failure translated."""
+        where: dict[str, Any] = {"stage": "upload", "bucket": self._bucket, "file_name": wanted["key"]}
         try:
-            return leaving(lambda: self._once(line, path, key, digest), control, "upload", limit.remaining)
-        except (Cancelled, DeadlineExceeded, TimeoutError) as e:
-            self._line = None
-            line.cut()
-            if isinstance(e, TimeoutError):
-                raise self._translate(e, key) from e
-            raise
-        except Cut as e:  # another job had to leave the line
-            raise StorageUnavailable("Upload failed: the connection was cut", stage="upload") from e
-        except (B2Error, requests.RequestException, OSError, AssertionError) as e:
-            if isinstance(e, Unauthorized):
-                line.bucket = None  # authorise again
-            raise self._translate(e, key) from e
-
-    def _once(self, line: Line, path: Path, key: str, digest: str) -> str:
-        bucket = line.connect(self.settings)
-        with path.open("rb") as file:
-            sha1 = hashlib.file_digest(file, "sha1").hexdigest()
-        if not _present(bucket, key, path.stat().st_size, sha1, digest):
-            bucket.upload_local_file(str(path), key, sha1_sum=sha1, content_type="video/mp4",
-                                     file_info={DIGEST: digest} if digest else None)
-        if base := self.settings.b2_public_url_base:
-            return f"{base.rstrip('/')}/{quote(key)}"
-        return str(bucket.get_download_url(key))
-
-    def _translate(self, e: Exception, key: str) -> JobError:
-        """An SDK exception -> the tree, by type."""
-        where: dict[str, Any] = {"stage": "upload", "bucket": self.settings.b2_bucket_name, "file_name": key}
-        causes: list[Any] = [e, *getattr(e, "exception_info_list", [])] if isinstance(e, MaxRetriesExceeded) else [e]
-        permanent = next((c for c in causes if isinstance(c, PERMANENT) and not isinstance(c, InvalidAuthToken)), None)
-        if isinstance(permanent, Unauthorized):
-            return StorageRejected(f"Upload refused: the key that B2_KEY_ID and B2_APP_KEY name is not valid or may not "
-                                   f"write to this bucket and prefix: {_said(permanent)}", reason="Unauthorized", **where)
-        if permanent is not None:
-            return StorageRejected(f"Upload refused: {_said(permanent)}", reason=type(permanent).__name__, **where)
-        transient = (TransientErrorMixin, TooManyRequests, MaxRetriesExceeded, B2ConnectionError, B2RequestTimeout,
-                     InvalidAuthToken, requests.RequestException, ConnectionError, TimeoutError, AssertionError)
-        if isinstance(e, transient):
-            return StorageUnavailable(f"Upload failed: {_said(e)}", reason=type(e).__name__, **where)
-        if isinstance(e, OSError):
-            return StorageUnavailable(f"Upload failed: {e.strerror or e}", reason=type(e).__name__, **where)
-        return StorageRejected(f"Upload refused: {_said(e)}", reason=type(e).__name__, **where)
+            return str(self._helpers.call({"account": self._account, "upload": wanted}, control, limit.remaining))
+        except HelperFailed as e:
+            reason = e.details.get("reason", e.kind)
+            if e.kind == "rejected":
+                raise StorageRejected(f"Upload refused: {e.message}", reason=reason, **where) from e
+            raise StorageUnavailable(f"Upload failed: {e.message}", reason=reason, **where) from e
+        except TimeoutError as e:
+            raise StorageUnavailable(f"Upload failed: {e}", reason="TimeoutError", **where) from e
 
 
-def _present(bucket: Any, key: str, size: int, sha1: str, digest: str) -> bool:
-    """Whether this very film is there already: the job ran before and only its answer was lost."""
-    try:
-        info = bucket.get_file_info_by_name(key)
-    except FileNotPresent:
-        return False
-    if digest:
-        return bool(info.file_info.get(DIGEST) == digest)
-    # of a file that came in parts B2 states "none", and the uploader's digest is in the file info
-    known = {info.content_sha1, info.file_info.get("large_file_sha1")}
-    return bool(info.size == size and sha1 in known)
+def b2_storage(settings: Settings) -> BucketStorage:
+    """Backblaze B2 through its native API."""
+    account = {"key_id": settings.b2_key_id, "app_key": settings.b2_app_key, "realm": settings.b2_realm,
+               "bucket": settings.b2_bucket_name, "names": "B2_KEY_ID, B2_APP_KEY, B2_BUCKET_NAME"}
+    return BucketStorage("pipeline.transfer.b2", account, settings.b2_prefix, settings.b2_public_url_base)
+
+
+def s3_storage(settings: Settings) -> BucketStorage:
+    """Any storage that speaks S3."""
+    account = {"key_id": settings.s3_access_key_id, "app_key": settings.s3_secret_access_key, "bucket": settings.s3_bucket,
+               "endpoint": settings.s3_endpoint_url, "region": settings.s3_region,
+               "names": "S3_ACCESS_KEY_ID, S3_SECRET_ACCESS_KEY, S3_BUCKET"}
+    return BucketStorage("pipeline.transfer.s3", account, settings.s3_prefix, settings.s3_public_url_base)
 
 
 def _wait(state: RetryCallState) -> float:
     """Seconds until the next try: doubling, with jitter, and not before the storage asks for it."""
     error = state.outcome.exception() if state.outcome else None
-    asked = getattr(error.__cause__ if error else None, "retry_after_seconds", None) or 0.0
-    return max(float(asked), min(0.5 * 2 ** (state.attempt_number - 1), 20.0) * random.uniform(0.7, 1.3))
-
-
-def _said(e: Exception) -> str:
-    text = redact.text(str(e)).strip() or type(e).__name__
-    return text[:300]
+    cause = error.__cause__ if error else None
+    asked = float(cause.details.get("retry_after", 0)) if isinstance(cause, HelperFailed) else 0.0
+    return max(asked, min(0.5 * 2 ** (state.attempt_number - 1), 20.0) * random.uniform(0.7, 1.3))
 
 
 def storage_of(settings: Settings) -> Storage:
     """The storage the settings name."""
-    return B2Storage(settings) if settings.storage == "b2" else LocalStorage(settings.local_storage_dir)
+    if settings.storage == "local":
+        return LocalStorage(settings.local_storage_dir)
+    return b2_storage(settings) if settings.storage == "b2" else s3_storage(settings)

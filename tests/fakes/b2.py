@@ -10,14 +10,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, unquote
 
 Fault = Callable[[http.server.BaseHTTPRequestHandler], bool]  # True when it has answered (or hung up)
 
-ALLOWED: dict[str, Any] = {
-    "buckets": None, "capabilities": ["listBuckets", "readFiles", "writeFiles", "listFiles"], "namePrefix": None,
-}
+CAPABILITIES = ("listBuckets", "readFiles", "writeFiles", "listFiles")
 BUCKET: dict[str, Any] = {
     "accountId": "acct", "bucketId": "b1", "bucketInfo": {}, "bucketType": "allPublic", "corsRules": [], "lifecycleRules": [],
     "revision": 1, "options": [], "defaultServerSideEncryption": {"isClientAuthorizedToRead": False, "value": None},
@@ -49,13 +48,19 @@ class Routes(http.server.BaseHTTPRequestHandler):
         return self._api(self.rfile.read(int(self.headers.get("content-length") or 0)))
 
     def do_HEAD(self) -> Any:
-        return self._hang() if self.b2.hangs and self.path.endswith(self.b2.hangs) else self._download()
+        if self.b2.hangs and self.path.endswith(self.b2.hangs):
+            return self._hang()
+        if fault := self.b2.broken.get("HEAD"):
+            return fault(self)
+        return self._download() if self._may("readFiles") else None
 
     def _api(self, body: bytes) -> Any:
         name = self.path.split("?")[0].rsplit("/", 1)[-1]
         self.b2.calls.append(name)
         if self.b2.hangs == name:
             return self._hang()
+        if fault := self.b2.broken.get(name):
+            return fault(self)
         if self.path.startswith("/upload"):
             return self._upload(body)
         if self.path.startswith("/file/"):
@@ -71,16 +76,24 @@ class Routes(http.server.BaseHTTPRequestHandler):
             "apiUrl": self.b2.url, "downloadUrl": self.b2.url, "s3ApiUrl": self.b2.url,
             "recommendedPartSize": self.b2.part_size,
             "absoluteMinimumPartSize": min(5 * 10**6, self.b2.part_size), "infoType": "storageApi",
-            "bucketId": None, "bucketName": None,
-            "namePrefix": None, "allowed": ALLOWED,
-            "capabilities": ALLOWED["capabilities"],
+            "bucketId": None, "bucketName": None, "namePrefix": None, "capabilities": list(self.b2.capabilities),
+            "allowed": {"buckets": [{"id": "b1", "name": self.b2.bucket}] if self.b2.restricted else None,
+                        "capabilities": list(self.b2.capabilities), "namePrefix": self.b2.name_prefix},
         }
         return self.answer({
             "accountId": "acct", "authorizationToken": "canary-token", "apiInfo": {"storageApi": storage},
             "applicationKeyExpirationTimestamp": None,
         })
 
+    def _may(self, capability: str) -> bool:
+        """Whether the key may do this; a 401 was answered where not."""
+        if capability not in self.b2.capabilities:
+            self.error(401, "unauthorized")
+        return capability in self.b2.capabilities
+
     def _b2_list_buckets(self, q: Any) -> None:
+        if not self._may("listBuckets"):
+            return
         found = q.get("bucketName") in (None, self.b2.bucket)
         self.answer({"buckets": [BUCKET | {"bucketName": self.b2.bucket}] if found else []})
 
@@ -93,9 +106,13 @@ class Routes(http.server.BaseHTTPRequestHandler):
             return None
         if not self.keep():
             return self.error(400, "bad_request", "Checksum did not match data received")
+        return self.confirm()
+
+    def confirm(self) -> None:
+        """Answer that what was sent is stored."""
         if part := self.headers["X-Bz-Part-Number"]:
             return self.answer({"partNumber": int(part), "contentSha1": hashlib.sha1(self.body).hexdigest(),
-                                "contentLength": len(self.body), "fileId": "large"})
+                                "contentLength": len(self.body), "fileId": self._large_id()})
         return self.answer(self._file(unquote(self.headers["X-Bz-File-Name"]), self.body))
 
     def keep(self) -> bool:
@@ -106,30 +123,57 @@ class Routes(http.server.BaseHTTPRequestHandler):
         if hashlib.sha1(self.body).hexdigest() != sha1:
             return False
         if part := self.headers["X-Bz-Part-Number"]:
-            self.b2.parts[int(part)] = self.body
+            self.b2.large[self._large_id()].parts[int(part)] = self.body
             return True
         info = {k.lower().removeprefix("x-bz-info-"): unquote(v) for k, v in self.headers.items()
                 if k.lower().startswith("x-bz-info-")}
-        self.b2.store(unquote(self.headers["X-Bz-File-Name"]), self.body, sha1, info)
+        self.b2.store(unquote(self.headers["X-Bz-File-Name"]), self.body, sha1, info, self.headers["Content-Type"])
         return True
 
-    def _b2_list_unfinished_large_files(self, _: Any) -> None:
-        self.answer({"files": [], "nextFileId": None})
+    def _large_id(self) -> str:
+        return self.path.split("?")[0].rsplit("/", 1)[-1]
+
+    def _b2_list_unfinished_large_files(self, q: Any) -> None:
+        if self._may("listFiles"):
+            found = [self._unfinished(i, f.asked) for i, f in self.b2.large.items()
+                     if f.asked["fileName"].startswith(q.get("namePrefix") or "")]
+            self.answer({"files": found, "nextFileId": None})
+
+    def _unfinished(self, file_id: str, q: Any) -> dict[str, Any]:
+        return self._file(q["fileName"], b"") | {
+            "fileId": file_id, "action": "start", "contentSha1": "none", "fileInfo": q["fileInfo"]}
+
+    def _b2_list_parts(self, q: Any) -> None:
+        parts = [{"fileId": q["fileId"], "partNumber": n, "contentLength": len(p), "uploadTimestamp": 1,
+                  "contentSha1": hashlib.sha1(p).hexdigest()} for n, p in sorted(self.b2.large[q["fileId"]].parts.items())]
+        self.answer({"parts": parts, "nextPartNumber": None})
 
     def _b2_start_large_file(self, q: Any) -> None:
-        self.b2.large, self.b2.parts = q, {}
-        self.answer(self._file(q["fileName"], b"") | {"action": "start", "contentSha1": "none", "fileInfo": q["fileInfo"]})
+        self.b2.started += 1
+        file_id = f"large{self.b2.started}"
+        self.b2.large[file_id] = Large(q, {})
+        self.answer(self._unfinished(file_id, q))
 
-    def _b2_get_upload_part_url(self, _: Any) -> None:
-        self.answer({"fileId": "large", "uploadUrl": f"{self.b2.url}/upload_part", "authorizationToken": "canary-part"})
+    def _b2_cancel_large_file(self, q: Any) -> None:
+        if (large := self.b2.large.pop(q["fileId"], None)) is None:
+            return self.error(400, "bad_request", f"No active upload for: {q['fileId']}")
+        return self.answer({"fileId": q["fileId"], "accountId": "acct", "bucketId": "b1", "fileName": large.asked["fileName"]})
+
+    def _b2_get_upload_part_url(self, q: Any) -> None:
+        self.answer({"fileId": q["fileId"], "uploadUrl": f"{self.b2.url}/upload_part/{q['fileId']}",
+                     "authorizationToken": "canary-part"})
 
     def _b2_finish_large_file(self, q: Any) -> None:
-        parts = [self.b2.parts[n] for n in sorted(self.b2.parts)]
+        if q["fileId"] not in self.b2.large:
+            return self.error(400, "bad_request", f"No active upload for: {q['fileId']}")
+        large = self.b2.large[q["fileId"]]
+        parts = [large.parts[n] for n in sorted(large.parts)]
         if [hashlib.sha1(p).hexdigest() for p in parts] != q["partSha1Array"]:
             return self.error(400, "bad_request", "the parts' checksums do not match")
-        name, info = self.b2.large["fileName"], self.b2.large["fileInfo"]
-        self.b2.store(name, b"".join(parts), "none", info)
-        return self.answer(self._file(name, b"".join(parts)) | {"contentSha1": "none", "fileInfo": info})
+        del self.b2.large[q["fileId"]]
+        name, info, body = large.asked["fileName"], large.asked["fileInfo"], b"".join(parts)
+        self.b2.store(name, body, "none", info, large.asked["contentType"])
+        return self.answer(self._file(name, body) | {"contentSha1": "none", "fileInfo": info, "fileId": q["fileId"]})
 
     def _file(self, name: str, body: bytes) -> dict[str, Any]:
         return {
@@ -159,9 +203,11 @@ class Routes(http.server.BaseHTTPRequestHandler):
         return None
 
     def answer(self, value: Any, code: int = 200, headers: dict[str, str] | None = None) -> None:
-        data = json.dumps(value).encode()
+        self.answer_bytes(json.dumps(value).encode(), "application/json", code, headers)
+
+    def answer_bytes(self, data: bytes, kind: str, code: int = 200, headers: dict[str, str] | None = None) -> None:
         self.send_response(code)
-        own = {"Content-Type": "application/json", "Content-Length": str(len(data))}
+        own = {"Content-Type": kind, "Content-Length": str(len(data))}
         for key, header in {**own, **(headers or {})}.items():
             self.send_header(key, header)
         self.end_headers()
@@ -179,19 +225,32 @@ class Server(http.server.ThreadingHTTPServer):
         """Clients that hang up are part of the test."""
 
 
+@dataclass
+class Large:
+    """A large file that is not finished: what was asked for, and its parts by number."""
+
+    asked: dict[str, Any]
+    parts: dict[int, bytes]
+
+
 class B2:
     """Objects by name (all versions kept). `faults` are taken one for each upload, first come first served.
 
-    `hangs` names the call that is never answered, or "sending": an upload's body is not read. Files larger than
-    `part_size` bytes come in parts, as the account's authorisation says.
+    `broken` holds a fault for every call of a name, or of any HEAD. `hangs` names the call that is never answered, or
+    "sending": an upload's body is not read. `capabilities` are the key's; a `restricted` key is so to the bucket, one with a
+    `name_prefix` to names. Files larger than `part_size` bytes come in parts, as the account's authorisation says.
     """
 
     def __init__(self, part_size: int = 10**8) -> None:
         self.part_size = part_size
         self.objects: dict[str, list[bytes]] = {}
         self.stated: dict[str, tuple[str, dict[str, str]]] = {}  # of the newest version: content SHA1, file info
-        self.large: dict[str, Any] = {}
-        self.parts: dict[int, bytes] = {}
+        self.types: dict[str, str | None] = {}  # content type by name
+        self.large: dict[str, Large] = {}  # unfinished, by id
+        self.started = 0  # large files
+        self.capabilities: tuple[str, ...] = CAPABILITIES
+        self.restricted, self.name_prefix = False, ""
+        self.broken: dict[str, Fault] = {}
         self.hangs = ""
         self.refusal = "bad_auth_token"  # code of the answer to a wrong key
         self.hanging, self.closed = threading.Event(), threading.Event()
@@ -207,8 +266,9 @@ class B2:
         """What a worker needs to use this storage."""
         return {"B2_KEY_ID": self.key_id, "B2_APP_KEY": self.key, "B2_BUCKET_NAME": self.bucket, "B2_REALM": self.url}
 
-    def store(self, name: str, body: bytes, sha1: str, info: dict[str, str]) -> None:
+    def store(self, name: str, body: bytes, sha1: str, info: dict[str, str], kind: str | None = None) -> None:
         """A new version of an object."""
+        self.types[name] = kind
         self.objects.setdefault(name, []).append(body)
         self.stated[name] = sha1, info
 
@@ -225,6 +285,22 @@ def status(code: int, name: str, message: str = "no", headers: dict[str, str] | 
         routes.error(code, name, message, headers)
         return True
     return fault
+
+
+def page(routes: Any) -> bool:
+    """Answer 200 with a web page, as a captive portal or a broken proxy does."""
+    routes.answer_bytes(b"<html>welcome</html>", "text/html")
+    return True
+
+
+def breaks_off(routes: Any) -> bool:
+    """Send the head and half of an answer in chunks, then hang up."""
+    routes.send_response(200)
+    routes.send_header("Content-Type", "application/json")
+    routes.send_header("Transfer-Encoding", "chunked")
+    routes.end_headers()
+    routes.wfile.write(b"40\r\n{\"half\": ")
+    return reset(routes)
 
 
 def reset(routes: Any) -> bool:

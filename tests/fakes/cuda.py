@@ -14,11 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from musetalk.draw import recorded
+
 FACTORIES = ("arange", "empty", "full", "hann_window", "ones", "rand", "randint", "randn", "tensor", "zeros")
 WAITS = {"__bool__", "__float__", "__int__", "equal", "item", "nonzero", "tolist"}  # the host needs the values
 TOLD = {"is_available": True, "mem_get_info": (20 << 30, 24 << 30), "max_memory_reserved": 1 << 30, "memory_allocated": 1 << 29,
         "get_device_name": "NVIDIA Test", "graph_pool_handle": None, "synchronize": None, "empty_cache": None,
-        "reset_peak_memory_stats": None, "current_stream": MagicMock(), "Stream": MagicMock(), "CUDAGraph": None,
+        "reset_peak_memory_stats": None, "current_stream": MagicMock(), "Stream": MagicMock(),
         "stream": nullcontext()}
 to, clone, from_host = Tensor.to, Tensor.clone, torch.tensor
 events: list[str] = []  # up and down (copies to and from the device), waits, calls; appended to by every thread
@@ -67,6 +69,18 @@ def factory(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return make
 
 
+def record(work: Callable[[], recorded.Made], pool: object) -> tuple[recorded.Made, Callable[[], None]]:
+    """A recording whose replay computes: it does the work again on its inputs' memory and overwrites its results'."""
+    made = tuple(each.clone() for each in work())
+
+    def replay() -> None:
+        events.append("replay")
+        for result, each in zip(made, work(), strict=True):
+            result.copy_(each)
+
+    return (made[0], made[1]), replay
+
+
 @contextmanager
 def device() -> Iterator[list[str]]:
     """Put the device into this process; yields what happens on it, an event each."""
@@ -79,5 +93,5 @@ def device() -> Iterator[list[str]]:
             patch.setattr(torch, name, factory(getattr(torch, name)))
         for name, value in TOLD.items():
             patch.setattr(torch.cuda, name, MagicMock(return_value=value))
-        patch.setattr(torch.cuda, "graph", MagicMock(side_effect=RuntimeError("not permitted when stream is capturing")))
+        patch.setattr(recorded, "record_cuda", record)
         yield events

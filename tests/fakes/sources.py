@@ -138,6 +138,27 @@ class Routes(http.server.BaseHTTPRequestHandler):
             time.sleep(0.5)
         self.close_connection = True
 
+    def _continue(self, pause: str, _: int) -> None:
+        """100 Continue for ever: at once, or with a pause in seconds between two."""
+        self.close_connection = True
+        while True:
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            time.sleep(float(pause))
+
+    def _partial(self, _: str, __: int) -> None:
+        """A range that nobody asked for."""
+        self.send(GOOD[:5000], 206, Content_Range=f"bytes 0-4999/{len(GOOD)}")
+
+    def _unstated(self, name: str, _: int) -> None:
+        """A body whose end is that of the connection."""
+        self.begin(Connection="close")
+        self.wfile.write((self.sources.folder / name).read_bytes() if name else GOOD)
+        self.close_connection = True
+
+    def _chunked(self, _: str, __: int) -> None:
+        self.begin(Transfer_Encoding="chunked")
+        self.wfile.write(b"%x\r\n%s\r\n0\r\n\r\n" % (len(GOOD), GOOD))
+
     def _loop(self, _: str, hit: int) -> None:
         self.send(b"", 302, Location=f"/loop/{hit}")
 

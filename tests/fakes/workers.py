@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,8 +13,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import requests
+import torch
 
 from pipeline.settings import REPOSITORY
 from tests.conftest import DEMO
@@ -23,13 +27,14 @@ from tests.fakes.platform import Platform
 class QueueWorker:
     """handler.py talking to the fakes."""
 
-    def __init__(self, platform: Platform, b2: B2, folder: Path, command: tuple[str, ...] = ("handler.py",)) -> None:
+    def __init__(self, platform: Platform, b2: B2, folder: Path, command: tuple[str, ...] = ("handler.py",),
+                 **changes: str) -> None:
         self.platform, self.b2 = platform, b2
         self.log = (folder / "log").open("w+")
         environment = {
             "PATH": os.environ["PATH"], "HOME": str(folder), "TMPDIR": str(folder), "MODEL_DIR": str(DEMO),
             "DOWNLOAD_ALLOW_HOSTS": "127.0.0.0/8", "CACHE_DIR": str(folder / "cache"), **platform.environment,
-            **b2.environment(),
+            **b2.environment(), **changes,
         }
         self.process = subprocess.Popen([sys.executable, *command], cwd=REPOSITORY, env=environment,
                                         stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True)
@@ -45,10 +50,38 @@ class QueueWorker:
         self.log.close()
 
 
+def broken_weights(folder: Path) -> Path:
+    """Weights that load and compute nothing that is a number."""
+    shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("manifest.json"))
+    unet = folder / "musetalkV15" / "unet.pth"
+    state = torch.load(unet, weights_only=True)
+    torch.save({name: torch.full_like(value, float("nan")) if name == "conv_out.bias" else value
+                for name, value in state.items()}, unet)
+    return folder
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+def started(folder: Path, descriptors: int | None = None, **changes: str) -> subprocess.Popen[bytes]:
+    """`python -m pipeline.server` with its own folders; it logs into `folder`/log."""
+    environment = {
+        "PATH": os.environ["PATH"], "MODEL_DIR": str(DEMO), "STORAGE": "local", "TMPDIR": str(folder),
+        "LOCAL_STORAGE_DIR": str(folder / "outputs"), "CACHE_DIR": str(folder / "cache"),
+        "DOWNLOAD_ALLOW_HOSTS": "127.0.0.0/8", **changes,
+    }
+    limit = ["prlimit", f"--nofile={descriptors}"] if descriptors else []
+    with (folder / "log").open("w") as log:
+        return subprocess.Popen([*limit, sys.executable, "-m", "pipeline.server"], cwd=REPOSITORY, env=environment,
+                                stdout=subprocess.DEVNULL, stderr=log)
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """The lines that a door has logged so far."""
+    return [json.loads(line) for line in (folder / "log").read_text().splitlines() if line.startswith("{")]
 
 
 @contextlib.contextmanager
@@ -59,21 +92,17 @@ def serving(folder: Path, **changes: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def door(folder: Path, **changes: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def door(folder: Path, descriptors: int | None = None, **changes: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """The same with the process."""
-    port = free_port()
-    environment = {
-        "PATH": os.environ["PATH"], "MODEL_DIR": str(DEMO), "PORT": str(port), "STORAGE": "local", "TMPDIR": str(folder),
-        "LOCAL_STORAGE_DIR": str(folder / "outputs"), "CACHE_DIR": str(folder / "cache"),
-        "DOWNLOAD_ALLOW_HOSTS": "127.0.0.0/8", **changes,
-    }
-    process = subprocess.Popen([sys.executable, "-m", "pipeline.server"], cwd=REPOSITORY, env=environment,
-                               stdout=subprocess.DEVNULL, stderr=(folder / "log").open("w"))
+    port = changes.setdefault("PORT", str(free_port()))
+    process = started(folder, descriptors, **changes)
     base = f"http://127.0.0.1:{port}"
     try:
         seen = set()
         for _ in range(600):
-            with contextlib.suppress(requests.ConnectionError):
+            if port == "0" and (said := [line["port"] for line in logged(folder) if line["message"] == "listening"]):
+                base = f"http://127.0.0.1:{said[0]}"
+            with contextlib.suppress(requests.ConnectionError, requests.exceptions.InvalidURL):
                 seen.add(requests.get(f"{base}/ping", timeout=5).status_code)
             if 200 in seen:
                 break

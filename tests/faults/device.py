@@ -104,7 +104,7 @@ def _generating(error: BaseException) -> Callable[[World], Body]:
 
 
 def preparing(w: World) -> Body:
-    """Memory runs out while an unseen clip is encoded."""
+    """Memory does not suffice to encode one face of an unseen clip."""
     service = _fresh(w)
     with failing(service.engine.load().nets.vae.encoder, torch.OutOfMemoryError("CUDA out of memory")):
         return w.job(service, params={"extra_margin": 3})
@@ -214,12 +214,13 @@ def full_while_encoding(w: World) -> Body:
 
 
 def full_while_storing(w: World) -> Body:
-    """What is written into LOCAL_STORAGE_DIR goes to the device that is always full."""
+    """LOCAL_STORAGE_DIR lies on a disk of 4 kB."""
     folder = w.folder / "full"
-    folder.mkdir()
-    (folder / ".fault.mp4.part").symlink_to("/dev/full")
-    body = w.job(w.another(local_storage_dir=folder))
-    assert not list(folder.iterdir()), "left half a file"
+    with mounted(folder, "size=4k") as real:
+        if not real:
+            raise NotHere("no disk can be mounted")
+        body = w.job(w.another(local_storage_dir=folder))
+        assert not list(folder.iterdir()), "left half a file"
     return body
 
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import requests
 
@@ -236,10 +237,10 @@ class Littering:
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
 
-    def upload(self, path: Path, job_id: str, control: Control, digest: str = "") -> str:
+    def upload(self, path: Path, key: str, control: Control, **kind: Any) -> str:
         for number in range(10_000):
             (path.parent / str(number)).touch()
-        return self.storage.upload(path, job_id, control, digest)
+        return self.storage.upload(path, key, control, **kind)
 
 
 def times_under_load(w: World) -> None:

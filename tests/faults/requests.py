@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, assume, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 
+from pipeline.http.protocol import BODY_SEC, HEAD_SEC
 from pipeline.run import Service, status_of
-from pipeline.server import BODY_SEC, HEAD_SEC, server_config
+from pipeline.server import server_config
 from tests.faults.world import Body, Network, Row, World, media
 
 BAD = media("validation")

@@ -85,7 +85,7 @@ ROWS = [
         video_url=w.url("/status/404").replace("://", "://user:canary-password@")), GONE),
     Row("sources", "a password that is a word of the next job's answer", secrets_of_another_job),
     Row("sources", "the host's answer repeats the password", lambda w: w.job(
-        video_url=w.url("/repeat").replace("://", "://user:canary@")), media("download", words="403 not user:***")),
+        video_url=w.url("/repeat").replace("://", "://user:canary@")), media("download", words="403 not ***")),
     Row("sources", "the host behind a redirect repeats its signature", lambda w: w.job(
         video_url=w.sources.redirect_to(w.url("/repeat"))), media("download", words="403 not")),
     Row("sources", "number of tries", stops_asking),

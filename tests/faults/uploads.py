@@ -6,9 +6,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
+import pytest
+
+from pipeline.settings import BadSetting, Settings
 from pipeline.transfer.storage import UPLOAD_SEC
 from tests.fakes import b2 as fakes
 from tests.fakes import tsa
+from tests.fakes.s3 import S3
 from tests.faults.world import SUCCESS, Body, Expect, Row, World, processing
 
 DOWN, REFUSED = processing("upload", True), processing("upload", False)
@@ -61,6 +65,55 @@ def never_answers(w: World) -> Body:
         return w.job(w.with_b2(b2))
 
 
+def never_starts(**changes: str) -> Callable[[World], None]:
+    """What can never store anything stops the worker before it takes a job."""
+    def act(w: World) -> None:
+        with pytest.raises(BadSetting) as e:
+            w.with_b2(**changes)
+        assert "canary" not in str(e.value), "the key was said"
+    return act
+
+
+def withdrawn(w: World) -> Body:
+    """The key is deleted after the start."""
+    with closing(fakes.B2()) as b2:
+        service = w.with_b2(b2)
+        b2.faults.extend([fakes.status(401, "unauthorized")] * 50)
+        return w.job(service)
+
+
+def outage_in_parts(w: World) -> Body:
+    """Large files that were started are finished or cancelled."""
+    with closing(fakes.B2(part_size=10_000)) as b2:
+        b2.faults.extend([fakes.status(503, "service_unavailable")] * 25)
+        body = w.job(w.with_b2(b2))
+        assert b2.started > 1, "the outage is longer than the SDK's own tries"
+        assert not b2.large, "left unfinished"
+        return body
+
+
+def half_answers(w: World) -> Body:
+    """What is no answer of B2's says nothing about the film."""
+    with closing(fakes.B2()) as b2:
+        b2.faults.extend([fakes.breaks_off, fakes.page])
+        return w.job(w.with_b2(b2))
+
+
+def s3_job(fault: tuple[int, str] | None = None, count: int = 1) -> Callable[[World], Body]:
+    """A job whose film goes to moto's S3, which answers `count` PUTs with a fault first."""
+    def act(w: World) -> Body:
+        with closing(S3()) as s3:
+            chosen = Settings.from_env(s3.environment())
+            service = w.another(**{n: getattr(chosen, n) for n in Settings.model_fields if n.startswith(("s3_", "storage"))})
+            s3.faults["PUT"].extend([fault] * count if fault else [])
+            body = w.job(service)
+            if body["status"] == "success":
+                assert body["output_url"] == f"{s3.url}/films/avatar/outputs/fault.mp4", body["output_url"]
+                assert s3.body("avatar/outputs/fault.mp4")[4:8] == b"ftyp"
+            return body
+    return act
+
+
 def again(part_size: int, signed: bool = False) -> Callable[[World], None]:
     """The same job sent to a second worker after the first one's answer was lost: one object, one URL."""
     def act(w: World) -> None:
@@ -108,11 +161,17 @@ def time_stamps(answer: Callable[[tsa.Authority], Callable[[bytes], bytes]]) -> 
 
 ROWS = [
     *map(_row, FAULTS),
-    Row("storage", "wrong key", lambda w: w.job(w.with_b2(B2_APP_KEY="canary-wrong-key")), REFUSED),
-    Row("storage", "no such bucket", lambda w: w.job(w.with_b2(B2_BUCKET_NAME="elsewhere")), REFUSED),
+    Row("storage", "wrong key at the start", never_starts(B2_APP_KEY="canary-wrong-key")),
+    Row("storage", "no such bucket at the start", never_starts(B2_BUCKET_NAME="elsewhere")),
+    Row("storage", "key withdrawn while the worker runs", withdrawn, REFUSED),
+    Row("storage", "an outage while parts are sent", outage_in_parts, SUCCESS),
+    Row("storage", "half an answer, then a web page", half_answers, SUCCESS),
     Row("storage", "nobody listens", lambda w: w.job(w.with_b2(B2_REALM="http://127.0.0.1:9")), DOWN,
         limit_sec=UPLOAD_SEC + 30, aside=True),
     Row("storage", "never answers", never_answers, DOWN, limit_sec=UPLOAD_SEC + 10, aside=True),
+    Row("storage", "S3", s3_job()),
+    Row("storage", "S3: 503 four times", s3_job((503, "SlowDown"), 4)),
+    Row("storage", "S3: access denied", s3_job((403, "AccessDenied"), 50), REFUSED),
     Row("storage", "the same job sent again", again(10**8)),
     Row("storage", "the same job sent again, stored in parts", again(10_000)),
     Row("storage", "two workers with the same job at once", at_once),

@@ -1,0 +1,95 @@
+"""What is written into every film about its making: IPTC metadata, and content credentials where a signer is set."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+from pipeline.job.control import Control
+from pipeline.mark.credentials import Signer, check_signer
+from pipeline.mark.sign import COMPOSITE, DESCRIPTION, SYSTEM
+from pipeline.settings import Settings
+
+IPTC = "http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
+XMP_UUID = bytes.fromhex("be7acfcb97a942e89c71999491e3afac")
+XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="{iptc}" xmlns:xmp="http://ns.adobe.com/xap/1.0/">
+<xmp:CreatorTool>MuseTalk worker {revision}</xmp:CreatorTool>
+<Iptc4xmpExt:DigitalSourceType>{kind}</Iptc4xmpExt:DigitalSourceType>
+<Iptc4xmpExt:AISystemUsed>{system}</Iptc4xmpExt:AISystemUsed>
+<Iptc4xmpExt:AISystemVersionUsed>{version}</Iptc4xmpExt:AISystemVersionUsed>
+</rdf:Description></rdf:RDF></x:xmpmeta>
+<?xpacket end="r"?>"""
+
+
+@dataclass(frozen=True)
+class Making:
+    """How a film was made: what the marks state. `clip` and `speech` are the source files, with their sha256 beside them."""
+
+    job_id: str
+    weights_version: str
+    weights_identity: str
+    clip: Path
+    clip_sha256: str
+    speech: Path
+    speech_sha256: str
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What was written. `digest` names what was signed, empty where the film's own bytes do."""
+
+    written: str
+    digest: str = ""
+
+
+def tags(settings: Settings) -> tuple[str, ...]:
+    """The encoder's options for the plain metadata that every player shows."""
+    if settings.ai_label == "off":
+        return ()
+    return ("-metadata", f"comment={DESCRIPTION}", "-metadata", f"description={DESCRIPTION} {COMPOSITE}")
+
+
+class Marker:
+    """Marks films as the settings say; raises BadSetting when the signer they name cannot sign."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.signer = check_signer(settings)
+
+    def finish(self, film: Path, making: Making, control: Control) -> Mark:
+        """Write the marks into a finished MP4, in place. Raises SigningFailed; the film is then not signed at all."""
+        if self.settings.ai_label == "off":
+            return Mark("none")
+        _append_xmp(film, self.settings.revision, making)
+        return Mark("IPTC") if self.signer is None else self._sign(self.signer, film, making, control)
+
+    def _sign(self, signer: Signer, film: Path, making: Making, control: Control) -> Mark:
+        job = {"job_id": making.job_id, "weights_version": making.weights_version,
+               "weights_identity": making.weights_identity, "revision": self.settings.revision}
+        sources = [{"path": str(making.clip.resolve()), "label": "clip", "title": "source clip", "relationship": "parentOf",
+                    "sha256": making.clip_sha256},
+                   {"path": str(making.speech.resolve()), "label": "speech", "title": "speech",
+                    "relationship": "componentOf", "sha256": making.speech_sha256}]
+        with film.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        with tempfile.TemporaryDirectory(dir=film.parent, prefix="signing-") as folder:
+            signed, manifest, stamped = signer.sign(film, Path(folder), job, sources, control)
+            signed.replace(film)
+        digest.update(json.dumps([manifest, signer.fingerprint, signer.tsa_url], sort_keys=True).encode())
+        missing = " without a time stamp" if signer.tsa_url and not stamped else ""
+        return Mark(f"IPTC, C2PA{missing}", digest.hexdigest())
+
+
+def _append_xmp(film: Path, revision: str, making: Making) -> None:
+    """The standard uuid box at the file's end, where no offset into the film changes."""
+    packet = XMP.format(iptc=IPTC, kind=COMPOSITE, system=SYSTEM, revision=escape(revision),
+                        version=escape(f"{making.weights_version} ({making.weights_identity[:16]})")).encode()
+    with film.open("ab") as file:
+        file.write(struct.pack(">I4s16s", 24 + len(packet), b"uuid", XMP_UUID) + packet)

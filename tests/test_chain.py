@@ -1,0 +1,102 @@
+"""The steps over frames in memory: streamed or collected, for one speaker or several."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from musetalk import Avatar, LipSync, NoFace, Options
+from musetalk.steps import GROUP, HELD, RGB, Frame, Speaker, State, blend, follow, frames_to_read, generate, prepare
+from pipeline.media import ffmpeg
+from pipeline.run import Service
+
+OUTPUTS = 5
+OPTIONS = Options(batch_size=2)
+
+
+@pytest.fixture(scope="module")
+def lipsync(service: Service) -> LipSync:
+    return service.engine.load()
+
+
+@pytest.fixture(scope="module")
+def clip(short_clip: Path) -> list[torch.Tensor]:
+    """As many frames as a film of OUTPUTS frames looks at."""
+    count = frames_to_read(OUTPUTS)
+    command = [ffmpeg(), "-v", "error", "-i", str(short_clip), "-frames:v", str(count), "-f", "rawvideo", "-pix_fmt", "rgb24",
+               "-"]
+    raw = subprocess.run(command, capture_output=True, check=True).stdout
+    return list(torch.from_numpy(np.frombuffer(raw, np.uint8).reshape(count, 360, 640, 3).copy()))
+
+
+def pcm(seed: int) -> np.ndarray:
+    noise: np.ndarray = np.random.default_rng(seed).normal(size=OUTPUTS * 640).astype(np.float32)
+    return noise * 0.1
+
+
+def speaker(lipsync: LipSync, seed: int, avatar: Avatar | None = None, **given: Any) -> Speaker:
+    options = Options(batch_size=2, **given)
+    prompts = lipsync.prompts(pcm(seed), Fraction(25), options)
+    return Speaker(avatar or Avatar.new(), prompts, [1.0] * len(prompts), options)
+
+
+def streamed(lipsync: LipSync, pictures: list[torch.Tensor], speakers: list[Speaker]) -> list[np.ndarray]:
+    """The film's frames, by the whole chain; what is only looked at must come out, too, and is as it was."""
+    state = State.of(lipsync.nets)
+    frames = (Frame(i if i < OUTPUTS else None, i, p.clone(), RGB) for i, p in enumerate(pictures))
+    out = list(blend(generate(prepare(frames, speakers, state), speakers, state)))
+    assert [f.source for f in out] == list(range(len(pictures)))
+    assert all(torch.equal(f.buffer, pictures[f.source]) for f in out[OUTPUTS:])
+    return [f.buffer.numpy() for f in out[:OUTPUTS]]
+
+
+def test_the_library_is_the_collected_stream(lipsync: LipSync, clip: list[torch.Tensor]) -> None:
+    """The chain on a clip that goes on equals `prepare` and `speak` on all of it, bit for bit."""
+    want = list(lipsync.speak(lipsync.prepare(clip, OPTIONS), pcm(1), options=OPTIONS))
+    got = streamed(lipsync, clip, [speaker(lipsync, 1)])
+    assert np.array_equal(np.stack(got), np.stack(want))
+    assert not np.array_equal(got[0], clip[0].numpy())
+
+
+def test_two_speakers_are_two_steps_of_the_same_chain(lipsync: LipSync, clip: list[torch.Tensor]) -> None:
+    """Two people side by side, each with a speech of their own, in common batches: each as if they spoke alone."""
+    pair = [torch.cat([picture, picture.flip(1)], dim=1) for picture in clip]
+    left, right = ({"face": side} for side in ("leftmost", "rightmost"))
+    both = streamed(lipsync, pair, [speaker(lipsync, 1, **left), speaker(lipsync, 2, **right)])
+    alone = [streamed(lipsync, pair, [speaker(lipsync, seed, **side)]) for seed, side in ((1, left), (2, right))]
+    for i in range(OUTPUTS):
+        for half, own in zip((slice(0, 640), slice(640, 1280)), alone, strict=True):
+            assert (both[i][:, half] != pair[i].numpy()[:, half]).any()
+            apart = np.abs(both[i][:, half].astype(int) - own[i][:, half])
+            assert apart.max() <= 4, "a larger batch only rounds otherwise"
+            assert apart.mean() < 0.02
+
+
+def test_no_face_is_said_of_the_frames_that_are_used(lipsync: LipSync, clip: list[torch.Tensor]) -> None:
+    """Where the first face comes later, whether the clip is prepared or not."""
+    nobody = [torch.full_like(clip[0], 128)] * OUTPUTS + clip[: len(clip) - OUTPUTS]
+    for avatar in (Avatar.new(), lipsync.prepare(nobody, OPTIONS)):
+        with pytest.raises(NoFace, match=f"none of its {OUTPUTS} frames"):
+            streamed(lipsync, nobody, [speaker(lipsync, 1, avatar)])
+
+
+def test_preparing_holds_no_more_frames_than_it_says(lipsync: LipSync, clip: list[torch.Tensor]) -> None:
+    """A film has so many buffers: with fewer it would stand still."""
+    taken, most = 0, 0
+
+    def frames() -> Iterator[Frame]:
+        nonlocal taken
+        for i, picture in enumerate([*clip, *clip[::-1]]):
+            taken += 1
+            yield Frame(i, i, picture, RGB)
+
+    for handed_on, _ in enumerate(follow(frames(), Avatar.new(), OPTIONS, State.of(lipsync.nets))):
+        most = max(most, taken - handed_on)
+    assert GROUP < most <= HELD
