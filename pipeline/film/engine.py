@@ -211,7 +211,7 @@ def drawn_frame() -> Frame:
 def drawn_avatar(frame: Frame, options: Options, state: State) -> Avatar:
     """The drawn face prepared; with a detector that does not see it, its landmarks and parts all the same."""
     avatar = Avatar.new()
-    for _ in steps.follow(iter([frame]), avatar, options, state):
+    for _ in steps.follow(iter([frame]), [(avatar, options.face)], options, state):
         pass
     if avatar.first_face is None:
         picture = frame.rgb(state.nets.device)

@@ -110,7 +110,7 @@ class Preview:
         avatar, buffers, count = Avatar.new(), film_buffers(source, 1), steps.frames_to_read(outputs)
         decode = Decode(source, form, outputs, options.loop, count, buffers)
         with closing(decode.first_pass()) as clip:
-            for frame in steps.follow(clip, avatar, options, state, steps.entries_needed(outputs)):
+            for frame in steps.follow(clip, [(avatar, options.face)], options, state, steps.entries_needed(outputs)):
                 buffers.give_back(frame.buffer.numpy())
         avatar.complete = avatar.complete and not decode.complaint
         self.engine.cache.put(key, avatar)
