@@ -76,6 +76,7 @@ class Painted:
     face: Face
     region: Region
     finish: Finish
+    speaker: int = 0  # whose it is: the place in the list of the speakers
 
     def paste(self, planes: Sequence[Tensor]) -> None:
         """Paste the face into C planes of its frame in place."""

@@ -24,7 +24,7 @@ def generate(frames: Iterable[Frame], speakers: Sequence[Speaker], state: State)
     The faces of all speakers in a batch of frames are made at once. A batch ends at a multiple of `batch_size` or with the
     speech, since networks may round by a batch's make-up: a frame's faces are the same wherever a chain begins. Speakers share
     the batch size, the lane, and how much of the speech a frame hears. Raises NonFiniteOutput, NoFastLane; SameFace where two
-    speak with one face for SAME_FACE frames on end.
+    speak with one face for SAME_FACE frames on end, or in all of a shorter film.
     """
     size, outputs = speakers[0].options.batch_size, len(speakers[0].prompts)
     batch: list[Frame] = []
@@ -45,18 +45,18 @@ def generate(frames: Iterable[Frame], speakers: Sequence[Speaker], state: State)
 def _paint(batch: Sequence[Frame], speakers: Sequence[Speaker], state: State, shared: dict[tuple[int, int], int]) -> None:
     """Generate what is painted into some frames."""
     faces = [_shown(frame, speakers, shared) for frame in batch]
-    shown = [(speaker, frame, frame.output, face) for k, speaker in enumerate(speakers)
+    shown = [(k, frame, frame.output, face) for k in range(len(speakers))
              for frame, its in zip(batch, faces, strict=True) if frame.output is not None and (face := its.get(k))]
     if not shown:
         return
     latents = torch.stack([face.latents for _, _, _, face in shown])
-    tokens = torch.cat([speaker.prompts.batch([output for _, _, output, _ in its])
-                        for speaker, its in groupby(shown, itemgetter(0))])
+    tokens = torch.cat([speakers[k].prompts.batch([output for _, _, output, _ in its])
+                        for k, its in groupby(shown, itemgetter(0))])
     made, finite = state.generator(latents, tokens, _first_row([face for *_, face in shown], speakers[0], state))
     if not bool(finite.all()):
         raise NonFiniteOutput(shown[int((~finite).nonzero()[0])][2])
-    for (speaker, frame, output, face), levels in zip(shown, batch[0].form.levels(made), strict=True):
-        frame.painted.append(Painted(levels, face, speaker.region(face, output), speaker.options.finish))
+    for (k, frame, output, face), levels in zip(shown, batch[0].form.levels(made), strict=True):
+        frame.painted.append(Painted(levels, face, speakers[k].region(face, output), speakers[k].options.finish, k))
 
 
 def _shown(frame: Frame, speakers: Sequence[Speaker], shared: dict[tuple[int, int], int]) -> dict[int, Face]:
@@ -70,8 +70,8 @@ def _shown(frame: Frame, speakers: Sequence[Speaker], shared: dict[tuple[int, in
              and (face := speaker.face(frame.source, alone=len(speakers) == 1)) is not None}
     one = [(a, b) for a in faces for b in faces if a < b and _same(faces[a], faces[b])]
     for pair in one:
-        if shared.get(pair, 0) + 1 >= SAME_FACE:
-            raise SameFace(*pair, frame.output - SAME_FACE + 1)
+        if shared.get(pair, 0) + 1 >= (most := min(SAME_FACE, len(speakers[0].prompts))):
+            raise SameFace(*pair, frame.output - most + 1)
     counts = {pair: shared.get(pair, 0) + 1 for pair in one}
     shared.clear()
     shared.update(counts)
