@@ -42,7 +42,7 @@ from pipeline.settings import REPOSITORY, Settings
 STEPS: dict[str, tuple[tuple[Any, str], ...]] = {  # of preparing, and what they consist of
     "rgb": ((frame, "to_rgb"),), "detection": ((detect, "detect"),), "landmarks": ((landmarks, "landmarks"),),
     "crops": ((subpixel, "crop"),), "encoder": ((generate, "latents"),), "parser": ((mask, "parse"),),
-    "masks": ((mask, "label_mask"), (subpixel, "region"), (mask, "lips_map")), "windows": ((Tracker, "_window"),),
+    "masks": ((mask, "label_mask"), (subpixel, "region"), (mask, "lips_map")), "windows": ((Tracker, "follow"),),
 }
 
 

@@ -28,7 +28,7 @@ from pipeline.film.runner import Stage
 from pipeline.film.validate import Inputs, validate
 from pipeline.job.control import Control
 from pipeline.media import ffmpeg, video_encoder
-from pipeline.schema import parse
+from pipeline.schema import Part, parse
 from pipeline.settings import REPOSITORY, Settings
 from pipeline.transfer.download import Source
 
@@ -121,7 +121,8 @@ def measure(seconds: int) -> dict[str, float]:
 def checked(clip: Path, sound: Path) -> Inputs:
     """Both files as a job has them after its validation."""
     settings = Settings(device="cpu", max_audio_sec=3600)
-    return validate(Source(clip, "", "clip"), Source(sound, "", "sound"), clip.parent, settings, Control(600))
+    speech = Part("audio_url", "sound", None, 0.0), Source(sound, "", "sound")
+    return validate(Source(clip, "", "clip"), [speech], clip.parent, settings, Control(600))
 
 
 class _stubbed:

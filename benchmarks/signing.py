@@ -68,7 +68,7 @@ def _resident() -> int:
 def making() -> Making:
     """What a job on the samples would state."""
     clip, speech = (hashlib.sha256(path.read_bytes()).hexdigest() for path in (CLIP, SPEECH))
-    return Making("job-1", "v15", "0123456789abcdef0123", CLIP, clip, SPEECH, speech)
+    return Making("job-1", "v15", "0123456789abcdef0123", CLIP, clip, ((SPEECH, speech),))
 
 
 def _cpu_sec() -> float:

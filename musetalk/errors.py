@@ -8,7 +8,19 @@ class MuseTalkError(Exception):
 
 
 class NoFace(MuseTalkError):
-    """No frame of the clip holds a usable face."""
+    """No frame of the clip holds a usable face; `choice` is the place of whom was chosen in the list of those."""
+
+    def __init__(self, message: str, *, choice: int = 0) -> None:
+        super().__init__(message)
+        self.choice = choice
+
+
+class SameFace(MuseTalkError):
+    """Two of the speakers, by their places in the list, are one face; `frame` is the first output frame that shows it."""
+
+    def __init__(self, first: int, second: int, frame: int) -> None:
+        super().__init__(f"speakers {first} and {second} speak with one face at output frame {frame}")
+        self.first, self.second, self.frame = first, second, frame
 
 
 class BadCheckpoint(MuseTalkError):

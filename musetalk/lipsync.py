@@ -57,7 +57,8 @@ class LipSync:
         avatar = Avatar.new()
         avatar.frames = [torch.as_tensor(frame) for frame in frames]
         clip = (Frame(None, i, pixels, RGB) for i, pixels in enumerate(avatar.frames))
-        for _ in follow(clip, avatar, options or Options.for_version(self.nets.version), State.of(self.nets)):
+        options = options or Options.for_version(self.nets.version)
+        for _ in follow(clip, [(avatar, options.face)], options, State.of(self.nets)):
             pass
         if avatar.first_face is None:
             raise NoFace(f"none of the {len(avatar)} frames holds a face")

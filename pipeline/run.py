@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,7 +24,7 @@ from pipeline.job import redact
 from pipeline.job.control import Control
 from pipeline.job.metrics import PeakMemory, StageTimer, give_back_memory, gpu_class, versions
 from pipeline.mark.marker import Making, Mark, Marker
-from pipeline.schema import Failure, JobRequest, Metrics, SelfTest, StageTimes, Success, parse
+from pipeline.schema import Failure, JobRequest, Metrics, Part, SelfTest, StageTimes, Success, parse
 from pipeline.settings import Settings, asset
 from pipeline.transfer.download import Downloader, Source
 from pipeline.transfer.storage import storage_of
@@ -79,8 +79,8 @@ class Service:
         request, control = parse(job_input, "preview"), Control(self.settings.job_deadline_sec)
         with job_folder() as folder:
             video = self.downloader.fetch(request.video_url, folder / "video", "video_url", control)
-            audio = self.downloader.fetch(request.audio_url, folder / "audio", "audio_url", control)
-            inputs = validate(video, audio, folder, self.settings, control)
+            speeches = fetched(self.downloader, request, folder, control)
+            inputs = validate(video, speeches, folder, self.settings, control)
             with contextlib.closing(Preview(self.engine, inputs, video.sha256)) as preview:
                 yield preview
 
@@ -97,13 +97,13 @@ class Service:
         folder = cleanup.enter_context(job_folder())
         with self._stage("download", request, timer, control):
             video = downloader.fetch(request.video_url, folder / "video", "video_url", control)
-            audio = downloader.fetch(request.audio_url, folder / "audio", "audio_url", control)
+            speeches = fetched(downloader, request, folder, control)
         with self._stage("validation", request, timer, control):
-            inputs = validate(video, audio, folder, self.settings, control, 1.0 if preview or test else None)
+            inputs = validate(video, speeches, folder, self.settings, control, 1.0 if preview or test else None)
         with self._stage("inference", request, timer, control):
             result = stream.speak(self.engine, request, inputs, video.sha256, folder / "output.mp4", control,
                                   use_cache=test is None)  # a self-test runs every network, and leaves nothing behind
-            mark = self._mark(folder / "output.mp4", request, video, audio, control)
+            mark = self._mark(folder / "output.mp4", request, video, speeches, control)
         with self._stage("upload", request, timer, control):
             url = self.storage.upload(folder / "output.mp4", f"{request.musetalk_job_id}.mp4", control, digest=mark.digest)
             report = {"worker": self.settings.revision, **versions(), **self.engine.report()} if test else None
@@ -117,11 +117,13 @@ class Service:
         log.info("stage done", extra={"job_id": request.musetalk_job_id, "stage": name, "seconds": timer.times[name]})
         control.progress(name, 1)
 
-    def _mark(self, film: Path, request: JobRequest, video: Source, audio: Source, control: Control) -> Mark:
+    def _mark(
+        self, film: Path, request: JobRequest, video: Source, speeches: Sequence[tuple[Part, Source]], control: Control,
+    ) -> Mark:
         """Mark the film, which ends its making: timed with inference."""
         nets = self.engine.load().nets
         making = Making(request.musetalk_job_id, nets.version, nets.identity,
-                        video.path, video.sha256, audio.path, audio.sha256)
+                        video.path, video.sha256, tuple((source.path, source.sha256) for _, source in speeches))
         return self.marker.finish(film, making, control)
 
     def _success(
@@ -133,8 +135,18 @@ class Service:
             PEAK_VRAM_MIB=memory.vram_mib, PEAK_RAM_KB=memory.peak_kb,
             gpu_class=self.gpu_class, stage_times=StageTimes(**timer.times),
             total_time=timer.total, frames=result.frames, avatar_cached=result.avatar_cached, selftest=selftest,
-            lane=result.lane, damaged=result.damaged, provenance=mark.written, faces_found=result.faces_found)
+            lane=result.lane, damaged=result.damaged, provenance=mark.written, faces_found=result.faces_found,
+            speakers=result.speakers or None)
         return Success(output_url=url, musetalk_job_id=request.musetalk_job_id, metrics=metrics).body()
+
+
+def fetched(downloader: Downloader, request: JobRequest, folder: Path, control: Control) -> list[tuple[Part, Source]]:
+    """The job's speeches; one that is named twice is fetched once."""
+    files: dict[str, Source] = {}
+    for i, part in enumerate(request.parts):
+        if part.audio_url not in files:
+            files[part.audio_url] = downloader.fetch(part.audio_url, folder / f"audio-{i}", part.field, control)
+    return [(part, files[part.audio_url]) for part in request.parts]
 
 
 def sample_job(test: SelfTest, job_id: str | None) -> dict[str, Any]:

@@ -11,9 +11,19 @@ import json
 import re
 from fractions import Fraction
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, create_model, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationError,
+    create_model,
+    field_validator,
+)
 
 from musetalk.options import Options
 from pipeline.errors import BadRequest, Stage, StageKey
@@ -84,17 +94,91 @@ class Params(_Options):
 URL = StringConstraints(strip_whitespace=True, min_length=1, max_length=8192)
 
 
-class JobRequest(BaseModel):
-    """One job."""
+Pixel = Annotated[float, Field(ge=0, le=65535)]
+Second = Annotated[float, Field(ge=0, le=86400, description="of the clip")]
+
+
+class FacePoint(BaseModel):
+    """The face that shows at a point of the source, as it is shown, at a moment."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
+    point: Annotated[list[Pixel], Field(min_length=2, max_length=2, description="x, y, pixels of the source as it is shown")]
+    second: Second = 0.0
+
+
+class FaceBox(BaseModel):
+    """The face that shows in a box of the source, as it is shown, at a moment."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    box: Annotated[list[Pixel], Field(min_length=4, max_length=4, description="x1, y1, x2, y2, pixels of the source as it is "
+                                                                              "shown")]
+    second: Second = 0.0
+
+    @field_validator("box")
+    @classmethod
+    def _ordered(cls, value: list[float]) -> list[float]:
+        if value[0] >= value[2] or value[1] >= value[3]:
+            raise ValueError("use [x1, y1, x2, y2] with x1 < x2 and y1 < y2")
+        return value
+
+
+FaceWord = Literal["largest", "leftmost", "rightmost"] | Annotated[int, Field(ge=0, le=99)]
+Face = Annotated[
+    Annotated[FaceWord, Tag("face-word")] | Annotated[FacePoint, Tag("face-point")] | Annotated[FaceBox, Tag("face-box")],
+    Discriminator(lambda v: "face-box" if isinstance(v, FaceBox) or (isinstance(v, dict) and "box" in v)
+                  else "face-point" if isinstance(v, (dict, FacePoint)) else "face-word")]
+
+
+class SpeakerPart(BaseModel):
+    """One speech, whose face speaks it, and when it begins."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    audio_url: Annotated[str, URL, Field(description="the speech, or a video's sound track")]
+    face: Annotated[Face, Field(description="whose mouth moves; the same face may have several speeches, one after another")] = (
+        "largest")
+    start: Annotated[float, Field(ge=0, le=86400, description="seconds of the film at which the speech begins")] = 0.0
+
+
+class Part(NamedTuple):
+    """A speech of a job: the field that names it, where it is, whose it is (None: as `params.face` says) and its start."""
+
+    field: str
+    audio_url: str
+    face: str | int | FacePoint | FaceBox | None
+    start: float
+
+    @property
+    def face_field(self) -> str:
+        """The field that says whose it is."""
+        return "params.face" if self.face is None else self.field.removesuffix("audio_url") + "face"
+
+
+class JobRequest(BaseModel):
+    """One job. Exactly one of `audio_url` and `speakers` is given."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, json_schema_extra={
+        "oneOf": [{"required": ["audio_url"]}, {"required": ["speakers"]}]})
+
     musetalk_job_id: Annotated[str, Field(pattern=JOB_ID, description="names the job and the output object")]
     video_url: Annotated[str, URL, Field(description="the avatar: video or still image")]
-    audio_url: Annotated[str, URL, Field(description="the speech, or a video's sound track")]
+    audio_url: Annotated[str, URL, Field(description="the speech, or a video's sound track",
+                                         json_schema_extra=lambda s: s.pop("default"))] = ""
     aspect_ratio: Annotated[str, Field(description='"source" or "W:H"')] = "source"
     resolution: Annotated[str, Field(description='"source", "720p" (short side) or "WxH"')] = "source"
     params: Params = Params()
+    speakers: Annotated[list[SpeakerPart], Field(
+        min_length=1, max_length=6, description="instead of audio_url: several speeches, each with its face and its start",
+        json_schema_extra=lambda s: s.pop("default"))] = []
+
+    @property
+    def parts(self) -> list[Part]:
+        """The job's speeches."""
+        if not self.speakers:
+            return [Part("audio_url", self.audio_url, None, 0.0)]
+        return [Part(f"speakers.{i}.audio_url", s.audio_url, s.face, s.start) for i, s in enumerate(self.speakers)]
 
     @field_validator("aspect_ratio")
     @classmethod
@@ -153,22 +237,41 @@ def parse(job_input: Any, job_id: str | None = None) -> JobRequest:
     values = dict(job_input)
     if values.get("musetalk_job_id") is None and job_id is not None:
         values["musetalk_job_id"] = job_id
-    for name in ("aspect_ratio", "resolution", "params"):
+    for name in ("aspect_ratio", "resolution", "params", "speakers", *(["audio_url"] if values.get("speakers") else [])):
         if values.get(name, ...) is None:
             del values[name]  # null means the default, as orchestrators send it
+    _check_speeches(values)
+    missing = "audio_url" not in values and "speakers" not in values
     try:
-        return JobRequest.model_validate(values)
+        request = JobRequest.model_validate(values)
     except ValidationError as e:
-        raise _explain(e) from None
+        if not missing or e.errors()[0]["loc"][0] in ("musetalk_job_id", "video_url"):
+            raise _explain(e) from None
+    if missing:
+        raise BadRequest("audio_url: Field required", stage="validation", field="audio_url")
+    return request
+
+
+def _check_speeches(values: dict[str, Any]) -> None:
+    """Raise BadRequest where speakers are given and what they replace, too."""
+    if "speakers" not in values:
+        return
+    if "audio_url" in values:
+        raise BadRequest("speakers: give either audio_url or speakers, not both", stage="validation", field="speakers")
+    if isinstance(params := values.get("params"), dict) and "face" in params:
+        raise BadRequest("params.face: each of the speakers says its own face; leave it out", stage="validation",
+                         field="params.face")
 
 
 def _explain(error: ValidationError) -> BadRequest:
     first = error.errors(include_url=False, include_context=False)[0]
-    path = [str(p) for p in first["loc"] if not str(p).startswith(("literal[", "constrained-"))]
+    path = [str(p) for p in first["loc"] if not str(p).startswith(("literal[", "constrained-", "face-"))]
     path = [p for p in path if p not in ("int", "float", "str", "bool")]
     field = ".".join(path)[:200]
     if first["type"] == "extra_forbidden":
-        known = Params.model_fields if path[0] == "params" else JobRequest.model_fields
+        known: Any = Params.model_fields if path[0] == "params" else JobRequest.model_fields
+        if path[0] == "speakers":
+            known = ("point", "box", "second") if "face" in path else SpeakerPart.model_fields
         near = difflib.get_close_matches(path[-1][:64], known, 1, 0.4)
         hint = f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(known)}"
         return BadRequest(f"{field}: unknown key{hint}", stage="validation", field=field)
@@ -188,6 +291,14 @@ class StageTimes(BaseModel):
     upload: float
 
 
+class SpeakerMetrics(BaseModel):
+    """What became of one speaker."""
+
+    box: list[int] | None = Field(description="the face where it was found first: x1, y1, x2, y2, pixels of the source")
+    frames: int = Field(description="frames of the film in which the mouth is made")
+    seconds: float = Field(description="of speech")
+
+
 class Metrics(BaseModel):
     """What the orchestrator stores. Keys may be added at the end, never changed."""
 
@@ -205,6 +316,8 @@ class Metrics(BaseModel):
     provenance: str = Field("none", description="what was written into the file about its making: IPTC, C2PA")
     damaged: str | None = Field(None, description="only of a damaged source: what of it could be decoded")
     faces_found: int = Field(0, description="frames of the output in which the speaker's face was found")
+    speakers: list[SpeakerMetrics] | None = Field(None, description="only of a job with speakers: of each face that speaks, in "
+                                                                    "the order of their first speeches")
 
 
 class Success(BaseModel):
@@ -216,9 +329,9 @@ class Success(BaseModel):
     metrics: Metrics
 
     def body(self) -> dict[str, Any]:
-        """The JSON body: `selftest` and `damaged` only where there is something to say."""
+        """The JSON body: `selftest`, `damaged` and `speakers` only where there is something to say."""
         body = self.model_dump()
-        for name in ("selftest", "damaged"):
+        for name in ("selftest", "damaged", "speakers"):
             if body["metrics"][name] is None:
                 del body["metrics"][name]
         return body

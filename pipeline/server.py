@@ -113,9 +113,20 @@ def create_app(service: Service) -> FastAPI:
 def _job_schema() -> dict[str, Any]:
     """The OpenAPI description of a job, without references inside the operation."""
     request = JobRequest.model_json_schema()
-    request["properties"]["params"] = request.pop("$defs")["Params"]
+    request = _without_references(request, request.pop("$defs"))
     either = {"anyOf": [request, SelfTest.model_json_schema()]}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": either}}}}
+
+
+def _without_references(schema: Any, definitions: dict[str, Any]) -> Any:
+    """A JSON Schema with each reference replaced by what it refers to."""
+    if isinstance(schema, list):
+        return [_without_references(each, definitions) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _without_references(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {key: _without_references(each, definitions) for key, each in schema.items()}
 
 
 def _failures() -> dict[int | str, dict[str, Any]]:

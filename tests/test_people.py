@@ -11,9 +11,10 @@ import torch
 
 from musetalk import LipSync, NoFace, Options
 from musetalk.face import detect
-from musetalk.face.people import assigned, middle
+from musetalk.face.people import Choice, Pointed, assigned, middle
+from musetalk.face.search import Search
 from musetalk.face.steady import Found, steadied
-from musetalk.face.track import WINDOW, Tracker, follow, frames_needed
+from musetalk.face.track import WINDOW, Tracker, _together, follow, frames_needed
 from musetalk.geometry.box import Box
 from musetalk.geometry.place import Place
 from pipeline.run import Service
@@ -28,12 +29,12 @@ def frames_of(film: Sequence[Scene]) -> list[torch.Tensor]:
     return [picture(people, i) for i, (people, _, _) in enumerate(film)]
 
 
-def told(service: Service, frames: Sequence[torch.Tensor], choice: str | int = "leftmost", natural: bool = True) -> list[Spot]:
+def told(service: Service, frames: Sequence[torch.Tensor], choice: Choice = "leftmost", natural: bool = True) -> list[Spot]:
     """The middle of the face that speaks in each frame."""
     nets = service.engine.load().nets
     with torch.inference_mode():
-        found = [f for _, f in follow(frames, nets.detector, nets.pose, choice, natural=natural)]
-    return [None if f is None else ((f.place.x1 + f.place.x2) / 2, (f.place.y1 + f.place.y2) / 2) for f in found]
+        found = [f for _, (f,) in follow(frames, nets.detector, nets.pose, [choice], natural=natural)]
+    return [None if f is None else (f.place.x, f.place.y) for f in found]
 
 
 def judged(spots: Sequence[Spot], film: Sequence[Scene]) -> str:
@@ -108,7 +109,7 @@ def test_the_one_who_was_chosen_speaks(service: Service, name: str) -> None:
 def test_everyone_keeps_a_number(service: Service) -> None:
     """Also who does not speak; and the official finish follows the same person."""
     nets, film = service.engine.load().nets, crossing(14, True)
-    tracker = Tracker(nets.detector, nets.pose, "leftmost")
+    tracker = Tracker(Search(nets.detector), nets.pose, "leftmost")
     with torch.inference_mode():
         found = [f for _, f in tracker.run(frames_of(film[:36]))]
     verdict = judged([f and middle(f.box) for f in found], film[:36])
@@ -124,11 +125,11 @@ def test_costs_of_one_face(service: Service) -> None:
     """The detector looks once a window, at one face and at two that are far apart."""
     nets = service.engine.load().nets
     for people in ([(cut_out(ANNA), 320, 170)], [(cut_out(ANNA), 160, 170), (cut_out(BELA), 480, 172)]):
-        tracker = Tracker(nets.detector, nets.pose, natural=True)
+        tracker = Tracker(Search(nets.detector), nets.pose, natural=True)
         with torch.inference_mode():
             frames = [picture([(who, x + i % 5, y) for who, x, y in people], i) for i in range(3 * WINDOW)]
             assert all(found for _, found in tracker.run(frames))
-        assert tracker.detections <= 4
+        assert tracker.search.passes <= 4
 
 
 # -- when nobody is there --
@@ -205,7 +206,7 @@ def mouths(service: Service, frames: Sequence[torch.Tensor]) -> list[np.ndarray 
     """Where the mouth of the face that speaks should be: the lower part of its place, along it."""
     nets = service.engine.load().nets
     with torch.inference_mode():
-        found = [f for _, f in follow(frames, nets.detector, nets.pose, natural=True)]
+        found = [f for _, (f,) in follow(frames, nets.detector, nets.pose, natural=True)]
     return [None if f is None else (f.place.matrix @ np.array([0, 0.55, 1]))[:2] for f in found]
 
 
@@ -274,3 +275,48 @@ def test_assignment_is_the_cheapest() -> None:
         pairs = assigned(costs, most)
         assert len(set(pairs.values())) == len(pairs)
         assert sum(costs[p, d] for p, d in pairs.items()) + most * (rows - len(pairs)) == pytest.approx(best)
+
+
+# -- several at once --
+
+
+def test_two_are_followed_in_one_pass(service: Service) -> None:
+    """Each as if alone, and a frame is searched once for both."""
+    nets, frames = service.engine.load().nets, frames_of(crossing(14, True))
+    search, choices = Search(nets.detector), ("leftmost", "rightmost")
+    with torch.inference_mode():
+        alone = [[f for _, (f,) in follow(frames, nets.detector, nets.pose, [c], natural=True)] for c in choices]
+        both = [f for _, f in follow(frames, nets.detector, nets.pose, choices, natural=True)]
+        trackers = [Tracker(search, nets.pose, c, natural=True) for c in choices]
+        list(_together(frames, trackers))
+    assert list(zip(*alone, strict=True)) == both
+    assert search.passes <= len(frames)
+    assert all(any(own) for own in alone)
+
+
+@pytest.mark.parametrize("index", [0, 31])
+def test_one_who_is_pointed_at_is_found_in_all_of_the_film(service: Service, index: int) -> None:
+    """Also before the frame in which he is pointed at, where he has changed sides with another."""
+    nets, film = service.engine.load().nets, crossing(14, True)
+    frames = frames_of(film)
+    with torch.inference_mode():
+        boxes = detect.distinct(detect.detect(nets.detector, frames[index]))
+        whose = int(np.argmin([abs(middle(box)[0] - film[index][1][0]) for box in boxes]))
+        anna = Pointed.at(index, frames[index], boxes, whose)
+    verdict = judged(told(service, frames, anna), film)
+    assert "w" not in verdict, verdict
+    assert verdict.count("r") >= 0.5 * len(film), verdict
+
+
+def test_nobody_speaks_for_one_who_is_pointed_at(service: Service) -> None:
+    """Of people who are never seen together, each is found in the own shots alone."""
+    nets = service.engine.load().nets
+    film = [scene for scene in cuts() for _ in range(2)]
+    frames = frames_of(film)
+    with torch.inference_mode():
+        for index, own in ((0, 0), (40, 1)):
+            boxes = detect.distinct(detect.detect(nets.detector, frames[index]))
+            spots = told(service, frames, Pointed.at(index, frames[index], boxes, 0))
+            shots = [i // 32 % 2 for i in range(len(film))]
+            assert not any(spot for spot, shot in zip(spots, shots, strict=True) if shot != own)
+            assert sum(spot is not None for spot in spots) >= 0.7 * shots.count(own)

@@ -57,7 +57,7 @@ def settings(pair: tuple[Path, Path] | None = None, **changes: str) -> Settings:
 
 def making(clip: Path = SAMPLES / "presenter.mp4", speech: Path = SAMPLES / "speech.wav") -> Making:
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (clip, speech)]
-    return Making("job-1", "v15", "0123456789abcdef0123", clip, digests[0], speech, digests[1])
+    return Making("job-1", "v15", "0123456789abcdef0123", clip, digests[0], ((speech, digests[1]),))
 
 
 def credentials(path: Path, kind: str = "video/mp4") -> dict[str, Any]:

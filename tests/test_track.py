@@ -11,6 +11,7 @@ import torch
 
 from musetalk import LipSync, Options
 from musetalk.face import detect
+from musetalk.face.search import Search
 from musetalk.face.steady import REACH, Found, steadied
 from musetalk.face.track import Tracker, choose
 from musetalk.geometry.box import Box
@@ -43,8 +44,8 @@ CLIPS = {
 @pytest.mark.parametrize("name", CLIPS)
 def test_gated_tracking_gives_the_boxes_of_per_frame_detection(service: Service, name: str) -> None:
     lipsync: LipSync = service.engine.load()
-    gated = Tracker(lipsync.nets.detector, lipsync.nets.pose)
-    each = Tracker(lipsync.nets.detector, lipsync.nets.pose, window=1)
+    gated = Tracker(Search(lipsync.nets.detector), lipsync.nets.pose)
+    each = Tracker(Search(lipsync.nets.detector), lipsync.nets.pose, window=1)
     with torch.inference_mode():
         got = [found for _, found in gated.run(CLIPS[name])]
         want = [found for _, found in each.run(CLIPS[name])]
@@ -55,7 +56,7 @@ def test_gated_tracking_gives_the_boxes_of_per_frame_detection(service: Service,
             apart = np.abs(corners([a.box]) - corners([b.box]))
             assert apart.max() <= 2, "a bin of the landmark network: a near tie falls either way with other frames in the batch"
     if name in ("still", "moving"):
-        assert gated.detections <= 5, "one look a window"
+        assert gated.search.passes <= 5, "one look a window"
 
 
 def test_one_of_several_faces_is_chosen() -> None:
@@ -71,7 +72,7 @@ def test_the_chosen_of_two_faces_speaks(service: Service) -> None:
     both = torch.cat([left[:, :240], right[:, 240:]], dim=1)
     with torch.inference_mode():
         for choice, side in (("leftmost", 0), ("rightmost", 1), (1, 1)):
-            tracker = Tracker(lipsync.nets.detector, lipsync.nets.pose, choice)
+            tracker = Tracker(Search(lipsync.nets.detector), lipsync.nets.pose, choice)
             found = [f for _, f in tracker.run([both] * 5)]
             for face in found:
                 assert face
@@ -161,7 +162,7 @@ def test_official_boxes_are_the_trackers_own(service: Service) -> None:
     lipsync: LipSync = service.engine.load()
     clip = [picture(160 + 6 * i, 170 + 10 * np.sin(i / 4)) for i in range(13)]
     with torch.inference_mode():
-        own = [f.box.lowered(10, 360) for _, f in Tracker(lipsync.nets.detector, lipsync.nets.pose).run(clip) if f]
+        own = [f.box.lowered(10, 360) for _, f in Tracker(Search(lipsync.nets.detector), lipsync.nets.pose).run(clip) if f]
     assert [face.place for face in lipsync.prepare(clip, Options(finish="official")) if face] == [Place.of(box) for box in own]
     natural = [face.place for face in lipsync.prepare(clip, Options(finish="natural")) if face]
     assert natural != [Place.of(box) for box in own]
@@ -179,7 +180,7 @@ def test_landmarks_of_a_small_face_are_found_around_it(service: Service, scale: 
     drawn = draw(480, 1080, WHO, Pose(240, 260, scale), Mouth())
     truth = face_box(torch.from_numpy(drawn.landmarks).long(), Box(0, 0, 480, 1080))
     with torch.inference_mode():
-        tracker = Tracker(lipsync.nets.detector, lipsync.nets.pose, natural=True)
+        tracker = Tracker(Search(lipsync.nets.detector), lipsync.nets.pose, natural=True)
         found = [f for _, f in tracker.run([torch.from_numpy(drawn.image)] * 3) if f]
     assert len(found) == 3
     assert np.abs(corners([f.place for f in found]) - corners([truth])).max() < 0.12 * scale

@@ -7,6 +7,7 @@ Where two people could be meant, nobody is named.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,6 +40,8 @@ FEW, UNKNOWN = 10, 0.15  # cells, fewer of which say nothing; the difference tha
 NEAR = 0.5  # face widths between two faces under which they are near
 REGULAR = 6  # frames; who was seen in fewer may be an error of the detector
 EXEMPLARS, MOST_PEOPLE = 8, 64  # looks that are kept of each person, and people
+SAME_BOX = 0.5  # overlap of two boxes of one face in one frame
+NOWHERE, NEVER = Box(0, 0, 1, 1), -(10**9)  # place and frame of who was not seen yet
 
 
 @dataclass
@@ -113,12 +116,42 @@ class Person:
         self.frames += gap if gap <= COASTS else 1
 
 
+@dataclass(frozen=True)
+class Pointed:
+    """A person chosen by a face in one frame, and everybody who is in that frame, the chosen one first."""
+
+    index: int  # of the frame
+    box: Box  # of the face there
+    looks: tuple[Look, ...] = field(compare=False)
+
+    @staticmethod
+    def at(index: int, frame: Tensor, boxes: Sequence[Box], chosen: int) -> Pointed:
+        """The face `boxes[chosen]` of a frame (H, W, 3) uint8 with these faces."""
+        ordered = [boxes[chosen], *boxes[:chosen], *boxes[chosen + 1 :]]
+        return Pointed(index, boxes[chosen], tuple(look_of(frame, box) for box in ordered))
+
+    def __str__(self) -> str:
+        box = self.box
+        return f"frame {self.index}: {box.x1}, {box.y1}, {box.x2}, {box.y2}"
+
+    def among(self, there: dict[int, Box]) -> int | None:
+        """The chosen one's number among the people of that frame, by place."""
+        best = max(there, key=lambda n: self.box.iou(there[n]), default=None)
+        return best if best is not None and self.box.iou(there[best]) >= SAME_BOX else None
+
+
+Choice = str | int | Pointed  # "largest", "leftmost", "rightmost", an index from the left, or one who was pointed at
+
+
 class People:
     """The people seen so far. Frames come in order."""
 
-    def __init__(self) -> None:
-        self.known: dict[int, Person] = {}
-        self.count = 0  # of numbers given
+    def __init__(self, looks: Sequence[Look] = ()) -> None:
+        """`looks` are of people who are known before any frame is seen, together in one frame."""
+        everyone = set(range(len(looks)))
+        self.known = {n: Person(n, NOWHERE, NEVER, frames=REGULAR, looks=deque([look], EXEMPLARS), beside=everyone - {n})
+                      for n, look in enumerate(looks)}
+        self.count = len(looks)  # of numbers given
 
     def present(self, index: int) -> dict[int, Box]:
         """Who was seen in a frame, the last one or after it."""

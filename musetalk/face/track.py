@@ -1,4 +1,4 @@
-"""The face that speaks, or None, for every frame of a clip, at a fraction of per-frame detection's price.
+"""The faces that speak, or None, for every frame of a clip, at a fraction of per-frame detection's price.
 
 Upstream runs S3FD on every full frame (0.58 TFLOP at 720p, nearly the price of generating one) and uses only whether
 it found something. Here frames come in windows: the detector looks at a window's last frame, the landmark network at
@@ -11,16 +11,17 @@ What is found in a window depends on the frames up to its end alone.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from musetalk.errors import NoFace
-from musetalk.face import check, crops, detect, landmarks
+from musetalk.face import check, crops, landmarks
 from musetalk.face.landmarks import PoseFrame
-from musetalk.face.people import AWAY, LOOKS, People, Person, look_of, near
+from musetalk.face.people import AWAY, LOOKS, Choice, People, Person, Pointed, look_of, near
+from musetalk.face.search import Search
 from musetalk.face.steady import REACH, Found, Item, steadied
 from musetalk.geometry import upstream
 from musetalk.geometry.box import Box
@@ -47,14 +48,34 @@ def frames_needed(count: int) -> int:
     return -(-(count + REACH) // WINDOW) * WINDOW
 
 
-def follow(frames: Iterable[Tensor], detector: S3fd, pose: RtmPose, choice: str | int = "largest", shift: int = 0, *,
-           natural: bool = False) -> Iterator[Item]:
-    """RGB frames (H, W, 3) uint8 -> the same frames, in order, each with the speaker's face or None.
+def follow(frames: Iterable[Tensor], detector: S3fd, pose: RtmPose, choices: Sequence[Choice] = ("largest",), shift: int = 0,
+           *, natural: bool = False) -> Iterator[tuple[Tensor, tuple[Found | None, ...]]]:
+    """RGB frames (H, W, 3) uint8 -> the same frames, in order, each with the face of everyone chosen, or None.
 
-    Raises NoFace at the end where `choice` is an index that no frame has a face for.
+    All are followed in one pass: a frame is searched for faces once. What is found of each depends on that choice alone, not
+    on who else is followed. Raises NoFace at the end where a choice is an index that no frame has a face for.
     """
-    found = Tracker(detector, pose, choice, shift, natural=natural).run(frames)
-    return steadied(found) if natural else found
+    search = Search(detector)
+    trackers = [Tracker(search, pose, choice, shift, natural=natural) for choice in choices]
+    columns = itertools.tee(_together(frames, trackers), len(choices))
+    followed = [_one_of(column, k) for k, column in enumerate(columns)]
+    for items in zip(*(map(steadied, followed) if natural else followed), strict=True):
+        yield items[0][0], tuple(found for _, found in items)
+
+
+def _one_of(items: Iterable[tuple[Tensor, Sequence[Found | None]]], k: int) -> Iterator[Item]:
+    return ((frame, found[k]) for frame, found in items)
+
+
+def _together(frames: Iterable[Tensor], trackers: Sequence[Tracker]) -> Iterator[tuple[Tensor, tuple[Found | None, ...]]]:
+    """The frames with what each of several trackers that share a search finds."""
+    first, source = 0, iter(frames)
+    while held := list(itertools.islice(source, trackers[0].window)):
+        yield from zip(held, zip(*(t.follow(Window(first, held)) for t in trackers), strict=True), strict=True)
+        first += len(held)
+        trackers[0].search.forget(first)
+    for k, tracker in enumerate(trackers):
+        tracker.check_choice(k)
 
 
 @dataclass
@@ -86,6 +107,7 @@ class Tracker:
 
     `choice` picks that one when first seen: largest, leftmost, rightmost or an index from the left. When that person has been
     away for two seconds, whoever is picked then among those never seen beside him speaks in his stead, until he is back.
+    Nobody does so for one who was pointed at.
 
     Upstream looks for landmarks in the whole picture: a bin of the network is several pixels of the frame there, and a small
     face's may lie on the chest. `natural`: they are looked for around the face, along its head's roll; a rolled head gets a
@@ -94,32 +116,33 @@ class Tracker:
     """
 
     def __init__(
-        self, detector: S3fd, pose: RtmPose, choice: str | int = "largest", shift: int = 0, window: int = WINDOW,
+        self, search: Search, pose: RtmPose, choice: Choice = "largest", shift: int = 0, window: int = WINDOW,
         natural: bool = False,
     ) -> None:
-        self.detector, self.pose = detector, pose
+        self.search, self.pose = search, pose
         self.choice, self.shift, self.window, self.natural = choice, shift, window, natural
-        self.people = People()
-        self.speakers: list[int] = []  # numbers of those who speak; the first one that is there does
+        pointed = isinstance(choice, Pointed)
+        self.people = People(choice.looks if isinstance(choice, Pointed) else ())
+        self.speakers: list[int] = [0] if pointed else []  # numbers of those who speak; the first one that is there does
         self.spoke = 0  # index of the last frame that one of them was in
         self.most = 0  # faces in one frame
         self.crowded = False  # more than one face: look for landmarks around the chosen one, however it is finished
         self.empty: Tensor | None = None  # thumbnail of the last frame that held no face
         self.quarters = 0  # by which the picture is turned in which faces were found
         self.turned_at = 0  # index of the frame from which turned pictures are searched again
-        self.detections = 0  # detector passes, for benchmarks
 
     def run(self, frames: Iterable[Tensor]) -> Iterator[Item]:
         """RGB frames (H, W, 3) uint8 -> the same frames, in order, each with its face or None; see `follow`."""
-        first, source = 0, iter(frames)
-        while held := list(itertools.islice(source, self.window)):
-            yield from zip(held, self._window(Window(first, held)), strict=True)
-            first += len(held)
+        return _one_of(_together(frames, [self]), 0)
+
+    def check_choice(self, place: int) -> None:
+        """At the clip's end: raise NoFace, of the choice in that place of the list, if an index was too high in every frame."""
         if not self.speakers and self.most and isinstance(self.choice, int):
             count = "1 face was" if self.most == 1 else f"{self.most} faces were"
-            raise NoFace(f"face {self.choice} was asked for, {count} found, counted from 0")
+            raise NoFace(f"face {self.choice} was asked for, {count} found, counted from 0", choice=place)
 
-    def _window(self, window: Window) -> list[Found | None]:
+    def follow(self, window: Window) -> list[Found | None]:
+        """The speaker's face in each frame of the next window."""
         if not self._anyone(window):
             return [None] * len(window.frames)
         self.crowded = any(len(look) > 1 for look in window.looks.values())
@@ -163,22 +186,18 @@ class Tracker:
         if not always and self._difference(frame) < STILL:
             return
         if self.quarters:
-            found += self._detect(frame, self.quarters)
+            found += self.search(window.first + at, frame, self.quarters)
         if not found:
-            found += self._detect(frame, 0)
+            found += self.search(window.first + at, frame, 0)
             self.quarters = 0
         if not found and always and self.natural and window.first + at >= self.turned_at:
             self.turned_at = window.first + at + TURNED_EVERY
-            self.quarters, found[:] = next(((k, f) for k in (1, 2, 3) if (f := self._detect(frame, k))), (0, []))
+            self.quarters, found[:] = next(
+                ((k, f) for k in (1, 2, 3) if (f := self.search(window.first + at, frame, k))), (0, []))
         if self.quarters:
             self.turned_at = window.first + at  # when it is lost, search again at once
         self.empty = None if found else _thumbnail(frame)
         self.most = max(self.most, len(found))
-
-    def _detect(self, frame: Tensor, quarters: int) -> list[Box]:
-        self.detections += 1
-        found = detect.detect_turned(self.detector, frame, quarters) if quarters else detect.detect(self.detector, frame)
-        return detect.distinct(found)
 
     def _difference(self, frame: Tensor) -> float:
         """By how much any part of a frame differs from the last one without a face, grey levels."""
@@ -219,6 +238,11 @@ class Tracker:
     def _speaker(self, window: Window, at: int, often: set[int]) -> int | None:
         """Who speaks in a frame, of the people there; one of those seen `often`, if any."""
         there, index = window.sighted[at], window.first + at
+        if isinstance(self.choice, Pointed):
+            chosen = self.choice.among(there) if index == self.choice.index else None
+            if chosen is not None and chosen not in self.speakers:
+                self.speakers.insert(0, chosen)
+            return next((n for n in self.speakers if n in there), None)
         number = next((n for n in self.speakers if n in there), None)
         if number is None:
             known = [p for n in self.speakers if (p := self.people.known.get(n)) and p.regular]
@@ -299,7 +323,8 @@ class Tracker:
             person.roll = crops.noticeable(places[-1].roll)
         out: dict[int, Found | None] = dict.fromkeys(boxes)
         for k, place in zip(shown, places, strict=True):
-            out[list(boxes)[k]] = Found(found[k], guesses[k], place, person=person.number)
+            number = 0 if isinstance(self.choice, Pointed) else person.number
+            out[list(boxes)[k]] = Found(found[k], guesses[k], place, person=number)
         return out, smooth and all(surely)
 
     def _landmarks(self, person: Person, frames: list[Tensor], guesses: list[Box]) -> tuple[Tensor, Tensor]:

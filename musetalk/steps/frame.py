@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 
 from musetalk.avatar import Avatar, Face
+from musetalk.face.people import Choice, Pointed
 from musetalk.geometry.box import Region
 from musetalk.options import Finish, Options
 from musetalk.pixels.colour import Colour, Planes, from_rgb, to_rgb
 from musetalk.show import blend, finish
-from musetalk.sound.features import Prompts, silent_frames
+from musetalk.sound.features import SAMPLE_RATE, Prompts, silent_frames
 
 
 class Form(Protocol):
@@ -74,6 +76,7 @@ class Painted:
     face: Face
     region: Region
     finish: Finish
+    speaker: int = 0  # whose it is: the place in the list of the speakers
 
     def paste(self, planes: Sequence[Tensor]) -> None:
         """Paste the face into C planes of its frame in place."""
@@ -111,6 +114,20 @@ class Speaker:
     prompts: Prompts
     weights: Sequence[float]
     options: Options
+    pointed: Pointed | None = None  # whose face it is, where `options.face` does not say it
+
+    @property
+    def choice(self) -> Choice:
+        """Whose face it is."""
+        return self.pointed or self.options.face
+
+    def face(self, source: int, *, alone: bool) -> Face | None:
+        """The entry of a source frame. Where he is not `alone`, nobody else may speak in his stead."""
+        face = self.avatar[source]
+        if face is None or alone:
+            return face
+        first = self.avatar[self.avatar.first_face or 0]
+        return face if first is not None and first.person == face.person else None
 
     def region(self, face: Face, output: int) -> Region:
         """A face's blended region in an output frame, the mask times the weights of the frame and of the face."""
@@ -119,10 +136,16 @@ class Speaker:
         return Region(face.region.box, (face.region.mask.float() * weight).round().to(torch.uint8))
 
 
-def speech_weights(pcm: np.ndarray, fps: Fraction, outputs: int, options: Options) -> list[float]:
-    """1 for every frame; with `silence="rest"`, 0 in silences, with a ramp over two frames."""
-    if options.silence != "rest":
-        return [1.0] * outputs
-    speaks = 1.0 - np.array(silent_frames(pcm, fps, outputs), float)
+def speech_weights(
+    pcm: np.ndarray, fps: Fraction, outputs: int, options: Options, spans: Sequence[tuple[int, int]] | None = None,
+) -> list[float]:
+    """1 for every frame; 0 outside of `spans` (first sample, end; None: all) and, with `silence="rest"`, in silences, with a
+    ramp over two frames.
+    """
+    speaks = np.full(outputs, float(spans is None))
+    for first, end in spans or ():
+        speaks[math.floor(first * fps / SAMPLE_RATE) : math.ceil(end * fps / SAMPLE_RATE)] = 1.0
+    if options.silence == "rest":
+        speaks *= 1.0 - np.array(silent_frames(pcm, fps, outputs), float)
     padded = np.pad(speaks, 2, mode="edge")
     return [float(w) for w in np.convolve(padded, np.ones(5) / 5, mode="valid")]

@@ -19,6 +19,7 @@ from musetalk.checkpoints import Networks
 from musetalk.draw import generate
 from musetalk.errors import NoFace
 from musetalk.face import track
+from musetalk.face.people import Choice
 from musetalk.face.steady import Found
 from musetalk.face.track import frames_needed
 from musetalk.options import Options
@@ -45,30 +46,30 @@ def entries_needed(outputs: int) -> int:
 def prepare(frames: Iterable[Frame], speakers: Sequence[Speaker], state: State) -> Generator[Frame, None, None]:
     """The same frames; the speakers' avatars hold the entries of their source frames.
 
-    An avatar that is finished already is used as it is. Else the clip comes first, once, from its beginning: as far as it
-    goes, or `frames_to_read(outputs)` frames of it. Raises NoFace when no frame that the film uses holds a speaker's face.
+    An avatar that is finished already is used as it is. For all others together, the clip comes first, once, from its
+    beginning: as far as it goes, or `frames_to_read(outputs)` frames of it. Speakers share what else decides an avatar. Raises
+    NoFace when no frame that the film uses holds a speaker's face.
     """
-    for speaker in speakers:
-        frames = _prepared(iter(frames), speaker, state)
-    yield from frames
-
-
-def _prepared(frames: Iterator[Frame], speaker: Speaker, state: State) -> Generator[Frame, None, None]:
-    """The same frames, prepared for one speaker."""
-    avatar, outputs = speaker.avatar, len(speaker.prompts)
-    if not avatar.finished:
-        frames = yield from follow(frames, avatar, speaker.options, state, entries_needed(outputs))
-    used = min(outputs, len(avatar))
-    if avatar.first_face is None or avatar.first_face >= used:
-        raise NoFace(f"none of its {used} frames holds a face")
+    new, outputs = [k for k, speaker in enumerate(speakers) if not speaker.avatar.finished], len(speakers[0].prompts)
+    frames = iter(frames)
+    if new:
+        wanted = [(speakers[k].avatar, speakers[k].choice) for k in new]
+        try:
+            frames = yield from follow(frames, wanted, speakers[0].options, state, entries_needed(outputs))
+        except NoFace as e:
+            raise NoFace(str(e), choice=new[e.choice]) from None
+    for k, speaker in enumerate(speakers):
+        used = min(outputs, len(speaker.avatar))
+        if speaker.avatar.first_face is None or speaker.avatar.first_face >= used:
+            raise NoFace(f"none of its {used} frames holds a face", choice=k)
     yield from frames
 
 
 def follow(
-    frames: Iterator[Frame], avatar: Avatar, options: Options, state: State, count: int | None = None,
+    frames: Iterator[Frame], wanted: Sequence[tuple[Avatar, Choice]], options: Options, state: State, count: int | None = None,
 ) -> Generator[Frame, None, Iterator[Frame]]:
-    """Add the entries of a clip to an empty avatar: `count` of them, or all. Hands each frame on once its entry is there, and
-    returns those for which none was made: they are looked at alone, or show the clip again.
+    """Add the entries of a clip to empty avatars, one a face: `count` of them, or all. Hands each frame on once its entries are
+    there, and returns those for which none were made: they are looked at alone, or show the clip again.
     """
     held: deque[Frame] = deque()
     again: list[Frame] = []  # the first frame that shows an old source frame
@@ -84,19 +85,18 @@ def follow(
             held.append(frame)
             yield frame.rgb(state.nets.device)
 
-    found = _tracked(pictures(), options, state.nets)
-    while (count is None or len(avatar) < count) and (group := list(islice(found, GROUP))):
-        add_entries(avatar, group, options, state)
-        while held and held[0].source < len(avatar):
+    done, nets = 0, state.nets
+    found = track.follow(pictures(), nets.detector, nets.pose, [choice for _, choice in wanted],
+                         options.bbox_shift if nets.version == "v1" else 0, natural=options.finish == "natural")
+    while (count is None or done < count) and (group := list(islice(found, GROUP))):
+        for k, (avatar, _) in enumerate(wanted):
+            add_entries(avatar, [(picture, faces[k]) for picture, faces in group], options, state)
+        done += len(group)
+        while held and held[0].source < done:
             yield held.popleft()
-    avatar.finish(complete=count is None or len(avatar) < count)
+    for avatar, _ in wanted:
+        avatar.finish(complete=count is None or done < count)
     return chain(held, again, frames)
-
-
-def _tracked(pictures: Iterator[Tensor], options: Options, nets: Networks) -> Iterator[tuple[Tensor, Found | None]]:
-    """RGB pictures (H, W, 3) uint8 -> the same, each with the face that is followed."""
-    shift = options.bbox_shift if nets.version == "v1" else 0
-    return track.follow(pictures, nets.detector, nets.pose, options.face, shift, natural=options.finish == "natural")
 
 
 @torch.inference_mode()
@@ -130,8 +130,8 @@ def _faces(present: list[tuple[Tensor, Found]], noise: Tensor | None, options: O
     masks = mask.label_mask(labels, options.parsing_mode, options.left_cheek_width, options.right_cheek_width)
     regions = [geometry.region(*each) for each in zip(masks, places, sizes, strict=True)]
     lips = torch.stack([mask.lips_map(k, geometry.face_in_view(p)) for k, p in zip(labels, places, strict=True)]).cpu()
-    weights = [found.weight for _, found in present]
-    return [Face(*parts) for parts in zip(places, regions, latents, lips, weights, strict=True)]
+    return [Face(place, region, encoded, lip, found.weight, found.person) for place, region, encoded, lip, (_, found)
+            in zip(places, regions, latents, lips, present, strict=True)]
 
 
 def _noise(nets: Networks, seed: int | None, first: int, count: int) -> Tensor | None:

@@ -21,7 +21,7 @@ from musetalk.checkpoints import digests
 from musetalk.draw import layout
 from musetalk.draw.interruption import interruptible
 from musetalk.draw.recorded import numerics, out_of_memory
-from musetalk.errors import Interrupted, NoFastLane
+from musetalk.errors import Interrupted, NoFastLane, SameFace
 from musetalk.face import landmarks
 from musetalk.face.steady import Found
 from musetalk.geometry.box import Box
@@ -206,7 +206,7 @@ def drawn_frame() -> Frame:
 def drawn_avatar(frame: Frame, options: Options, state: State) -> Avatar:
     """The drawn face prepared; with a detector that does not see it, its landmarks and parts all the same."""
     avatar = Avatar.new()
-    for _ in steps.follow(iter([frame]), avatar, options, state):
+    for _ in steps.follow(iter([frame]), [(avatar, options.face)], options, state):
         pass
     if avatar.first_face is None:
         picture = frame.rgb(state.nets.device)
@@ -274,6 +274,9 @@ FOREIGN: dict[type[Exception], Callable[[Any, Stage], JobError | None]] = {
     BadAudio: lambda e, _: BadMedia(f"audio_url: {e}", stage="preprocessing", field="audio_url"),
     BadCheckpoint: lambda e, stage: ModelBroken(str(e), stage=stage, file_name=e.file, key=e.key),
     NonFiniteOutput: lambda e, stage: BadOutput(f"Inference failed: {e}", stage=stage, frame_number=e.frame),
+    SameFace: lambda e, _: BadRequest(
+        f"speakers: two of them have one face, from output frame {e.frame} on: name their faces by a point and a second",
+        stage="preprocessing", field="speakers", reason="same_face"),
     NoFastLane: lambda e, _: BadRequest(f"params.quality: {e}", stage="validation", field="params.quality"),
     Interrupted: lambda e, stage: Cancelled(str(e), stage=stage),
     torch.OutOfMemoryError: _out_of_memory,

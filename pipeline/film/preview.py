@@ -18,11 +18,13 @@ from musetalk.geometry.box import Region
 from musetalk.options import Finish
 from musetalk.order import source_index
 from musetalk.sound.features import Prompts
-from musetalk.steps import Frame, Speaker, State, Yuv420, speech_weights
+from musetalk.steps import Frame, Speaker, State
 from pipeline.errors import ProcessingError
+from pipeline.film.cast import Picture as Shape
+from pipeline.film.cast import Role, cast
 from pipeline.film.engine import Engine
 from pipeline.film.stages import Decode
-from pipeline.film.stream import clip_of, film_buffers, options_of
+from pipeline.film.stream import film_buffers, no_face_named, options_of, picture_of
 from pipeline.film.validate import Inputs
 from pipeline.media import FrameReader, FrameSource
 from pipeline.schema import JobRequest
@@ -57,7 +59,7 @@ class Preview:
         self.engine, self.inputs, self.content = engine, inputs, content
         self._prompts = lru_cache(4)(self._heard)
         self._pixels = lru_cache(4)(self._decoded)
-        self._prepared: tuple[str, int, Avatar] | None = None  # the newest avatar: its key, how many frames it was made for
+        self._prepared: dict[str, tuple[int, Avatar]] = {}  # the newest avatars by key: how many frames they were made for
 
     def frame(self, request: JobRequest, second: float, waiting: Callable[[], None] = lambda: None) -> Shown:
         """What the film shows at a moment, bit for bit. Raises what a job would, and what `waiting` does, which is called
@@ -67,15 +69,18 @@ class Preview:
         """
         with self.engine.job(waiting) as state:
             options = options_of(self.engine, state, request)
-            source, form, key = clip_of(self.engine, state, request, options, self.inputs.clip, self.content)
-            prompts = self._prompts(source.fps, options.audio_padding_left, options.audio_padding_right, options.finish)
-            output = min(max(int(second * source.fps), 0), len(prompts) - 1)
+            shape = picture_of(self.engine, state, request, self.inputs.clip, self.content)
+            source, form, roles = shape.source, shape.form, cast(state, shape, self.inputs.voices, options)
+            prompts = [self._prompts(role.voices, source.fps, options.audio_padding_left, options.audio_padding_right,
+                                     options.finish) for role in roles]
+            outputs = len(prompts[0])
+            output = min(max(int(second * source.fps), 0), outputs - 1)
             first = output - output % options.batch_size
-            batch = range(first, min(first + options.batch_size, len(prompts)))
-            avatar = self._avatar(key, batch.stop, source, form, options, state)
-            weights = speech_weights(self.inputs.speech.pcm, source.fps, len(prompts), options)
-            speakers = [Speaker(avatar, prompts, weights, options)]
-            sources = {i: source_index(i, len(avatar), options.loop) for i in batch}
+            batch = range(first, min(first + options.batch_size, outputs))
+            avatars = self._avatars(roles, batch.stop, shape, options, state)
+            speakers = [Speaker(avatar, said, role.weights(self.inputs.voices, source.fps, outputs), role.options, role.pointed)
+                        for avatar, said, role in zip(avatars, prompts, roles, strict=True)]
+            sources = {i: source_index(i, min(map(len, avatars)), options.loop) for i in batch}
             pixels = torch.from_numpy(self._pixels(source, sources[output]).copy())
             # generating reads no pixels, so all frames of the batch may have the one's that is looked at
             frames = steps.generate((Frame(i, sources[i], pixels, form) for i in batch), speakers, state)
@@ -84,9 +89,10 @@ class Preview:
             (frame,) = steps.blend([frame])
             return Shown(before, frame.rgb().numpy(), region)
 
-    def _heard(self, fps: Fraction, left: int, right: int, finish: Finish) -> Prompts:
+    def _heard(self, voices: tuple[int, ...], fps: Fraction, left: int, right: int, finish: Finish) -> Prompts:
         options = Options(audio_padding_left=left, audio_padding_right=right, finish=finish)
-        return self.engine.load().prompts(self.inputs.speech.pcm, fps, options)
+        said = Role(options, None, voices, "").pcm(self.inputs.voices)
+        return self.engine.load().prompts(said, fps, options)
 
     def _decoded(self, source: FrameSource, at: int) -> Picture:
         """Frame `at`."""
@@ -96,30 +102,42 @@ class Preview:
                 raise ProcessingError("the clip's frames could not be read again", stage="inference")
         return pixels
 
-    def _avatar(self, key: str, outputs: int, source: FrameSource, form: Yuv420, options: Options, state: State) -> Avatar:
-        """The clip prepared for a film of so many frames: in the cache, or now."""
-        if self._prepared is not None:
-            known, count, avatar = self._prepared
-            if known == key and (avatar.complete or count >= outputs):
-                return avatar
-            self.close()
-        avatar = self.engine.cache.get(key, outputs) or self._prepare(key, outputs, source, form, options, state)
-        self._prepared = key, max(outputs, len(avatar)), avatar
-        return avatar
+    def _avatars(self, roles: list[Role], outputs: int, shape: Shape, options: Options, state: State) -> list[Avatar]:
+        """The clip prepared for a film of so many frames, one avatar a face: in the cache, or now."""
+        keys = [shape.key(role.options, role.pointed) for role in roles]
+        for key in list(self._prepared):
+            count, avatar = self._prepared[key]
+            if key not in keys or not (avatar.complete or count >= outputs):
+                avatar.close()
+                del self._prepared[key]
+        missing = []
+        for role, key in zip(roles, keys, strict=True):
+            if key not in self._prepared and (avatar_known := self.engine.cache.get(key, outputs)):
+                self._prepared[key] = max(outputs, len(avatar_known)), avatar_known
+            elif key not in self._prepared:
+                missing.append(role)
+        if missing:
+            made = self._prepare(missing, outputs, shape, options, state)
+            for role, avatar in zip(missing, made, strict=True):
+                key = shape.key(role.options, role.pointed)
+                self.engine.cache.put(key, avatar)
+                self._prepared[key] = max(outputs, len(avatar)), avatar
+        return [self._prepared[key][1] for key in keys]
 
-    def _prepare(self, key: str, outputs: int, source: FrameSource, form: Yuv420, options: Options, state: State) -> Avatar:
+    def _prepare(self, roles: list[Role], outputs: int, shape: Shape, options: Options, state: State) -> list[Avatar]:
         """The clip's first frames through the film's first two stages."""
-        avatar, buffers, count = Avatar.new(), film_buffers(source, 1), steps.frames_to_read(outputs)
-        decode = Decode(source, form, outputs, options.loop, count, buffers)
-        with closing(decode.first_pass()) as clip:
-            for frame in steps.follow(clip, avatar, options, state, steps.entries_needed(outputs)):
+        avatars, buffers = [Avatar.new() for _ in roles], film_buffers(shape.source, 1)
+        decode = Decode(shape.source, shape.form, outputs, options.loop, steps.frames_to_read(outputs), buffers)
+        wanted = [(avatar, role.pointed or role.options.face) for avatar, role in zip(avatars, roles, strict=True)]
+        with closing(decode.first_pass()) as clip, no_face_named(roles):
+            for frame in steps.follow(clip, wanted, options, state, steps.entries_needed(outputs)):
                 buffers.give_back(frame.buffer.numpy())
-        avatar.complete = avatar.complete and not decode.complaint
-        self.engine.cache.put(key, avatar)
-        return avatar
+        for avatar in avatars:
+            avatar.complete = avatar.complete and not decode.complaint
+        return avatars
 
     def close(self) -> None:
-        """Release the prepared avatar."""
-        if self._prepared is not None:
-            self._prepared[2].close()
-            self._prepared = None
+        """Release the prepared avatars."""
+        for _, avatar in self._prepared.values():
+            avatar.close()
+        self._prepared = {}

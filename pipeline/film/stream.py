@@ -6,24 +6,28 @@ A frame enters each stage once, in this order, in a buffer of its own; `pipeline
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from musetalk import AvatarCache, LipSync, Options, steps
-from musetalk.avatar import Avatar, cache_key
-from musetalk.errors import NoFastLane
+from musetalk.avatar import Avatar
+from musetalk.errors import NoFace, NoFastLane
 from musetalk.options import Quality
 from musetalk.order import source_index
 from musetalk.pixels.colour import Colour
 from musetalk.sound.features import Prompts
-from musetalk.steps import Frame, Speaker, State, Yuv420, speech_weights
+from musetalk.steps import Frame, Speaker, State, Yuv420
+from pipeline.errors import NoFaceFound
 from pipeline.film import runner
+from pipeline.film.cast import Picture, Role, cast
 from pipeline.film.engine import Engine
 from pipeline.film.runner import ROOM, Buffers, Stage, Together
 from pipeline.film.stages import Decode, Encode, Pixels, Step
@@ -31,7 +35,7 @@ from pipeline.film.validate import Inputs
 from pipeline.job.control import Control
 from pipeline.mark.marker import tags
 from pipeline.media import FrameSource, MediaInfo, Mp4Writer, plan
-from pipeline.schema import JobRequest
+from pipeline.schema import JobRequest, SpeakerMetrics
 from pipeline.transfer.interruptible import in_thread
 
 ENCODER_SEC = 120.0  # to finish the file after the last frame
@@ -47,6 +51,7 @@ class Result:
     avatar_cached: bool
     lane: Quality
     faces_found: int  # frames of the film whose source frame holds the speaker's face
+    speakers: list[SpeakerMetrics]  # of a job that names them
     damaged: str | None = None  # which source is damaged, and how much of it was decoded
 
 
@@ -56,27 +61,52 @@ def speak(
 ) -> Result:
     """Write the lip-synced MP4 to `target`. `content` is the clip's sha256."""
     began, cache = time.perf_counter(), engine.cache if use_cache else AvatarCache(None, 0)
-    with engine.job(control.waiting) as state:
+    with engine.job(control.waiting) as state, ExitStack() as opened:
         options = options_of(engine, state, request)
-        source, form, key = clip_of(engine, state, request, options, inputs.clip, content)
-        prompts = _heard(engine, state, inputs, source.fps, options, control)
-        outputs = len(prompts)
-        cached = cache.get(key, outputs)
-        with closing(cached or Avatar.new()) as avatar:
-            speakers = [Speaker(avatar, prompts, speech_weights(inputs.speech.pcm, source.fps, outputs, options), options)]
-            buffers = film_buffers(source, options.batch_size)
-            first = min(len(cached), outputs) if cached else steps.frames_to_read(outputs)
-            decode = Decode(source, form, outputs, options.loop, first, buffers)
-            encode = Encode(partial(Mp4Writer, target, source, inputs.speech, outputs / float(source.fps),
-                                    tags=tags(engine.settings)), buffers, lambda: min(ENCODER_SEC, control.remaining + 1))
-            middle = _steps(engine, speakers, state, partial(_report, control, options.batch_size, outputs))
-            runner.run([decode, *middle, encode], control, buffers, engine.thread)
-            if not cached:
+        picture = picture_of(engine, state, request, inputs.clip, content)
+        source, roles = picture.source, cast(state, picture, inputs.voices, options)
+        prompts = [_heard(engine, state, role.pcm(inputs.voices), source.fps, options, control) for role in roles]
+        outputs, keys = len(prompts[0]), [picture.key(role.options, role.pointed) for role in roles]
+        cached = [cache.get(key, outputs) for key in keys]
+        avatars = [opened.enter_context(closing(avatar or Avatar.new())) for avatar in cached]
+        speakers = [Speaker(avatar, said, role.weights(inputs.voices, source.fps, outputs), role.options, role.pointed)
+                    for avatar, said, role in zip(avatars, prompts, roles, strict=True)]
+        buffers, report = film_buffers(source, options.batch_size), Report(control, options.batch_size, outputs)
+        first = min(outputs, *map(len, avatars)) if all(cached) else steps.frames_to_read(outputs)
+        decode = Decode(source, picture.form, outputs, options.loop, first, buffers)
+        encode = Encode(partial(Mp4Writer, target, source, inputs.speech, outputs / float(source.fps),
+                                tags=tags(engine.settings)), buffers, lambda: min(ENCODER_SEC, control.remaining + 1))
+        with no_face_named(roles):
+            runner.run([decode, *_steps(engine, speakers, state, report), encode], control, buffers, engine.thread)
+        for key, avatar, known in zip(keys, avatars, cached, strict=True):
+            if not known:
                 avatar.complete = avatar.complete and not decode.complaint
                 cache.put(key, avatar)
-            found = sum(avatar.present[source_index(i, min(len(avatar), decode.count), options.loop)] for i in range(outputs))
-    return Result(state.clock.seconds, time.perf_counter() - began, outputs, cached is not None, options.quality, found,
-                  _damaged(decode, inputs))
+        shown = (source_index(i, min(decode.count, *map(len, avatars)), options.loop) for i in range(outputs))
+        found = sum(any(avatar.present[i] for avatar in avatars) for i in shown)
+        about = [SpeakerMetrics(box=_first_box(picture, avatar), frames=report.frames[k],
+                                seconds=round(roles[k].seconds(inputs.voices), 3))
+                 for k, avatar in enumerate(avatars)] if request.speakers else []
+    return Result(state.clock.seconds, time.perf_counter() - began, outputs, all(cached), options.quality, found,
+                  about, _damaged(decode, inputs))
+
+
+@contextmanager
+def no_face_named(roles: Sequence[Role]) -> Iterator[None]:
+    """Of several faces, the error that one is not found names the field that asks for it."""
+    try:
+        yield
+    except NoFace as e:
+        if len(roles) == 1 and roles[0].field == "params.face":
+            raise
+        field = roles[e.choice].field
+        raise NoFaceFound(f"{field}: {e}", stage="preprocessing", field=field, reason="no_face") from e
+
+
+def _first_box(picture: Picture, avatar: Avatar) -> list[int] | None:
+    """Where a face was found first, in the source's pixels."""
+    face = None if avatar.first_face is None else avatar[avatar.first_face]
+    return None if face is None else picture.to_source(face.place.box())
 
 
 def _steps(engine: Engine, speakers: Sequence[Speaker], state: State, told: Callable[[Frame], None]) -> list[Stage]:
@@ -89,20 +119,27 @@ def _steps(engine: Engine, speakers: Sequence[Speaker], state: State, told: Call
     return [prepare, generate, blend]
 
 
-def _report(control: Control, batch_size: int, outputs: int, frame: Frame) -> None:
-    """Tell how much of the film is generated, once a batch."""
-    done = 0 if frame.output is None else frame.output + 1
-    if done and (done % batch_size == 0 or done == outputs):
-        control.progress("inference", done / outputs)
+class Report:
+    """Tells how much of the film is generated, once a batch, and counts the frames of each speaker."""
+
+    def __init__(self, control: Control, batch_size: int, outputs: int) -> None:
+        self.control, self.batch_size, self.outputs = control, batch_size, outputs
+        self.frames: Counter[int] = Counter()  # by the speaker's place in the list
+
+    def __call__(self, frame: Frame) -> None:
+        self.frames.update(painted.speaker for painted in frame.painted)
+        done = 0 if frame.output is None else frame.output + 1
+        if done and (done % self.batch_size == 0 or done == self.outputs):
+            self.control.progress("inference", done / self.outputs)
 
 
 def _heard(
-    engine: Engine, state: State, inputs: Inputs, fps: Fraction, options: Options, control: Control,
+    engine: Engine, state: State, pcm: NDArray[np.float32], fps: Fraction, options: Options, control: Control,
 ) -> Prompts:
     """The speech's tokens: ten minutes of it take a CPU half a minute, in which the job can be stopped."""
     def hear() -> Prompts:
         with engine.thread("listen"), state.clock.running():
-            return LipSync(state.nets).prompts(inputs.speech.pcm, fps, options)
+            return LipSync(state.nets).prompts(pcm, fps, options)
 
     return in_thread(hear, control, "listen", state.stop.set)
 
@@ -121,8 +158,8 @@ def _damaged(decode: Decode, inputs: Inputs) -> str | None:
     damaged = decode.damaged or inputs.clip.opener.damage
     count = min(decode.count, decode.outputs)
     said = [f"video_url: {count} frames were decoded: {damaged}"] if damaged else []
-    if inputs.speech.damaged:
-        said.append(f"audio_url: {inputs.speech.seconds:.2f} s were decoded: {inputs.speech.damaged}")
+    said += [f"{voice.part.field}: {voice.speech.seconds:.2f} s were decoded: {voice.speech.damaged}"
+             for voice in inputs.voices if voice.speech.damaged]
     return "; ".join(said) or None
 
 
@@ -141,14 +178,12 @@ def buffers_needed(batch_size: int) -> int:
     return 3 * ROOM + steps.HELD + 3 * batch_size + 3
 
 
-def clip_of(
-    engine: Engine, state: State, request: JobRequest, options: Options, clip: MediaInfo, content: str
-) -> tuple[FrameSource, Yuv420, str]:
-    """How the clip is decoded, how its frames lie in memory, and its prepared avatar's key in the cache."""
+def picture_of(engine: Engine, state: State, request: JobRequest, clip: MediaInfo, content: str) -> Picture:
+    """How the film shows its clip."""
     video, limit = clip.picture, engine.settings.max_pixels
     geometry = plan(video.width, video.height, request.aspect_ratio, request.resolution, request.params.fit,
                     request.params.upscale, limit)
     source = FrameSource(clip, *geometry.output, request.params.rate, tuple(geometry.filters()), limit)
-    key = cache_key(content, str(source.fps), geometry.output, geometry.content, options.avatar_part(),
-                    state.nets.identity, engine.numerics)
-    return source, Yuv420(source.width, source.height, Colour(video.matrix, video.full_range)), key
+    form = Yuv420(source.width, source.height, Colour(video.matrix, video.full_range))
+    return Picture(source, form, geometry, (content, str(source.fps), geometry.output, geometry.content,
+                                            state.nets.identity, engine.numerics))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,9 @@ from pipeline.errors import BadMedia, JobError
 from pipeline.job.control import Control
 from pipeline.media import MediaInfo, Speech
 from pipeline.media.formats import ACCEPTED
+from pipeline.media.mixing import mix
+from pipeline.media.sound import RATES, SAMPLE_RATE, film_rate
+from pipeline.schema import Part
 from pipeline.settings import Settings
 from pipeline.transfer.download import Source
 
@@ -20,35 +24,76 @@ DECODE_SEC = 120.0  # for the speech
 
 
 @dataclass(frozen=True)
+class Voice:
+    """A speech of the job, decoded."""
+
+    part: Part
+    speech: Speech
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """Its first sample in the film, and its end, at 16 kHz."""
+        first = round(self.part.start * SAMPLE_RATE)
+        return first, first + len(self.speech.pcm)
+
+
+@dataclass(frozen=True)
 class Inputs:
-    """What inference works on: the clip and the decoded speech."""
+    """What inference works on: the clip, the film's sound, and the speeches that it is made of."""
 
     clip: MediaInfo
     speech: Speech
+    voices: tuple[Voice, ...]
 
 
 def validate(
-    video: Source, audio: Source, folder: Path, settings: Settings, control: Control, first_seconds: float | None = None
+    video: Source, speeches: Sequence[tuple[Part, Source]], folder: Path, settings: Settings, control: Control,
+    first_seconds: float | None = None,
 ) -> Inputs:
-    """Probe both files and decode the speech (only its `first_seconds`, if given) into the job's folder; raises BadMedia."""
-    pixels, longest = settings.max_pixels, settings.max_audio_sec
+    """Probe all files and decode the speeches into the job's folder; raises BadMedia.
+
+    `first_seconds`: only so much of the film, from its first speech on; later speeches are left out.
+    """
+    pixels = settings.max_pixels
     with _named(video, "video_url"):
         clip = media.probe(video.path, pixels, control.check)
     _check_clip(clip, settings)
     _check_length(clip, clip.picture.index, "video_url", settings.max_video_sec, "MAX_VIDEO_SEC", pixels, control)
+    end = math.inf
+    if first_seconds is not None:
+        end = min(part.start for part, _ in speeches) + first_seconds
+    probed = [(part, source, _sound(part, source, settings, control)) for part, source in speeches if part.start < end]
+    rates = {film_rate(info.audio) for *_, info in probed if info.audio}
+    rate = rates.pop() if len(rates) == 1 else RATES[-1]
+    voices = tuple(_voice(*each, folder / f"speech-{i}.wav", rate, end, settings, control) for i, each in enumerate(probed))
     control.check()
-    with _named(audio, "audio_url"):
-        info = media.probe(audio.path, pixels, control.check)
+    speech = mix([(voice.speech, voice.part.start) for voice in voices], folder / "speech.wav")
+    return Inputs(clip, speech, voices)
+
+
+def _sound(part: Part, source: Source, settings: Settings, control: Control) -> MediaInfo:
+    """A speech's file, probed."""
+    control.check()
+    with _named(source, part.field):
+        info = media.probe(source.path, settings.max_pixels, control.check)
     if info.audio is None:
-        raise BadMedia(f"audio_url: the file has no sound track (taken: {ACCEPTED['audio']})", field="audio_url",
+        raise BadMedia(f"{part.field}: the file has no sound track (taken: {ACCEPTED['audio']})", field=part.field,
                        reason="no_audio")
-    _check_length(info, info.audio.index, "audio_url", longest, "MAX_AUDIO_SEC", pixels, control)
+    _check_length(info, info.audio.index, part.field, settings.max_audio_sec, "MAX_AUDIO_SEC", settings.max_pixels, control)
+    return info
+
+
+def _voice(part: Part, source: Source, info: MediaInfo, path: Path, rate: int, end: float, settings: Settings,
+           control: Control) -> Voice:
+    """A speech, decoded as far as second `end` of the film."""
     control.check()
-    with _named(audio, "audio_url"):
-        speech = media.read_speech(info, folder / "speech.wav", longest, DECODE_SEC, pixels, first_seconds, control.check)
-    if speech.seconds > longest + 0.5:
-        raise _too_long("audio_url", speech.seconds, longest, "MAX_AUDIO_SEC")
-    return Inputs(clip, speech)
+    longest = settings.max_audio_sec
+    with _named(source, part.field):
+        speech = media.read_speech(info, path, longest, DECODE_SEC, settings.max_pixels,
+                                   None if end == math.inf else end - part.start, control.check, rate)
+    if (seconds := part.start + speech.seconds) > longest + 0.5:
+        raise _too_long(part.field, seconds, longest, "MAX_AUDIO_SEC")
+    return Voice(part, speech)
 
 
 @contextmanager

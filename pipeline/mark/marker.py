@@ -30,15 +30,14 @@ XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 
 @dataclass(frozen=True)
 class Making:
-    """How a film was made: what the marks state. `clip` and `speech` are the source files, with their sha256 beside them."""
+    """How a film was made: what the marks state. `clip` and `speeches` are the source files, with their sha256."""
 
     job_id: str
     weights_version: str
     weights_identity: str
     clip: Path
     clip_sha256: str
-    speech: Path
-    speech_sha256: str
+    speeches: tuple[tuple[Path, str], ...]
 
 
 @dataclass(frozen=True)
@@ -74,9 +73,11 @@ class Marker:
         job = {"job_id": making.job_id, "weights_version": making.weights_version,
                "weights_identity": making.weights_identity, "revision": self.settings.revision}
         sources = [{"path": str(making.clip.resolve()), "label": "clip", "title": "source clip", "relationship": "parentOf",
-                    "sha256": making.clip_sha256},
-                   {"path": str(making.speech.resolve()), "label": "speech", "title": "speech",
-                    "relationship": "componentOf", "sha256": making.speech_sha256}]
+                    "sha256": making.clip_sha256}]
+        for number, (speech, digest_of) in enumerate(making.speeches, 1):
+            name = "speech" if number == 1 else f"speech-{number}"
+            sources.append({"path": str(speech.resolve()), "label": name, "title": name.replace("-", " "),
+                            "relationship": "componentOf", "sha256": digest_of})
         with film.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256")
         with tempfile.TemporaryDirectory(dir=film.parent, prefix="signing-") as folder:

@@ -100,7 +100,7 @@ def manifest_of(job: dict[str, str], ingredients: list[Ingredient]) -> dict[str,
     actions = [
         {"action": "c2pa.opened", "parameters": {"ingredientIds": ["clip"]}},
         {"action": "c2pa.edited", "digitalSourceType": COMPOSITE, "softwareAgent": agent,
-         "parameters": {"ingredientIds": ["speech"], "description": DESCRIPTION}}]
+         "parameters": {"ingredientIds": [i.label for i in ingredients if i.label != "clip"], "description": DESCRIPTION}}]
     stated = {"job_id": job["job_id"], "weights": job["weights_identity"], "sources": sources}
     return {
         "claim_generator_info": [{"name": "MuseTalk worker", "version": job["revision"]}],

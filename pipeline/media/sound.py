@@ -48,12 +48,12 @@ class Speech:
 
 def read_speech(
     info: MediaInfo, path: Path, max_seconds: float, timeout: float, max_pixels: int, first_seconds: float | None = None,
-    check: Callable[[], None] = lambda: None,
+    check: Callable[[], None] = lambda: None, rate: int | None = None,
 ) -> Speech:
     """Decode the file's audio stream into the WAV `path` and to mono float32 at 16 kHz, in one run of ffmpeg.
 
-    At most `first_seconds`, or `max_seconds` and a little more, so that the caller can tell an overlong file. Raises
-    BadMedia; FfmpegFailed when the decoder hangs, is killed or lacks memory.
+    At `rate` (default: `film_rate`); at most `first_seconds`, or `max_seconds` and a little more, so that the caller can tell
+    an overlong file. Raises BadMedia; FfmpegFailed when the decoder hangs, is killed or lacks memory.
     """
     audio = info.audio
     if audio is None:
@@ -61,7 +61,7 @@ def read_speech(
     if audio.channels > MAX_CHANNELS:
         raise BadMedia(f"the sound has {audio.channels} channels, more than {MAX_CHANNELS}",
                        size=audio.channels, limit=MAX_CHANNELS)
-    rate, channels = audio.rate if audio.rate in RATES else RATES[-1], min(audio.channels, 2)
+    rate, channels = rate or film_rate(audio), min(audio.channels, 2)
     end = max_seconds + 1 if first_seconds is None else min(first_seconds, max_seconds)
     graph, tracks = _graph(audio, end)
     command = [
@@ -81,6 +81,11 @@ def read_speech(
     missing = _missing(info, len(samples) / SAMPLE_RATE, end) or info.opener.damage
     pcm = loudest_speech(np.clip(np.nan_to_num(samples), -1.0, 1.0))
     return Speech(path, rate, channels, pcm, "; ".join(words for words in (missing, complaint) if words))
+
+
+def film_rate(audio: AudioInfo) -> int:
+    """The sound's rate in a film, Hz: its own where films have it."""
+    return audio.rate if audio.rate in RATES else RATES[-1]
 
 
 def _graph(audio: AudioInfo, end: float) -> tuple[str, int]:

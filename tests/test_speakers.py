@@ -1,0 +1,181 @@
+"""Several speakers in one film: who is meant, whose mouth moves when, and what is left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from jsonschema import Draft202012Validator, ValidationError
+
+from musetalk.face import detect
+from pipeline.errors import BadRequest
+from pipeline.media import FrameReader, FrameSource, probe
+from pipeline.run import Service
+from pipeline.schema import JobRequest, parse
+from tests.conftest import SAMPLES, encoded, make_media
+from tests.people import HEIGHT, WIDTH, cut_out, picture
+
+ANNA, BELA = (160, 170), (480, 172)  # where their faces are
+FRAMES = 16
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clip of two people beside each other."""
+    folder = tmp_path_factory.mktemp("pair")
+    frames = [picture([(cut_out(7), ANNA[0] + i % 3, ANNA[1]), (cut_out(23), BELA[0] - i % 3, BELA[1])], i)
+              for i in range(FRAMES)]
+    (folder / "raw").write_bytes(b"".join(frame.numpy().tobytes() for frame in frames))
+    return make_media(folder / "pair.mp4", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{WIDTH}x{HEIGHT}", "-r", "25", "-i",
+                      str(folder / "raw"), "-c:v", "libx264", "-crf", "12", "-pix_fmt", "yuv420p")
+
+
+@pytest.fixture(scope="module")
+def word(media: Callable[..., Path]) -> Path:
+    """0.32 s of speech."""
+    return media("word.wav", "-ss", "0.5", "-i", str(SAMPLES / "speech.wav"), "-t", "0.32")
+
+
+def job(clip: Path, *speakers: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"musetalk_job_id": "pair", "video_url": str(clip), "speakers": list(speakers), **more}
+
+
+def said(audio: Path, face: Any, start: float = 0.0) -> dict[str, Any]:
+    return {"audio_url": str(audio), "face": face, "start": start}
+
+
+def source_frames(clip: Path) -> list[np.ndarray]:
+    """The clip's frames as the encoder would get them."""
+    info = probe(clip, 1 << 20)
+    frames = []
+    with closing(FrameReader(FrameSource(info, WIDTH, HEIGHT, parse(job(clip, said(clip, 0))).params.rate, (), 1 << 20),
+                             0, FRAMES)) as reader:
+        for _ in range(FRAMES):
+            pixels = np.empty(WIDTH * HEIGHT * 3 // 2, np.uint8)
+            assert reader.read_into(pixels)
+            frames.append(pixels)
+    return frames
+
+
+def sides(frames: list[np.ndarray], source: list[np.ndarray]) -> list[tuple[bool, bool]]:
+    """Of each frame, whether its left and its right half differ from the source's, in any plane, to the bit."""
+    out = []
+    for frame, own in zip(frames, source, strict=False):
+        other = frame != own
+        luma, chroma = other[: WIDTH * HEIGHT].reshape(HEIGHT, 2, -1), other[WIDTH * HEIGHT :].reshape(HEIGHT, 2, -1)
+        out.append((bool(luma[:, 0].any() or chroma[:, 0].any()), bool(luma[:, 1].any() or chroma[:, 1].any())))
+    return out
+
+
+def test_each_mouth_follows_its_own_speech_alone(service: Service, pair: Path, word: Path) -> None:
+    """Anna speaks, then Bela: while one does, the other's half of the picture is the source's to the bit."""
+    with encoded() as film:
+        body = service.run_job(job(pair, said(word, {"point": list(ANNA), "second": 0}),
+                                   said(word, {"box": [440, 120, 520, 220], "second": 0.2}, 0.32)))
+    assert body["status"] == "success", body
+    assert len(film) == 16
+    touched = sides(film, source_frames(pair))
+    assert [left for left, _ in touched] == [True] * 10 + [False] * 6, "with a ramp of two frames"
+    assert [right for _, right in touched] == [False] * 6 + [True] * 10
+    anna, bela = body["metrics"]["speakers"]
+    assert (anna["frames"], bela["frames"], anna["seconds"]) == (10, 10, pytest.approx(0.32, abs=0.002))
+    assert anna["box"][0] < ANNA[0] < anna["box"][2] < WIDTH / 2 < bela["box"][0] < BELA[0] < bela["box"][2]
+    assert list(body["metrics"])[-1] == "speakers"
+
+
+def test_one_speaker_is_the_old_request(service: Service, pair: Path, word: Path) -> None:
+    """To the bit, with one avatar in the cache for both; and the frames after the speech cost nothing."""
+    old = {"musetalk_job_id": "old", "video_url": str(pair), "audio_url": str(word), "params": {"face": "rightmost"}}
+    with encoded() as want:
+        first = service.run_job(old)
+    with encoded() as got:
+        body = service.run_job(job(pair, said(word, "rightmost")))
+    assert first["status"] == body["status"] == "success", body
+    assert np.array_equal(np.stack(want), np.stack(got))
+    assert body["metrics"]["avatar_cached"]
+    assert "speakers" not in first["metrics"]
+    assert set(body["metrics"]) - set(first["metrics"]) == {"speakers"}
+
+
+def test_one_pass_of_the_detector_for_all(service: Service, pair: Path, word: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    original = detect._detect
+    monkeypatch.setattr(detect, "_detect", lambda *given: passes.append(1) or original(*given))
+    counts = []
+    for faces in ([0], [0, 1]):
+        passes.clear()
+        speakers = [said(word, face) for face in faces]
+        body = service.run_job(job(pair, *speakers, params={"extra_margin": 11 + len(faces)}))
+        assert body["status"] == "success", body
+        counts.append(len(passes))
+    assert counts[1] == counts[0] > 0
+
+
+def test_a_point_without_a_face_is_said_with_the_faces_there(service: Service, pair: Path, word: Path) -> None:
+    body = service.run_job(job(pair, said(word, 0), said(word, {"point": [320, 20], "second": 0.2})))
+    assert (body["status"], body["error_type"], body["details"]["field"]) == ("failed", "media_error", "speakers.1.face")
+    assert body["details"]["second"] == 0.2
+    boxes = sorted(body["details"]["boxes"])
+    for box, (x, y) in zip(boxes, (ANNA, BELA), strict=True):
+        assert box[0] < x < box[2]
+        assert box[1] < y < box[3]
+    assert "no face is at point [320, 20] at second 0.2" in body["error_message"]
+    body = service.run_job(job(pair, said(word, {"point": [320, 20], "second": 9})))
+    assert "speakers.0.face: second 9 is beyond the clip's end" in body["error_message"]
+
+
+def test_one_face_says_one_thing_at_a_time(service: Service, pair: Path, word: Path) -> None:
+    """However it is named; one thing after another is fine."""
+    for face, other in (("leftmost", "leftmost"), ({"point": [160, 170]}, {"point": [165, 175], "second": 0})):
+        body = service.run_job(job(pair, said(word, face), said(word, other, 0.2)))
+        assert (body["status"], body["details"]["field"]) == ("failed", "speakers.1.face"), body
+        assert "at the same time" in body["error_message"]
+    body = service.run_job(job(pair, said(word, "leftmost"), said(word, {"point": [160, 170]})))
+    assert (body["status"], body["error_type"]) == ("failed", "media_error")
+    body = service.run_job(job(pair, said(word, "leftmost"), said(word, "leftmost", 0.32)))
+    assert body["status"] == "success", body
+    assert body["metrics"]["frames"] == 16
+    assert len(body["metrics"]["speakers"]) == 1
+
+
+def test_what_is_missing_is_named_by_its_speaker(service: Service, pair: Path, word: Path, tmp_path: Path) -> None:
+    body = service.run_job(job(pair, said(word, 0), said(word, 2)))
+    assert body["details"]["field"] == "speakers.1.face", body
+    assert "holds a face" in body["error_message"]
+    silent = tmp_path / "silent.mp4"
+    make_media(silent, "-i", str(pair), "-c", "copy", "-an")
+    body = service.run_job(job(pair, said(word, 0), said(silent, 1)))
+    assert (body["details"]["field"], body["details"]["reason"]) == ("speakers.1.audio_url", "no_audio")
+
+
+BASE = {"musetalk_job_id": "j", "video_url": "http://h/v"}
+ONE = {"audio_url": "http://h/a"}
+
+
+@pytest.mark.parametrize(("given", "field"), [
+    ({}, "audio_url"), ({"audio_url": "http://h/a", "speakers": [ONE]}, "speakers"), ({"speakers": []}, "speakers"),
+    ({"speakers": [ONE] * 7}, "speakers"), ({"speakers": [{}]}, "speakers.0.audio_url"),
+    ({"speakers": [{**ONE, "start": -1}]}, "speakers.0.start"), ({"speakers": [{**ONE, "face": "tallest"}]}, "speakers.0.face"),
+    ({"speakers": [{**ONE, "face": {"point": [1]}}]}, "speakers.0.face.point"),
+    ({"speakers": [{**ONE, "face": {"box": [5, 5, 4, 9]}}]}, "speakers.0.face.box"),
+    ({"speakers": [{**ONE, "face": {"point": [1, 2], "secnd": 1}}]}, "speakers.0.face.secnd"),
+    ({"speakers": [{**ONE, "begin": 1}]}, "speakers.0.begin"),
+    ({"speakers": [ONE], "params": {"face": 1}}, "params.face")], ids=str)
+def test_a_bad_request_names_the_field(given: dict[str, Any], field: str) -> None:
+    with pytest.raises(BadRequest) as e:
+        parse({**BASE, **given})
+    assert e.value.details["field"] == field, e.value.message
+
+
+def test_the_json_schema_says_it() -> None:
+    schema = Draft202012Validator(JobRequest.model_json_schema())
+    for good in ({**BASE, **ONE}, {**BASE, "speakers": [{**ONE, "face": {"point": [1, 2], "second": 3}, "start": 1.5}, ONE]}):
+        schema.validate(good)
+        parse(good)
+    for bad in (BASE, {**BASE, **ONE, "speakers": [ONE]}, {**BASE, "speakers": [{**ONE, "face": {"box": [1, 2]}}]}):
+        with pytest.raises(ValidationError):
+            schema.validate(bad)
