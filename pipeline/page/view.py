@@ -132,10 +132,13 @@ class View:
         if self.looking:
             return
         self.looking = True
-        while self.changed and not self.tab.closed:
-            self.changed = False
-            self._show(await self.tab.run(self.tab.pictures, self._request(), float(self.second.value), self.outline.value))
-        self.looking = False
+        try:
+            while self.changed and not self.tab.closed:
+                self.changed = False
+                self._show(await self.tab.run(
+                    self.tab.pictures, self._request(), float(self.second.value), self.outline.value))
+        finally:
+            self.looking = False
 
     def _show(self, made: Pictures | dict[str, Any]) -> None:
         if self.tab.closed:
@@ -176,11 +179,13 @@ class View:
         self.rendering = True
         self.render.set_visibility(False)
         self.running.set_visibility(True)
-        yield
-        self.rendering = False
-        if not self.tab.closed:
-            self.render.set_visibility(True)
-            self.running.set_visibility(False)
+        try:
+            yield
+        finally:
+            self.rendering = False
+            if not self.tab.closed:
+                self.render.set_visibility(True)
+                self.running.set_visibility(False)
 
     def _film(self, clip: Chosen, address: str, metrics: dict[str, Any]) -> None:
         """Source and film side by side; playing the film plays both."""
