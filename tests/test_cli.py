@@ -227,7 +227,8 @@ def test_bad_media_is_one_line(
     (["none.mp4", "SPEECH"], "VIDEO: no such file: none.mp4"), (["CLIP", "none.wav"], "AUDIO: no such file: none.wav"),
     (["CLIP", "/"], "AUDIO: a folder, not a file: /"), (["CLIP", "SPEECH", "CLIP", "none.wav"], "AUDIO: no such file"),
     (["CLIP", "SPEECH", "--fps", "0"], "--fps: Input should be greater"), (["CLIP", "SPEECH", "--fps", "x"], "--fps: "),
-    (["CLIP", "SPEECH", "--resolution", "big"], "--resolution: use"), (["CLIP", "SPEECH", "--extra-margin", "-1"], "--extra-margin"),
+    (["CLIP", "SPEECH", "--resolution", "big"], "--resolution: use"),
+    (["CLIP", "SPEECH", "--extra-margin", "-1"], "--extra-margin"),
 ])
 def test_bad_arguments_are_told_before_torch_is_loaded(
     short_clip: Path, short_speech: Path, arguments: list[str], words: str, tmp_path: Path

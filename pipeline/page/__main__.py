@@ -7,6 +7,7 @@ no other host for anything.
 from __future__ import annotations
 
 import argparse
+import logging
 import socket
 import sys
 import tempfile
@@ -69,6 +70,7 @@ def main() -> int:
     parser.add_argument("--port", type=int, default=7860)
     options = parser.parse_args()
     logs.setup("ERROR")
+    logging.getLogger("nicegui").setLevel("ERROR")  # it warns of every address that somebody mistypes
     signals.exit_on_signals()
     tabs: dict[str, Tab] = {}
     with tempfile.TemporaryDirectory(prefix="musetalk-page-") as folder:

@@ -33,7 +33,7 @@ def control_of(name: str, field: dict[str, Any]) -> ValueElement[Any]:
     words = [word for kind in kinds for word in kind.get("enum", ())]
     with ui.column().classes("w-full gap-0"):
         if words:
-            other = {"with_input": True, "new_value_mode": "add-unique"} if len(kinds) > 1 else {}
+            other: dict[str, Any] = {"with_input": True, "new_value_mode": "add-unique"} if len(kinds) > 1 else {}
             control: ValueElement[Any] = ui.select(words, label=label, value=value, clearable=value is None, **other)
             control.classes("w-full")
         elif kinds[0]["type"] == "boolean":
@@ -49,7 +49,7 @@ def control_of(name: str, field: dict[str, Any]) -> ValueElement[Any]:
 def _number(label: str, value: float | None, kind: dict[str, Any]) -> ValueElement[Any]:
     """A box for a number, with a slider where it always has a value."""
     whole = kind["type"] == "integer"
-    limits = {"min": kind.get("minimum"), "max": kind.get("maximum"), "step": 1 if whole else 0.01}
+    limits: dict[str, Any] = {"min": kind.get("minimum"), "max": kind.get("maximum"), "step": 1 if whole else 0.01}
     if value is None:
         return ui.number(label, precision=0 if whole else None, **limits).classes("w-full")
     with ui.row().classes("w-full items-center justify-between no-wrap"):

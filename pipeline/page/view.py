@@ -66,7 +66,8 @@ class View:
                 'label aria-label="second of the film"').classes("grow")
             self.outline = ui.checkbox("outline", on_change=self.refresh)
         self.notice = ui.label().props("id=notice")
-        self.render = ui.button("Render the film", icon="movie", on_click=self.make).props("size=lg unelevated no-caps").classes("w-full")
+        self.render = ui.button("Render the film", icon="movie", on_click=self.make).classes("w-full")
+        self.render.props("size=lg unelevated no-caps")
         with ui.row().classes("w-full items-center no-wrap") as self.running:
             self.bar = ui.linear_progress(0, show_value=False, size="10px").classes("grow")
             ui.button("Stop", on_click=self.tab.stop).props("outline no-caps color=grey-8")
@@ -113,7 +114,7 @@ class View:
         await self.refresh()
 
     def _refused(self) -> None:
-        ui.notify(f"This file is not taken: it is larger than {self.max_upload / 1e6:g} MB, or of another kind.", type="warning")
+        ui.notify(f"This file is not taken: larger than {self.max_upload / 1e6:g} MB, or of another kind.", type="warning")
 
     def _show_choice(self) -> None:
         for kind, (label, *_) in TAKES.items():
@@ -131,10 +132,13 @@ class View:
         if self.looking:
             return
         self.looking = True
-        while self.changed and not self.tab.closed:
-            self.changed = False
-            self._show(await self.tab.run(self.tab.pictures, self._request(), float(self.second.value), self.outline.value))
-        self.looking = False
+        try:
+            while self.changed and not self.tab.closed:
+                self.changed = False
+                self._show(await self.tab.run(
+                    self.tab.pictures, self._request(), float(self.second.value), self.outline.value))
+        finally:
+            self.looking = False
 
     def _show(self, made: Pictures | dict[str, Any]) -> None:
         if self.tab.closed:
@@ -175,11 +179,13 @@ class View:
         self.rendering = True
         self.render.set_visibility(False)
         self.running.set_visibility(True)
-        yield
-        self.rendering = False
-        if not self.tab.closed:
-            self.render.set_visibility(True)
-            self.running.set_visibility(False)
+        try:
+            yield
+        finally:
+            self.rendering = False
+            if not self.tab.closed:
+                self.render.set_visibility(True)
+                self.running.set_visibility(False)
 
     def _film(self, clip: Chosen, address: str, metrics: dict[str, Any]) -> None:
         """Source and film side by side; playing the film plays both."""
