@@ -40,7 +40,7 @@ FRAMES = 8
 DARK = 0.3  # share of the light in the darkened clip
 NUMBERS: dict[ModuleType, tuple[str, ...]] = {
     finish: ("GRID", "TINT_GRID", "TOLERANCE_MOUTH", "TOLERANCE_FAR", "TOLERANCE_LIPS", "MOVED", "PATTERN", "TINT_LEVELS",
-             "SKIN_LEVELS", "CRISP", "CRISP_TIMES", "CRISP_FINER", "COARSE", "DETAIL", "GRAIN", "AROUND", "EXTREME", "DARK",
+             "SKIN_LEVELS", "CRISP", "CRISP_TIMES", "CRISP_FINER", "COARSE", "DETAIL", "GRAIN", "AROUND", "BRIGHTEST", "DARK",
              "BRIGHTER"),
     mask: ("LIPS", "LIPS_WITHIN", "LIPS_GROW"),
     subpixel: ("MARGIN_UNIT", "MARGIN_MOST"),

@@ -26,7 +26,7 @@ def _option(default: Any, description: str, *, ge: int | None = None, le: int | 
 class Options:
     """Defaults are upstream's for MuseTalk 1.5; `for_version` knows those for 1.0."""
 
-    extra_margin: int = _option(10, "chin below the face box: pixels of a face about 330 high; official: of the frame",
+    extra_margin: int = _option(10, "chin below the face box: in 0.3 % of the face's height, at most 20 %; official: in pixels",
                                 ge=0, le=200, avatar=True)
     parsing_mode: ParsingMode = _option("jaw", "which parsed parts are replaced", avatar=True)
     left_cheek_width: int = _option(90, "columns of the 512-pixel parse map, mode jaw", ge=0, le=256, avatar=True)

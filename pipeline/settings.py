@@ -1,6 +1,6 @@
 """Every setting of the worker, read from the environment once; a bad one stops the worker with a clear message.
 
-`python -m pipeline.settings` prints the table of the README.
+`python -m pipeline.settings` prints the table of docs/configuration.md.
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ def helper_environment() -> dict[str, str]:
 
 
 def table() -> str:
-    """The README's configuration table in Markdown."""
+    """The configuration table of docs/configuration.md, in Markdown."""
     places = {"model_dir": "models/demo", "cache_dir": "temporary folder", "local_input_root": "samples"}
     rows = ["| variable | default | meaning |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():

@@ -34,7 +34,7 @@ from pipeline.job.control import Control
 from pipeline.schema import parse
 from pipeline.settings import Settings
 from pipeline.transfer.download import Downloader, Source
-from pipeline.transfer.interruptible import Cut, Reach
+from pipeline.transfer.interruptible import Closed, Connections
 from tests.fakes.sources import GOOD, Sources
 from tests.faults.world import Network
 
@@ -108,24 +108,24 @@ def test_whether_a_length_was_stated_is_known(host: Sources, tmp_path: Path) -> 
 
 def test_connections_can_be_cut_while_others_are_made() -> None:
     """Threads of one client connect, to a port where nobody listens, while another one gives all connections up."""
-    reach, ends = Reach(), time.monotonic() + 1.0
+    connections, ends = Connections(), time.monotonic() + 1.0
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with requests.Session() as session, ThreadPoolExecutor(4) as threads:
-        reach.watch(session)
+        connections.register(session)
         pool = session.get_adapter("http://").poolmanager.connection_from_url(f"http://127.0.0.1:{port}/")  # type: ignore[attr-defined]
 
         def connect() -> int:
             kept = []
             while time.monotonic() < ends:
                 kept.append(pool._new_conn())
-                with contextlib.suppress(OSError, HTTPError, Cut):
+                with contextlib.suppress(OSError, HTTPError, Closed):
                     kept[-1].connect()
             return len(kept)
 
         running = [threads.submit(connect) for _ in range(4)]
         while time.monotonic() < ends:
-            reach.cut()
+            connections.close()
         assert sum(r.result() for r in running) > 100
 
 

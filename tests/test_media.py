@@ -273,7 +273,7 @@ def test_mono_is_the_mean_of_the_channels(media: Make) -> None:
 
 
 def test_the_readme_names_what_is_accepted() -> None:
-    readme = (REPOSITORY / "README.md").read_text()
+    readme = (REPOSITORY / "docs/formats.md").read_text()
     table = dict(re.findall(r"^\| (clip|still|speech) \| (.*) \|$", readme, re.MULTILINE))
     assert table == {"clip": f"{m.ACCEPTED['video']}; {m.ACCEPTED['animation']}", "still": m.ACCEPTED["picture"],
                      "speech": m.ACCEPTED["audio"].replace("video above", "clip")}

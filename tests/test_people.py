@@ -232,6 +232,18 @@ def test_a_face_cut_off_below_its_nose_is_left_alone(service: Service, seed: int
             assert [mouth is not None for mouth in found] == [painted] * 2, (edge, quarters, found)
 
 
+def test_a_rolled_head_whose_mouth_has_left_the_frame_is_left_alone(service: Service) -> None:
+    """At every place on the way out."""
+    lipsync: LipSync = service.engine.load()
+    who = cut_out(BELA, 50.0, roll=0.6)
+    for x in (0, 20, 40):
+        frame = picture([(who, x, 170)])
+        mouth = (who.landmarks[48:68] + np.array([x, 170]) - np.array(who.shown.shape[::-1]) / 2)[:, 0]
+        assert mouth.min() < 0
+        with pytest.raises(NoFace):
+            lipsync.prepare([frame], Options())
+
+
 # -- a function of the clip --
 
 

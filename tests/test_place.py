@@ -140,6 +140,21 @@ def test_a_face_anywhere_is_painted_or_left_alone(geometry: Geometry) -> None:
     assert 20 < sum(painted) < len(painted) - 20
 
 
+@pytest.mark.parametrize("roll", [0.0, 0.4])
+def test_a_mouth_of_which_only_the_last_rows_are_in_the_frame(roll: float) -> None:
+    """The rows that are compared end where the drawing ends: none would be left below the first row that is visible."""
+    frame = torch.randint(0, 255, (240, 240, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    place, face = Place.turned(40, -252, 296, 4, roll), torch.zeros(3, 256, 256, dtype=torch.uint8)
+    inside = subpixel.region(torch.ones(512, 512, dtype=torch.bool), place, (240, 240))
+    v = (torch.arange(inside.box.y1, inside.box.y2)[:, None] + 0.5 - place.y) * math.cos(roll) - (
+        torch.arange(inside.box.x1, inside.box.x2)[None] + 0.5 - place.x) * math.sin(roll)  # rows below the middle
+    region = Region(inside.box, inside.mask * (v >= 127.5))
+    assert blend.first_row(place, region, 256) > 252
+    out = frame.clone()
+    natural(out.unbind(-1), face, place, region, torch.zeros(64, 64))
+    assert not torch.equal(out, frame)
+
+
 def test_extra_margin_is_relative_to_the_face_and_stays_in_it() -> None:
     """The official finish keeps upstream's pixels of the frame."""
     for side in (64, 256, 800):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.job import redact
-from pipeline.settings import REPOSITORY, BadSetting, Settings, find_weights, table
+from pipeline.settings import REPOSITORY, BadSetting, Settings, find_weights
 
 
 def test_settings(tmp_path: Path) -> None:
@@ -128,7 +128,3 @@ def test_weights_on_a_volume_are_found(tmp_path: Path) -> None:
     for name in ("whisper", "musetalkV15"):
         (tmp_path / "musetalk" / "v15" / name).mkdir(parents=True)
     assert find_weights(tmp_path) == tmp_path / "musetalk" / "v15", "a folder of one's own comes first"
-
-
-def test_readme_has_the_configuration_table() -> None:
-    assert table() in (Path(__file__).parent.parent / "README.md").read_text()

@@ -24,16 +24,18 @@ ABOVE, BELOW, BESIDE = 0.5, 0.9, 0.3  # how far they reach beyond its box, in it
 TRIMMED = 0.8  # share of the cells that are compared, those that agree best: hands and passers-by fall out
 AWAY = 50  # frames, two seconds: as long a person is remembered by place, and nobody speaks in the person's stead
 
-# One unit of cost is one standard deviation, squared.
-LOOKS = 0.10  # of how a person differs from himself: over poses and sizes the median was 0.10, of other people 0.41
+# Costs are squares of standard deviations. "Films": FILMS of tests/test_people.py, the two crossings, the cuts and the turning
+# head, 168 frames; as set, 0 of them show a mouth on the wrong person and 113 on the right one.
+LOOKS = 0.10  # of how a person differs from himself: over poses and sizes of 12 people of the wide world the median was 0.10,
+# of other people 0.41. At half of it 104 are right, since turned heads become strangers; at twice 16 are wrong, after cuts.
 SUDDEN = 0.6  # share of it in the next frame: nobody changes at once, but at a cut
 SAME_PLACE = 0.3  # overlap of a face's box with the one expected, from which it is looked at in that one
 DRIFT, DRIFT_A_FRAME = 0.2, 0.06  # of where a face is against where it was expected, face widths
 GROWTH, GROWTH_A_FRAME = 0.25, 0.02  # of the logarithm of its size
 PLACE_MOST = 4.0  # the place cannot speak louder against a person: there are cuts
-STRANGER = 9.5  # a face that costs more than this is a person not seen so far
-MARGIN = 4.0  # by which the next best person has to cost more, else nobody is named
-COASTS = 12  # frames for which an unseen face is expected to move on
+STRANGER = 9.5  # a face that costs more than this is a person not seen so far; at half and at twice the films do not change
+MARGIN = 4.0  # by which the next best person has to cost more, else nobody is named; at half 105 are right, at twice 113
+COASTS = 12  # frames for which an unseen face is expected to move on, and may be hidden; at half 2 are wrong, at twice none
 FEW, UNKNOWN = 10, 0.15  # cells, fewer of which say nothing; the difference that then counts
 NEAR = 0.5  # face widths between two faces under which they are near
 REGULAR = 6  # frames; who was seen in fewer may be an error of the detector

@@ -34,6 +34,7 @@ HELD = WINDOW + REACH  # frames that preparation holds at most
 SMOOTH_IOU = 0.75  # consecutive landmark boxes of one face overlap at least this much
 SCORE_DROP = 0.6  # share of a person's best landmark score under which the face is doubted
 SCORE_LEAST = 0.35  # share under which landmarks are no face
+# TOUCHING, COVERED and SAME_LOOK may be halved or doubled without a change on the films that `people.LOOKS` names.
 SAME_LOOK = 2 * LOOKS  # difference of looks within a window from which somebody else may be there
 BRIDGE = 6  # frames for which a face that the detector misses is followed by its landmarks
 TOUCHING = 0.15  # face widths between two faces under which the landmarks of one may be the other's

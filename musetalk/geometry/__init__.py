@@ -1,1 +1,1 @@
-"""Where things lie: boxes on whole pixels, places between them, and the maps from one to the other."""
+"""Where a face lies in its frame: an affine map (`place`), on whole pixels as upstream (`upstream`) or not (`subpixel`)."""

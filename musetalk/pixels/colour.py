@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from musetalk.pixels.resample import kept
+from musetalk.pixels.resample import cached_on_device
 from musetalk.pixels.threads import in_parts
 
 LUMA = {"bt709": (0.2126, 0.0722), "bt601": (0.299, 0.114), "bt2020": (0.2627, 0.0593)}  # Kr, Kb
@@ -80,7 +80,7 @@ def _to_rgb(planes: Planes, colour: Colour, out: Tensor) -> None:
         out[..., channel] = level.view(planes.y.shape)
 
 
-@kept(12)
+@cached_on_device(12)
 def _from_rgb_matrix(colour: Colour) -> tuple[Tensor, Tensor]:
     """Matrix (3, 3) and offset (3, 1) from RGB to Y'CbCr, both in levels."""
     black, span, chroma_span = colour.scales

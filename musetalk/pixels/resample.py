@@ -21,11 +21,12 @@ Floats = NDArray[Any]
 Numbers = TypeVarTuple("Numbers")
 
 
-def kept(maxsize: int) -> Callable[[Callable[[*Numbers], tuple[Tensor, ...]]],
-                                   Callable[[torch.device, *Numbers], tuple[Tensor, ...]]]:
-    """For functions that make tensors of numbers: they take a device first, and their latest results stay there.
+def cached_on_device(maxsize: int) -> Callable[[Callable[[*Numbers], tuple[Tensor, ...]]],
+                                               Callable[[torch.device, *Numbers], tuple[Tensor, ...]]]:
+    """Decorate a function that makes tensors from numbers: it takes a device first, and its latest `maxsize` results are cached
+    on that device.
 
-    Each copy from the host would make the host wait; a clip asks for the same few sizes again and again.
+    Each copy from the host would make the host wait, and a clip asks for the same few sizes again and again.
     """
     def decorate(make: Callable[[*Numbers], tuple[Tensor, ...]]) -> Callable[[torch.device, *Numbers], tuple[Tensor, ...]]:
         def on_device(device: torch.device, *numbers: *Numbers) -> tuple[Tensor, ...]:
@@ -36,7 +37,7 @@ def kept(maxsize: int) -> Callable[[Callable[[*Numbers], tuple[Tensor, ...]]],
     return decorate
 
 
-@kept(64)
+@cached_on_device(64)
 def row_constants(width: int, *values: tuple[float, ...]) -> tuple[Tensor, ...]:
     """Each tuple of numbers, one a channel, for all pixels of a row: float32 (width * C). Vectorised, as three are not."""
     return tuple(torch.tensor(v, dtype=torch.float32).repeat(width) for v in values)
@@ -47,13 +48,13 @@ def _positions(n_in: int, n_out: int) -> NDArray[np.float32]:
     return ((np.arange(n_out) + 0.5) * (n_in / n_out) - 0.5).astype(np.float32)
 
 
-@kept(256)
+@cached_on_device(256)
 def _lanczos4_taps(n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
     """Source indices (8, n_out), -3..+4 around the floor and the border replicated; their weights in 1/2048, float32."""
     position = _positions(n_in, n_out)
     base = np.floor(position).astype(int)
     x = (position - base).astype(np.float32).astype(np.float64)
-    near = x < np.finfo(np.float32).eps  # on a pixel: it alone
+    near = x < np.finfo(np.float32).eps  # exactly on a pixel, which gets all the weight
     d = np.where(near, 0.5, x)[:, None] + 3 - np.arange(8)
     weights = np.sin(np.pi * d) * np.sin(np.pi * d / 4) / d**2
     weights = (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32).astype(np.float64)
@@ -62,7 +63,7 @@ def _lanczos4_taps(n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(index.T.copy()), torch.from_numpy(np.rint(weights * 2048).T.copy()).float()
 
 
-@kept(256)
+@cached_on_device(256)
 def _pillow_taps(n_in: int, n_out: int, bicubic: bool, top: int) -> tuple[Tensor, Tensor]:
     """Pillow's antialiasing resampler from output `top` on: source indices (taps, n) and weights in 2^-22, int32."""
     scale, support = n_in / n_out, 2.0 if bicubic else 1.0
@@ -89,7 +90,7 @@ def _cubic(x: Floats) -> Floats:
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))
 
 
-@kept(64)
+@cached_on_device(64)
 def _blur_block(kernel: int) -> tuple[Tensor]:
     """(kernel, 2 kernel - 1) float32: Gaussian weights in 1/256 that make `kernel` outputs of the inputs around them.
 
@@ -182,7 +183,7 @@ def _blurred_rows(image: Tensor, block: Tensor) -> Tensor:
     return (block @ padded.unfold(0, reach, size).transpose(1, 2)).view(-1, count)[:n]
 
 
-@kept(512)
+@cached_on_device(512)
 def _linear_taps(n_in: int, n_out: int, clamp_fraction: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Indices and weights (1/2048) of the two taps; along x the fraction is zeroed at the border, along y kept."""
     position = _positions(n_in, n_out)
@@ -223,7 +224,7 @@ def _affine_span(scale: float, offset: float, n_in: int, n_out: int) -> slice:
     return slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, 0)
 
 
-@kept(64)
+@cached_on_device(64)
 def _affine_taps(scale: float, offset: float, n_in: int, n_out: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Indices and weights (1/32) of the two taps of the outputs in the span; weights outside the image are zero."""
     fixed = _affine(scale, offset, n_out)[_affine_span(scale, offset, n_in, n_out)]

@@ -1,7 +1,7 @@
-"""Work on many frames in parts, a thread for each: every core has a frame of its own, and small operations need no barrier.
+"""Work on many frames in parts, one thread a part: each core works on its own frame, without a barrier between operations.
 
-An OpenMP team meets after every operation; where frames are independent that is time lost, the more so while ffmpeg holds a
-core. On a GPU all is one part.
+An OpenMP team synchronises after every operation. For independent frames that is lost time, the more so while ffmpeg uses a
+core. On a GPU all frames are one part.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ MOST = 8  # parts at once: a CPU's usual batch
 
 @lru_cache(1)
 def threads() -> tuple[ThreadPoolExecutor, int] | None:
-    """The process's threads for parts, which share its cores, and their number; None where there is one core.
+    """The process's thread pool for parts, which share its cores, and its size; None on one core.
 
-    A thread's number of OpenMP threads is its own, but torch also keeps the latest number set for threads to come. So they
-    all start here, at once, and the number for all others is set again behind them.
+    Each thread has its own number of OpenMP threads, but torch gives the number set last to every thread that starts later. So
+    all threads of the pool start here, and then the number for other threads is set back.
     """
     cores = torch.get_num_threads()
     count = min(cores, MOST)
@@ -44,10 +44,10 @@ def threads() -> tuple[ThreadPoolExecutor, int] | None:
 
 
 def in_parts(work: Callable[[slice], T], count: int, device: torch.device) -> list[T]:
-    """`work` on slices of range(count) that together are all of it, in order; on a CPU at once, each in a thread.
+    """Call `work` on slices that together cover range(count), and return the results in order; on a CPU in parallel.
 
-    The threads work in copies of the caller's context variables. An error is raised once all of them have ended. `work` must
-    not come here again: it would wait for its own thread.
+    The threads work in copies of the caller's context variables. An error is raised when all of them have ended. `work` must
+    not call `in_parts`: it would wait for its own thread.
     """
     shared = threads() if device.type == "cpu" and count > 1 else None
     if shared is None:

@@ -1,1 +1,1 @@
-"""Generated faces back into their frames: parsed masks, the paste, the natural finish."""
+"""Generated faces back into their frames: the mask, the official paste, the natural finish."""

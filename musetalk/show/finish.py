@@ -21,7 +21,7 @@ from torch import Tensor
 
 from musetalk.geometry.box import Box, Region
 from musetalk.geometry.place import Place, positions, reduced, resampled, sampled
-from musetalk.pixels.resample import kept
+from musetalk.pixels.resample import cached_on_device
 from musetalk.show.blend import first_row
 from musetalk.show.mask import MOUTH_AT, blurred
 
@@ -40,9 +40,9 @@ COARSE = 1.5  # times of enlargement below which the drawing is coarser than its
 DETAIL = 36.0  # levels of the source's detail that the drawing gets where both are the same: creases of lips at rest
 GRAIN = 5.0  # times the skin's usual detail that the drawing gets wherever it is like skin: pores and the camera's grain
 AROUND = 1.5  # sides of the area, in the face's, whose brightest levels say how dark the picture is
-EXTREME = 0.005  # share of its pixels that are its darkest, and its brightest
+BRIGHTEST = 0.005  # share of its pixels that are its brightest
 DARK = 128.0, 192.0  # that brightest level: up to the first the picture is dark, from the second on it is not
-BRIGHTER = 0.1  # of the range of levels there: by so much the drawing in a dark picture may be brighter than all around
+BRIGHTER = 1.1  # times that level: what the drawing may reach in a dark picture
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,8 @@ def natural(planes: Sequence[Tensor], face: Tensor, place: Place, region: Region
     source = torch.cat([reduced(plane[None], lower.divided(step), size - top, size, face.device)
                         for plane, step in zip(planes, steps, strict=True)], dim=1)
     visible = resampled(mask, Place.of(region.box), lower, (size - top) // cell, size // cell, padding="zeros")
-    limits = [extremes(plane, place.divided(step), face.device) for plane, step in zip(planes, steps, strict=True)]
-    low, high = torch.stack([torch.stack(pair) for pair in limits], dim=1).view(2, 1, -1, 1, 1)
-    maps = compared(source, face.float()[None, :, top:], lips.to(face.device), visible, low, high)
+    high = torch.stack([brightest(plane, place.divided(step), face.device) for plane, step in zip(planes, steps, strict=True)])
+    maps = compared(source, face.float()[None, :, top:], lips.to(face.device), visible, high[None, :, None, None])
     for step in sorted(set(steps)):
         which = slice(steps.index(step), steps.index(step) + steps.count(step))
         area = Box(*(v // step for v in astuple(region.box)))  # even, where planes are halved
@@ -95,22 +94,22 @@ def paint(parts: Sequence[Tensor], maps: Maps, source: Tensor, drawing: Tensor, 
     """
     (own, same, skin, *coarse), drawn = (
         sampled(image, grid)[0] for image in (torch.cat([maps.own, maps.same, maps.skin, source], dim=1), drawing))
+    shown = own.sum().clamp(min=1)
     for part, known, levels in zip(parts, coarse, drawn, strict=True):
         pixel = part.to(drawing.device).float()
         detail = pixel - known
-        usual = ((detail.abs().sqrt() * own).sum() / own.sum().clamp(min=1)).square()  # of roots: a few edges count little
+        usual = ((detail.abs().sqrt_() * own).sum() / shown).square()  # of roots: a few edges count little
         most = DETAIL * same + GRAIN * usual * skin
-        detail = torch.minimum(torch.maximum(detail, -most), most)
-        changed = torch.lerp(levels.add_(detail), pixel, own)
+        changed = torch.lerp(levels.add_(detail.clamp_(-most, most)), pixel, own)
         part.copy_(torch.lerp(pixel, changed, weight).add_(0.5).clamp_(0, 255))
 
 
 # -- maps ------------------------------------------------------------------------------------------------------------
 
 
-def compared(source: Tensor, face: Tensor, lips: Tensor, visible: Tensor, low: Tensor, high: Tensor) -> Maps:
+def compared(source: Tensor, face: Tensor, lips: Tensor, visible: Tensor, high: Tensor) -> Maps:
     """Compare the lower rows of source and drawing (1, C, H, S), given the source's lips (L, L) uint8, the mask
-    (1, 1, H/step, S/step) and the range of levels around the face (1, C, 1, 1).
+    (1, 1, H/step, S/step) and the brightest levels around the face (1, C, 1, 1).
     """
     rows, size = face.shape[-2:]
     step = max(size // GRID, 1)
@@ -123,9 +122,10 @@ def compared(source: Tensor, face: Tensor, lips: Tensor, visible: Tensor, low: T
     (tolerance,) = _tolerance(face.device, size // step, TOLERANCE_MOUTH, TOLERANCE_FAR, MOVED)
     same = same_map(apart)
     own = torch.lerp(same, own_map(known, apart, tolerance[:, :, below], free), free)
-    own, same, tint = (F.interpolate(image, size=(rows, size), mode="bilinear") for image in (own, same, tint))
+    wide = F.interpolate(torch.cat([own, same, tint], dim=1), size=(rows, size), mode="bilinear")
+    own, same, tint = wide[:, :1], wide[:, 1:2], wide[:, 2:]
     skin = skin_map(face, mean(known - difference, free * visible))
-    drawing = in_range(torch.addcmul(face, tint, skin), mean(known, free * visible), visible, low, high)
+    drawing = dimmed(torch.addcmul(face, tint, skin), mean(known, free * visible), visible, high)
     return Maps(own, same, skin, tint, drawing)
 
 
@@ -163,31 +163,30 @@ def skin_map(face: Tensor, skin: Tensor) -> Tensor:
     return torch.exp((face - skin).square().sum(dim=1, keepdim=True) * (-1 / SKIN_LEVELS**2))
 
 
-def in_range(drawing: Tensor, skin: Tensor, visible: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def dimmed(drawing: Tensor, skin: Tensor, visible: Tensor, high: Tensor) -> Tensor:
     """The drawing (1, C, H, S); in a dark picture, what is brighter than the skin (1, C, 1, 1) is darkened until it is hardly
-    brighter than the brightest levels around the face.
+    brighter than the brightest levels around the face, `high` (1, C, 1, 1).
 
     The networks draw skin as dark as it is, but teeth and lips nearly as bright as in daylight: they would glow. `visible` is
     the mask on the coarse grid: what it hides does not count. The first plane, luma or red, says how dark the picture is.
     """
     dark = ((DARK[1] - high[:, :1]) / (DARK[1] - DARK[0])).clamp(0, 1)
-    room = (high + BRIGHTER * (high - low) - skin).clamp(min=1)
+    room = (BRIGHTER * high - skin).clamp(min=1)
     contrast = drawing - skin
     peak = (F.adaptive_avg_pool2d(contrast, (visible.shape[2], visible.shape[3])) * visible).amax(dim=(2, 3), keepdim=True)
     share = 1 - dark * (1 - (room / peak.clamp(min=1)).clamp(max=1))
-    return torch.where(contrast > 0, skin + contrast * share, drawing)
+    return torch.addcmul(drawing, contrast.clamp_(min=0), share - 1)
 
 
-def extremes(plane: Tensor, place: Place, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean of the darkest and of the brightest levels of a plane (H, W) around a place. Few pixels are looked at."""
+def brightest(plane: Tensor, place: Place, device: torch.device) -> Tensor:
+    """Mean of the brightest levels of a plane (H, W) around a place: (). About 4000 of its pixels are looked at."""
     area = place.within(-AROUND, -AROUND, AROUND, AROUND).bounds().nearest(plane.shape[1], plane.shape[0])
     step = max(area.height // GRID, 1), max(area.width // GRID, 1)
     seen = plane[area.y1 : area.y2 : step[0], area.x1 : area.x2 : step[1]].to(device).float().flatten()
-    count = max(round(EXTREME * len(seen)), 1)
-    return seen.topk(count, largest=False).values.mean(), seen.topk(count).values.mean()
+    return seen.topk(max(round(BRIGHTEST * len(seen)), 1)).values.mean()
 
 
-@kept(8)
+@cached_on_device(8)
 def _tolerance(size: int, mouth: float, far: float, moved: tuple[float, float, float]) -> tuple[Tensor]:
     """Squared levels by which the drawing may differ and the source still stays, off its lips: (1, 1, size, size)."""
     at = (torch.arange(size) + 0.5) / size

@@ -15,7 +15,7 @@ from musetalk.geometry.view import SIDE, Geometry, Rectangle
 from musetalk.nets.bisenet import BiSeNet
 from musetalk.nets.layers import at_once
 from musetalk.options import Finish, ParsingMode
-from musetalk.pixels.resample import kept, row_constants
+from musetalk.pixels.resample import cached_on_device, row_constants
 
 SKIN, NOSE, MOUTH, NECK = 1, 10, (11, 12, 13), 14  # the parser's labels; the mouth's are inside, upper and lower lip
 TOP_ROW = 224  # the lower half's masks depend on at most 22 rows above it
@@ -79,7 +79,7 @@ def upsampled_labels(logits: Tensor) -> Tensor:
     return labels
 
 
-@kept(4)
+@cached_on_device(4)
 def _upsampling(height: int, width: int) -> tuple[Tensor, ...]:
     """For maps (height, width) stretched over SIDE with aligned corners: of each row from TOP_ROW on the map's row above and
     the share of that below; of each column the cell; of each cell (across) its columns (the last repeated) and shares of its

@@ -25,7 +25,7 @@ from musetalk.order import source_index
 from musetalk.pixels.colour import Colour
 from musetalk.sound.features import Prompts
 from musetalk.steps import Frame, Speaker, State, Yuv420
-from pipeline.errors import Cancelled, DeadlineExceeded, NoFaceFound
+from pipeline.errors import NoFaceFound
 from pipeline.film import runner
 from pipeline.film.cast import Picture, Role, cast
 from pipeline.film.engine import Engine
@@ -36,7 +36,7 @@ from pipeline.job.control import Control
 from pipeline.mark.marker import tags
 from pipeline.media import FrameSource, MediaInfo, Mp4Writer, plan
 from pipeline.schema import JobRequest, SpeakerMetrics
-from pipeline.transfer.interruptible import leaving
+from pipeline.transfer.interruptible import in_thread
 
 ENCODER_SEC = 120.0  # to finish the file after the last frame
 
@@ -141,11 +141,7 @@ def _heard(
         with engine.thread("listen"), state.clock.running():
             return LipSync(state.nets).prompts(pcm, fps, options)
 
-    try:
-        return leaving(hear, control, "listen")
-    except (Cancelled, DeadlineExceeded):
-        state.stop.set()
-        raise
+    return in_thread(hear, control, "listen", state.stop.set)
 
 
 def options_of(engine: Engine, state: State, request: JobRequest) -> Options:

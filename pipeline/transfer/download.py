@@ -31,7 +31,7 @@ from pipeline.errors import BadMedia, BadRequest, DiskFull, MediaError, SourceRe
 from pipeline.job import redact
 from pipeline.job.control import Control
 from pipeline.settings import Settings
-from pipeline.transfer.interruptible import Reach, leaving
+from pipeline.transfer.interruptible import Connections, in_thread
 
 TRIES = 3
 CONNECT_SEC, IDLE_SEC = 10.0, 20.0
@@ -137,32 +137,26 @@ class Downloader:
             return False
         return any(address in network for network in self.networks)
 
-    def _session(self, host: str, reach: Reach) -> HTTPSession:
+    def _session(self, host: str, connections: Connections) -> HTTPSession:
         guarded = not self._allowed(host)
         session = HTTPSession(Config(guarded, False, True, (CONNECT_SEC, IDLE_SEC), "musetalk-worker"))
         session.trust_env = False  # a proxy from the environment would resolve names itself
-        reach.watch(session)
+        connections.register(session)
         return session
 
     def _try(self, url: str, target: Path, field: str, patience: Patience) -> Source:
-        """One try, given up within a moment when the job has to stop or the source takes too long.
+        """One try, ended within a moment when the job has to stop or the source takes too long."""
+        connections = Connections()
+        return in_thread(lambda: self._get(url, target, field, connections, patience), patience, "download", connections.close)
 
-        Resolving, connecting and waiting for an answer cannot be interrupted.
-        """
-        reach = Reach()
-        try:
-            return leaving(lambda: self._get(url, target, field, reach, patience), patience, "download")
-        finally:
-            reach.cut()
-
-    def _get(self, url: str, target: Path, field: str, reach: Reach, patience: Patience) -> Source:
+    def _get(self, url: str, target: Path, field: str, connections: Connections, patience: Patience) -> Source:
         """The file behind `url`, redirects followed by hand so that each hop is checked."""
         where = _where(field, redact.url(url))
         for hop in range(REDIRECTS + 1):
             redact.hide_in_job(url)
             here = {**where, "url": redact.url(url)}
             host = _host(url, here, hop > 0)
-            with _translated(here, True), self._session(host, reach) as session, contextlib.ExitStack() as opened:
+            with _translated(here, True), self._session(host, connections) as session, contextlib.ExitStack() as opened:
                 with patience.answer():
                     response = opened.enter_context(
                         session.get(url, stream=True, headers={"Accept-Encoding": "identity"}))

@@ -1,4 +1,4 @@
-"""Leaving what cannot be interrupted: a call with a thread of its own, and a session whose sockets another thread can cut."""
+"""Work that blocks, and can be ended from another thread: it runs in a thread of its own, and its connections can be closed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from requests.adapters import HTTPAdapter
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.connection import HTTPConnection
 
-from pipeline.job.control import Control
-
 POLL_SEC = 0.1  # between looks whether the job has to stop
+END_SEC = 2.0  # for work to end once it is told to
 T = TypeVar("T")
 
 
@@ -29,13 +28,13 @@ class Stoppable(Protocol):
         """Raise when the wait has to end."""
 
 
-def leaving(work: Callable[[], T], control: Stoppable, name: str, seconds: float | None = None) -> T:
-    """What `work` returns or raises; its thread is left behind when the job has to stop (Cancelled, DeadlineExceeded).
+def in_thread(work: Callable[[], T], control: Stoppable, name: str, end: Callable[[], None]) -> T:
+    """Run `work` in a thread and return or raise what it does.
 
-    With `seconds` it is left after so long, too: TimeoutError.
+    When the job has to stop (`control.check` raises), call `end`, which makes `work` end, and give the thread END_SEC to do so.
+    Only name resolution outlives that: it cannot be ended, holds no file of the job, and is over after its own time limit.
     """
     done: Future[T] = Future()
-    limit = Control(float("inf") if seconds is None else seconds)
 
     def run() -> None:
         try:
@@ -43,57 +42,61 @@ def leaving(work: Callable[[], T], control: Stoppable, name: str, seconds: float
         except BaseException as e:
             done.set_exception(e)
 
-    # the job's secrets are known in its own context only
-    threading.Thread(target=contextvars.copy_context().run, args=(run,), name=name, daemon=True).start()
-    while not wait((done,), POLL_SEC).done:
-        control.check()
-        if not limit.remaining:
-            raise TimeoutError(f"{name} took more than {seconds} s")
+    # in a copy of the job's context, which knows the job's secrets
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(run,), name=name, daemon=True)
+    thread.start()
+    try:
+        while not wait((done,), POLL_SEC).done:
+            control.check()
+    except BaseException:
+        end()
+        thread.join(END_SEC)
+        raise
     return done.result()
 
 
-class Cut(BaseException):
-    """The line was cut. Not an Exception: a library would take that for a fault to try again after."""
+class Closed(BaseException):
+    """The connections were closed. Not an Exception: a library would take that for a fault after which it tries again."""
 
 
-class Reach:
-    """The connections of a session, within another thread's reach."""
+class Connections:
+    """The connections that a session opens, so that another thread can close them."""
 
     def __init__(self) -> None:
-        self.is_cut = False
+        self._closed = False
         self._lock = threading.Lock()  # other threads add connections while one iterates over them
         self._connections: weakref.WeakSet[HTTPConnection] = weakref.WeakSet()  # those still being made, too
         self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()  # what answers are read from
 
-    def watch(self, session: requests.Session) -> None:
-        """Keep in reach whatever the session opens from now on."""
-        pools = {"http": self._watched(HTTPConnectionPool), "https": self._watched(HTTPSConnectionPool)}
+    def register(self, session: requests.Session) -> None:
+        """Know every connection that the session opens from now on."""
+        pools = {"http": self._registering(HTTPConnectionPool), "https": self._registering(HTTPSConnectionPool)}
         for adapter in session.adapters.values():
             if isinstance(adapter, HTTPAdapter):
                 adapter.poolmanager.pool_classes_by_scheme = pools
 
-    def cut(self) -> None:
-        """End whatever waits on the connections, and let none begin."""
-        self.is_cut = True
+    def close(self) -> None:
+        """End whatever waits on the connections, and let none be opened any more."""
+        self._closed = True
         with self._lock:
-            reachable = [*self._sockets, *(c.sock for c in self._connections)]
-        for sock in reachable:
-            if sock is not None:  # else it is not connected yet, and will find itself cut
+            sockets = [*self._sockets, *(c.sock for c in self._connections)]
+        for sock in sockets:
+            if sock is not None:  # else it is not connected yet, and `connect` below raises
                 with suppress(OSError):  # closed meanwhile
                     # the plain socket's method: TLS's own would first take the stream from the thread that is reading it
                     socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
-    def _watched(self, pool: type[HTTPConnectionPool]) -> type[HTTPConnectionPool]:
-        reach = self
+    def _registering(self, pool: type[HTTPConnectionPool]) -> type[HTTPConnectionPool]:
+        connections = self
 
-        class Watched(pool.ConnectionCls):  # type: ignore[name-defined, misc]
+        class Registered(pool.ConnectionCls):  # type: ignore[name-defined, misc]
             def connect(self) -> None:
-                with reach._lock:
-                    reach._connections.add(self)
+                with connections._lock:
+                    connections._connections.add(self)
                 super().connect()
-                with reach._lock:
-                    reach._sockets.add(self.sock)
-                if reach.is_cut:
-                    raise Cut
+                with connections._lock:
+                    connections._sockets.add(self.sock)
+                if connections._closed:
+                    raise Closed
 
-        return type(pool.__name__, (pool,), {"ConnectionCls": Watched})
+        return type(pool.__name__, (pool,), {"ConnectionCls": Registered})
