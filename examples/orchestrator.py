@@ -212,16 +212,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("door", choices=("http", "queue"))
     parser.add_argument("base")
     parser.add_argument("video_url")
-    parser.add_argument("audio_url")
+    parser.add_argument("audio_url", nargs="?")
+    parser.add_argument("--speakers", type=json.loads, metavar="JSON",
+                        help='instead of AUDIO_URL: [{"audio_url": ..., "face": {"point": [x, y], "second": t}, "start": s}]')
     parser.add_argument("--id", default=f"job-{uuid.uuid4().hex[:12]}")
     parser.add_argument("--spool", type=Path, default=Path("results"), help="folder where results wait for the database")
     options = parser.parse_args(argv)
+    if (options.audio_url is None) == (options.speakers is None):
+        parser.error("give either AUDIO_URL or --speakers")
     base, key = options.base.rstrip("/"), os.environ.get("RUNPOD_API_KEY")
     if options.door == "queue" and not key:
         print("error: RUNPOD_API_KEY is not set: a queue endpoint asks for it", file=sys.stderr)
         return 2
     door = queue_door(base, key) if options.door == "queue" and key else http_door(base)
-    job = {"musetalk_job_id": options.id, "video_url": options.video_url, "audio_url": options.audio_url}
+    speech = {"speakers": options.speakers} if options.speakers is not None else {"audio_url": options.audio_url}
+    job = {"musetalk_job_id": options.id, "video_url": options.video_url, **speech}
     try:
         body = run(door, job)
     except JobFailed as e:

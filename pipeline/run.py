@@ -17,14 +17,15 @@ from pipeline import errors
 from pipeline.errors import JobError, Stage, StageKey, Unfit
 from pipeline.film import stream
 from pipeline.film.engine import Engine
+from pipeline.film.faces import find_faces
 from pipeline.film.preview import Preview
 from pipeline.film.stream import Result
-from pipeline.film.validate import validate
+from pipeline.film.validate import validate, validate_clip
 from pipeline.job import redact
 from pipeline.job.control import Control
 from pipeline.job.metrics import PeakMemory, StageTimer, give_back_memory, gpu_class, versions
 from pipeline.mark.marker import Making, Mark, Marker
-from pipeline.schema import Failure, JobRequest, Metrics, Part, SelfTest, StageTimes, Success, parse
+from pipeline.schema import Failure, FindFaces, JobRequest, Metrics, Part, SelfTest, StageTimes, Success, parse
 from pipeline.settings import Settings, asset
 from pipeline.transfer.download import Downloader, Source
 from pipeline.transfer.storage import storage_of
@@ -91,6 +92,8 @@ class Service:
         """The four stages; the last one ends when the job has cleaned up behind itself."""
         cleanup.callback(give_back_memory)
         memory = cleanup.enter_context(PeakMemory())
+        if (search := FindFaces.asked(job_input, job_id)) is not None:
+            return self._faces(search, timer, control, memory, cleanup)
         test = SelfTest.asked(job_input)
         request = parse(sample_job(test, job_id) if test else job_input, job_id)
         downloader = self.samples if test else self.downloader
@@ -110,8 +113,28 @@ class Service:
             cleanup.close()
         return self._success(request, url, result, mark, timer, memory, report)
 
+    def _faces(
+        self, search: FindFaces, timer: StageTimer, control: Control, memory: PeakMemory, cleanup: contextlib.ExitStack,
+    ) -> dict[str, Any]:
+        """The four stages of a job that lists the people of a clip."""
+        folder = cleanup.enter_context(job_folder())
+        with self._stage("download", search, timer, control):
+            video = self.downloader.fetch(search.video_url, folder / "video", "video_url", control)
+        with self._stage("validation", search, timer, control):
+            clip = validate_clip(video, self.settings, control)
+        with self._stage("inference", search, timer, control):
+            found = find_faces(self.engine, clip, folder / "faces.jpg", control)
+        with self._stage("upload", search, timer, control):
+            url = self.storage.upload(folder / "faces.jpg", f"{search.musetalk_job_id}.jpg", control, content_type="image/jpeg")
+            cleanup.close()
+        metrics = Metrics(
+            GENERATION_TIME_SEC=0.0, SCRIPT_WALL_TIME_SEC=round(found.wall_sec, 3), PEAK_VRAM_MIB=memory.vram_mib,
+            PEAK_RAM_KB=memory.peak_kb, gpu_class=self.gpu_class, stage_times=StageTimes(**timer.times),
+            total_time=timer.total, frames=found.frames, avatar_cached=False, faces_found=found.with_face, faces=found.people)
+        return Success(output_url=url, musetalk_job_id=search.musetalk_job_id, metrics=metrics).body()
+
     @contextlib.contextmanager
-    def _stage(self, name: StageKey, request: JobRequest, timer: StageTimer, control: Control) -> Iterator[None]:
+    def _stage(self, name: StageKey, request: JobRequest | FindFaces, timer: StageTimer, control: Control) -> Iterator[None]:
         with timer.stage(name):
             yield
         log.info("stage done", extra={"job_id": request.musetalk_job_id, "stage": name, "seconds": timer.times[name]})

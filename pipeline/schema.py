@@ -11,7 +11,19 @@ import json
 import re
 from fractions import Fraction
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    Self,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from pydantic import (
     BaseModel,
@@ -201,15 +213,13 @@ class JobRequest(BaseModel):
         return value
 
 
-class SelfTest(BaseModel):
-    """The other kind of job: speak a built-in sample for a second and report what this worker runs on."""
+class OtherJob(BaseModel):
+    """A job of another kind, which a key of its own asks for: `WORD`, true."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    WORD: ClassVar[str]
 
-    selftest: Annotated[bool, Field(json_schema_extra={"const": True})]
-    musetalk_job_id: Annotated[str, Field(pattern=JOB_ID, description="names the output object")] = "selftest"
-
-    @field_validator("selftest")
+    @field_validator("selftest", "find_faces", check_fields=False)
     @classmethod
     def _true(cls, value: bool) -> bool:
         if not value:
@@ -217,14 +227,32 @@ class SelfTest(BaseModel):
         return value
 
     @classmethod
-    def asked(cls, job_input: Any) -> SelfTest | None:
-        """The self-test that a job's input asks for, or None; raises BadRequest."""
-        if not isinstance(job_input, dict) or "selftest" not in job_input:
+    def asked(cls, job_input: Any, job_id: str | None = None) -> Self | None:
+        """What a job's input asks for, or None; `job_id` stands in for a missing musetalk_job_id. Raises BadRequest."""
+        if not isinstance(job_input, dict) or cls.WORD not in job_input:
             return None
+        named = {"musetalk_job_id": job_id} if job_id else {}
         try:
-            return cls.model_validate(job_input)
+            return cls.model_validate({**named, **job_input})
         except ValidationError as e:
-            raise _explain(e) from None
+            raise _explain(e, cls) from None
+
+
+class SelfTest(OtherJob):
+    """Speak a built-in sample for a second and report what this worker runs on."""
+
+    WORD = "selftest"
+    selftest: Annotated[bool, Field(json_schema_extra={"const": True})]
+    musetalk_job_id: Annotated[str, Field(pattern=JOB_ID, description="names the output object")] = "selftest"
+
+
+class FindFaces(OtherJob):
+    """List the people of a clip: the output is a JPEG of them with numbers, `metrics.faces` says where each is."""
+
+    WORD = "find_faces"
+    find_faces: Annotated[bool, Field(json_schema_extra={"const": True})]
+    video_url: Annotated[str, URL, Field(description="the clip: video or still image")]
+    musetalk_job_id: Annotated[str, Field(pattern=JOB_ID, description="names the output object")] = "faces"
 
 
 def parse(job_input: Any, job_id: str | None = None) -> JobRequest:
@@ -263,13 +291,13 @@ def _check_speeches(values: dict[str, Any]) -> None:
                          field="params.face")
 
 
-def _explain(error: ValidationError) -> BadRequest:
+def _explain(error: ValidationError, kind: type[BaseModel] = JobRequest) -> BadRequest:
     first = error.errors(include_url=False, include_context=False)[0]
     path = [str(p) for p in first["loc"] if not str(p).startswith(("literal[", "constrained-", "face-"))]
     path = [p for p in path if p not in ("int", "float", "str", "bool")]
     field = ".".join(path)[:200]
     if first["type"] == "extra_forbidden":
-        known: Any = Params.model_fields if path[0] == "params" else JobRequest.model_fields
+        known: Any = Params.model_fields if path[0] == "params" else kind.model_fields
         if path[0] == "speakers":
             known = ("point", "box", "second") if "face" in path else SpeakerPart.model_fields
         near = difflib.get_close_matches(path[-1][:64], known, 1, 0.4)
@@ -299,6 +327,17 @@ class SpeakerMetrics(BaseModel):
     seconds: float = Field(description="of speech")
 
 
+class FoundFace(BaseModel):
+    """A person of a clip."""
+
+    number: int = Field(description="on the sheet")
+    first_second: float
+    last_second: float
+    box: list[int] = Field(description="x1, y1, x2, y2, pixels of the source as it is shown, at best_second")
+    best_second: float
+    share: float = Field(description="of the frames that were looked at, in which this person is")
+
+
 class Metrics(BaseModel):
     """What the orchestrator stores. Keys may be added at the end, never changed."""
 
@@ -318,6 +357,7 @@ class Metrics(BaseModel):
     faces_found: int = Field(0, description="frames of the output in which the speaker's face was found")
     speakers: list[SpeakerMetrics] | None = Field(None, description="only of a job with speakers: of each face that speaks, in "
                                                                     "the order of their first speeches")
+    faces: list[FoundFace] | None = Field(None, description="only of a job that finds faces: the people of the clip")
 
 
 class Success(BaseModel):
@@ -329,9 +369,9 @@ class Success(BaseModel):
     metrics: Metrics
 
     def body(self) -> dict[str, Any]:
-        """The JSON body: `selftest`, `damaged` and `speakers` only where there is something to say."""
+        """The JSON body: `selftest`, `damaged`, `speakers` and `faces` only where there is something to say."""
         body = self.model_dump()
-        for name in ("selftest", "damaged", "speakers"):
+        for name in ("selftest", "damaged", "speakers", "faces"):
             if body["metrics"][name] is None:
                 del body["metrics"][name]
         return body
@@ -356,7 +396,7 @@ class Failure(BaseModel):
 
 def schemas() -> dict[str, Any]:
     """JSON Schema of everything that crosses the wire."""
-    return {m.__name__: m.model_json_schema() for m in (JobRequest, SelfTest, Success, Failure)}
+    return {m.__name__: m.model_json_schema() for m in (JobRequest, SelfTest, FindFaces, Success, Failure)}
 
 
 if __name__ == "__main__":

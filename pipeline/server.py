@@ -27,7 +27,7 @@ from pipeline.http.jobs import JobQueue
 from pipeline.http.protocol import BACKLOG, LimitedProtocol, connection_limit, listen
 from pipeline.job import logs
 from pipeline.run import Service, failure, status_of
-from pipeline.schema import Failure, JobRequest, SelfTest, Success
+from pipeline.schema import Failure, FindFaces, JobRequest, SelfTest, Success
 from pipeline.settings import BadSetting, Settings
 
 log = logging.getLogger("musetalk.server")
@@ -114,7 +114,7 @@ def _job_schema() -> dict[str, Any]:
     """The OpenAPI description of a job, without references inside the operation."""
     request = JobRequest.model_json_schema()
     request = _without_references(request, request.pop("$defs"))
-    either = {"anyOf": [request, SelfTest.model_json_schema()]}
+    either = {"anyOf": [request, SelfTest.model_json_schema(), FindFaces.model_json_schema()]}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": either}}}}
 
 

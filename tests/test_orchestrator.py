@@ -38,6 +38,7 @@ class Answers(http.server.ThreadingHTTPServer):
     def __init__(self, port: int = 0) -> None:
         self.script: dict[str, list[tuple[int, Any, dict[str, str]]]] = {}
         self.asked: list[tuple[str, float]] = []
+        self.sent: list[Any] = []
         super().__init__(("127.0.0.1", port), Routes)
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -57,6 +58,7 @@ class Routes(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self, sent: Any = None) -> None:
         self.server.asked.append((self.path, time.monotonic()))
+        self.server.sent.append(sent)
         script = self.server.script.get(self.path)
         code, answer, headers = (script.pop(0) if len(script) > 1 else script[0]) if script else (
             200, success(sent["musetalk_job_id"]), {})
@@ -193,6 +195,21 @@ def test_a_queue_that_never_ends_is_left(answers: Answers, state: str) -> None:
 def test_retryable_failures_are_tried_again() -> None:
     given = [{"status": "failed", "retryable": True}, {"status": "success"}]
     assert orchestrator.run(lambda _: given.pop(0), {}, wait=lambda _: None)["status"] == "success"
+
+
+def test_several_speakers_are_sent(answers: Answers) -> None:
+    speakers = [{"audio_url": "http://h/a", "face": {"point": [1, 2], "second": 0.5}, "start": 1}]
+    answers.says("/generate", {"status": "success", "musetalk_job_id": "j"})
+    process = example("http", answers.url, "v", "--speakers", json.dumps(speakers))
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    (sent,) = answers.sent
+    assert sent["speakers"] == speakers
+    assert "audio_url" not in sent
+    for wrong in (("v",), ("v", "a", "--speakers", "[]")):
+        process = example("http", answers.url, *wrong)
+        assert "give either AUDIO_URL or --speakers" in process.communicate(timeout=60)[1]
+        assert process.returncode == 2
 
 
 def test_the_example_names_what_is_missing(answers: Answers) -> None:

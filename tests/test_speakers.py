@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
@@ -150,6 +151,29 @@ def test_what_is_missing_is_named_by_its_speaker(service: Service, pair: Path, w
     make_media(silent, "-i", str(pair), "-c", "copy", "-an")
     body = service.run_job(job(pair, said(word, 0), said(silent, 1)))
     assert (body["details"]["field"], body["details"]["reason"]) == ("speakers.1.audio_url", "no_audio")
+
+
+def test_the_people_of_a_clip_are_listed(service: Service, pair: Path, word: Path) -> None:
+    """With numbers on a sheet, and boxes that a request takes."""
+    body = service.run_job({"find_faces": True, "video_url": str(pair)}, job_id="people-1")
+    assert body["status"] == "success", body
+    anna, bela = body["metrics"]["faces"]
+    assert list(body["metrics"])[-1] == "faces"
+    assert "speakers" not in body["metrics"]
+    for number, (face, (x, y)) in enumerate(zip((anna, bela), (ANNA, BELA), strict=True), 1):
+        x1, y1, x2, y2 = face["box"]
+        assert x1 < x < x2
+        assert y1 < y < y2
+        assert (face["number"], face["first_second"], face["last_second"], face["share"]) == (number, 0.0, 0.48, 1.0)
+    sheet = probe(Path(urlsplit(body["output_url"]).path), 1 << 20).picture
+    assert body["output_url"].endswith("/people-1.jpg")
+    assert (sheet.width, sheet.height) == (2 * 324, 184)
+    body = service.run_job(job(pair, said(word, {"box": bela["box"], "second": bela["best_second"]})))
+    assert body["metrics"]["speakers"][0]["box"][0] > WIDTH / 2
+    nobody = service.run_job({"find_faces": True, "video_url": str(SAMPLES / "speech.wav")})
+    assert (nobody["status"], nobody["details"]["field"]) == ("failed", "video_url")
+    for wrong in ({"find_faces": False}, {"video_url": None}, {"a": 1}):
+        assert service.run_job({"find_faces": True, "video_url": "x", **wrong})["error_type"] == "media_error"
 
 
 BASE = {"musetalk_job_id": "j", "video_url": "http://h/v"}

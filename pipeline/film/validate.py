@@ -54,11 +54,7 @@ def validate(
 
     `first_seconds`: only so much of the film, from its first speech on; later speeches are left out.
     """
-    pixels = settings.max_pixels
-    with _named(video, "video_url"):
-        clip = media.probe(video.path, pixels, control.check)
-    _check_clip(clip, settings)
-    _check_length(clip, clip.picture.index, "video_url", settings.max_video_sec, "MAX_VIDEO_SEC", pixels, control)
+    clip = validate_clip(video, settings, control)
     end = math.inf
     if first_seconds is not None:
         end = min(part.start for part, _ in speeches) + first_seconds
@@ -69,6 +65,16 @@ def validate(
     control.check()
     speech = mix([(voice.speech, voice.part.start) for voice in voices], folder / "speech.wav")
     return Inputs(clip, speech, voices)
+
+
+def validate_clip(video: Source, settings: Settings, control: Control) -> MediaInfo:
+    """Probe the clip; raises BadMedia."""
+    pixels = settings.max_pixels
+    with _named(video, "video_url"):
+        clip = media.probe(video.path, pixels, control.check)
+    _check_clip(clip, settings)
+    _check_length(clip, clip.picture.index, "video_url", settings.max_video_sec, "MAX_VIDEO_SEC", pixels, control)
+    return clip
 
 
 def _sound(part: Part, source: Source, settings: Settings, control: Control) -> MediaInfo:

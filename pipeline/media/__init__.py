@@ -7,6 +7,7 @@ from pipeline.media.frames import FrameReader, FrameSource
 from pipeline.media.geometry import plan
 from pipeline.media.probe import MediaInfo, packet_seconds, probe
 from pipeline.media.sound import SAMPLE_RATE, Speech, read_speech
+from pipeline.media.still import write_jpeg
 
 __all__ = ["ACCEPTED", "SAMPLE_RATE", "FrameReader", "FrameSource", "MediaInfo", "Mp4Writer", "Speech", "ffmpeg",
-           "packet_seconds", "plan", "probe", "read_speech", "video_encoder"]
+           "packet_seconds", "plan", "probe", "read_speech", "video_encoder", "write_jpeg"]
