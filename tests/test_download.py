@@ -10,7 +10,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ from pipeline.errors import (
     SourceRefused,
     SourceUnavailable,
 )
+from pipeline.film import validate
 from pipeline.job.control import Control
-from pipeline.schema import parse
+from pipeline.schema import Part, parse
 from pipeline.settings import Settings
 from pipeline.transfer.download import Downloader, Source
 from pipeline.transfer.interruptible import Closed, Connections
@@ -104,6 +105,19 @@ def test_whether_a_length_was_stated_is_known(host: Sources, tmp_path: Path) -> 
     for path, known in (("good", True), ("chunked/", True), ("unstated/", False)):
         source = fetch(f"{host.url}/{path}", tmp_path)
         assert (source.path.read_bytes(), source.length_known) == (GOOD, known), path
+
+
+@pytest.mark.parametrize(("kind", "remark"), [("aac", True), ("ts", True), ("ogg", True), ("wav", False), ("flac", False)])
+def test_a_file_is_whole_where_its_source_or_its_format_says_so(
+    host: Sources, media: Callable[..., Path], tmp_path: Path, kind: str, remark: bool
+) -> None:
+    sound = media(f"tone.{kind}", "-f", "lavfi", "-i", "sine=d=1")
+    host.folder = sound.parent
+    part = Part("audio_url", "", None, 0.0)
+    for path, unknown in ((f"unstated/{sound.name}", remark), (f"file/{sound.name}", False)):
+        source = fetch(f"{host.url}/{path}", tmp_path)
+        found = validate._sound(part, source, Settings(), Control(60))
+        assert (found.opener.damage == validate.UNKNOWN_LENGTH) is unknown, path
 
 
 def test_connections_can_be_cut_while_others_are_made() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline import media
@@ -21,6 +21,8 @@ from pipeline.transfer.download import Source
 
 SMALLEST_SIDE = 32  # pixels
 DECODE_SEC = 120.0  # for the speech
+ENDLESS = ("mpegts", "mpeg", "aac", "amr", "ogg")  # formats whose files do not say how long they are
+UNKNOWN_LENGTH = "neither its source nor its format says how long the file is: its end may be missing"
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def validate_clip(video: Source, settings: Settings, control: Control) -> MediaI
     """Probe the clip; raises BadMedia."""
     pixels = settings.max_pixels
     with _named(video, "video_url"):
-        clip = media.probe(video.path, pixels, control.check)
+        clip = _known_whole(media.probe(video.path, pixels, control.check), video)
     _check_clip(clip, settings)
     _check_length(clip, clip.picture.index, "video_url", settings.max_video_sec, "MAX_VIDEO_SEC", pixels, control)
     return clip
@@ -81,7 +83,7 @@ def _sound(part: Part, source: Source, settings: Settings, control: Control) -> 
     """A speech's file, probed."""
     control.check()
     with _named(source, part.field):
-        info = media.probe(source.path, settings.max_pixels, control.check)
+        info = _known_whole(media.probe(source.path, settings.max_pixels, control.check), source)
     if info.audio is None:
         raise BadMedia(f"{part.field}: the file has no sound track (taken: {ACCEPTED['audio']})", field=part.field,
                        reason="no_audio")
@@ -100,6 +102,14 @@ def _voice(part: Part, source: Source, info: MediaInfo, path: Path, rate: int, e
     if (seconds := part.start + speech.seconds) > longest + 0.5:
         raise _too_long(part.field, seconds, longest, "MAX_AUDIO_SEC")
     return Voice(part, speech)
+
+
+def _known_whole(info: MediaInfo, source: Source) -> MediaInfo:
+    """The file's description; with a remark where neither its source nor its format says how long the file is."""
+    states_length = info.opener.still or (info.stated is not None and info.format not in ENDLESS)
+    if source.length_known or states_length or info.opener.damage:
+        return info
+    return replace(info, opener=replace(info.opener, damage=UNKNOWN_LENGTH))
 
 
 @contextmanager
