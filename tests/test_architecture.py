@@ -28,13 +28,14 @@ PIPELINE = {
     "film": "errors job mark media schema settings transfer",
     "run": "errors film job mark schema settings transfer",
     "http": "errors job run settings", "server": "errors http job run schema settings",
+    "queue": "errors job run settings",
     "__main__": "job run schema settings",
     "page": "errors film job run schema settings", "handler": "job run settings",
 }
 USES_MUSETALK = {"film", "weights"}  # schema: its options alone
 OUTSIDE = {"subprocess": "media transfer", "requests": "transfer weights", "runpod": "handler", "b2sdk": "transfer",
            "boto3": "transfer", "botocore": "transfer", "fastapi": "http server", "uvicorn": "http server",
-           "c2pa": "mark provenance", "gradio": "page"}
+           "c2pa": "mark provenance", "gradio": "page", "procrastinate": "queue", "psycopg": "queue"}
 
 
 def room_of(path: Path) -> str:
