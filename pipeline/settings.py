@@ -90,10 +90,11 @@ class Settings(BaseModel):
     port_health: int | None = Field(None, ge=0, le=65535, description="another port that answers the health path, as RunPod's load balancer asks; by default `PORT`")
     http_queue_max: int = Field(8, ge=0, le=100_000, description="jobs waiting at the HTTP door; beyond it 503 with Retry-After")
     database_url: str | None = Field(None, description="PostgreSQL that holds the queue of `python -m pipeline.queue`: `postgresql://user:password@host/name`")
-    queue_name: str = Field("musetalk", pattern=r"[\w.-]{1,40}", description="the queue in it: workers of other weights or GPUs may have another")
+    queue_name: str = Field("musetalk", pattern=r"^[\w.-]{1,40}$", description="the queue in it: workers of other weights or GPUs may have another")
     queue_tries: int = Field(3, ge=1, le=100, description="how often a queued job is run at most, while its failures say that another try may succeed or its worker dies")
     queue_retry_sec: float = Field(15, gt=0, le=WEEK_SEC, description="wait before the second try of a queued job; doubles with each further one")
     queue_stalled_sec: float = Field(30, ge=1, le=3600, description="after so long without a sign of life of its worker a queued job is given to another")
+    queue_metrics_port: int | None = Field(None, ge=0, le=65535, description="port at `HOST` where a worker of the queue shows /metrics")
     revision: str = Field("unknown", description="the worker's version, as the self-test reports it; set when the image is built")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="of the JSON log lines")
 

@@ -28,7 +28,7 @@ PIPELINE = {
     "film": "errors job mark media schema settings transfer",
     "run": "errors film job mark schema settings transfer",
     "http": "errors job run settings", "server": "errors http job run schema settings",
-    "queue": "errors job run settings",
+    "queue": "errors http job run settings",
     "__main__": "job run schema settings",
     "page": "errors film job run schema settings", "handler": "job run settings",
 }

@@ -20,6 +20,7 @@ from typing import Any
 import psycopg
 import psycopg2
 import pytest
+import requests
 from procrastinate import App, SyncPsycopgConnector
 from procrastinate.jobs import Status
 
@@ -53,7 +54,7 @@ def url(server: Cluster) -> str:
 @pytest.fixture(scope="module")
 def worker(url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DatabaseWorker]:
     """One that stays over the tests."""
-    worker = DatabaseWorker(tmp_path_factory.mktemp("workers") / "first", url, "main")
+    worker = DatabaseWorker(tmp_path_factory.mktemp("workers") / "first", url, "main", QUEUE_METRICS_PORT=str(free_port()))
     yield worker.ready()
     worker.close()
 
@@ -126,6 +127,10 @@ def test_a_result_is_the_orchestrators_row(worker: DatabaseWorker, server: Clust
     assert row[4] == row[5]["stage_times"]
     assert Path(row[1].removeprefix("file://")).read_bytes()[4:8] == b"ftyp"
     assert not waiting(url, job), "what has ended is no row of the queue any more"
+    connections = "SELECT count(*) FROM pg_stat_activity WHERE application_name LIKE 'musetalk%%'"
+    assert rows(url, connections)[0][0] in (2, 3), "one, one that listens, and sometimes a third"
+    figures = requests.get(f"http://127.0.0.1:{worker.environment['QUEUE_METRICS_PORT']}/metrics", timeout=10).text
+    assert {'musetalk_jobs_total{outcome="success"} 1.0', "musetalk_ready 1.0"} <= set(figures.splitlines())
 
 
 def test_a_final_failure_keeps_its_body(worker: DatabaseWorker, url: str, samples_url: str) -> None:
@@ -158,6 +163,25 @@ def test_what_may_succeed_is_tried_again_up_to_a_number(url: str, tmp_path: Path
         assert worker.messages().count("job done") == 3
     finally:
         worker.close()
+
+
+def test_the_orchestrator_example(worker: DatabaseWorker, url: str, samples_url: str) -> None:
+    """Submitted in plain SQL, as any language can; the body is what another door would answer."""
+    door = orchestrator.postgres_door(url, "main", poll=0.1)
+    body = orchestrator.run(door, {**SELFTEST, "musetalk_job_id": "orchestrated"}, tries=1)
+    assert set(body) == {"status", "output_url", "musetalk_job_id", "metrics"}
+    assert (body["status"], body["musetalk_job_id"]) == ("success", "orchestrated")
+    done = subprocess.run([sys.executable, "-m", "examples.orchestrator", "postgres", "main", f"{samples_url}/none.mp4",
+                           f"{samples_url}/speech.wav"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60,
+                          env={"PATH": os.environ["PATH"], "DATABASE_URL": url})
+    assert (done.returncode, done.stderr) == (1, "")
+    assert json.loads(done.stdout)["details"]["status_code"] == 404
+
+
+def test_the_orchestrator_cancels_what_takes_too_long(url: str) -> None:
+    body = orchestrator.postgres_door(url, "nobody", poll=0.05, limit=0.2)({"musetalk_job_id": "waits"})
+    assert (body["retryable"], "is cancelled" in body["error_message"]) == (False, True)
+    assert not rows(url, "SELECT 1 FROM procrastinate_jobs WHERE queue_name = 'nobody'")
 
 
 def test_higher_priorities_go_first(worker: DatabaseWorker, url: str) -> None:
@@ -397,3 +421,15 @@ def test_no_secret_was_written(worker: DatabaseWorker, url: str) -> None:
     text = (worker.folder / "log").read_text() + str(rows(url, "SELECT body::text FROM job_failures"))
     assert "canary" not in text
     assert "Traceback" not in (worker.folder / "log").read_text()
+
+
+@pytest.mark.full
+def test_a_fleet_of_real_workers_is_measured() -> None:
+    """Little of everything: waits beside the simulation's, the queue's own cost, and nothing lost or doubled by SIGKILLs."""
+    done = subprocess.run([sys.executable, "-m", "benchmarks.fleet", "--measured", "--workers", "2", "--jobs", "8",
+                           "--service-sec", "0.5", "--kill-sec", "15"], cwd=REPOSITORY, capture_output=True, text=True,
+                          timeout=600)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert {"wait_error_50", "wait_error_80", "wait_error_95", "queue_ms_a_job", "jobs_per_sec_limit"} <= figures.keys()
+    assert (figures["lost"], figures["doubled"]) == (0, 0)

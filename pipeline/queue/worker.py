@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,8 +15,10 @@ from procrastinate import worker as procrastinate_worker
 from procrastinate.exceptions import ConnectorException, JobAborted
 from procrastinate.jobs import Job
 from procrastinate.retry import BaseRetryStrategy
+from prometheus_client import start_http_server
 
 from pipeline.errors import UnknownError
+from pipeline.http.figures import Figures
 from pipeline.job.control import Control
 from pipeline.queue.table import TASK, Connector, Manager, default_id, key_of, pool
 from pipeline.run import Service, failure
@@ -64,10 +67,11 @@ class Worker(procrastinate_worker.Worker):
         super().__init__(
             app, queues=[settings.queue_name], delete_jobs="always", update_heartbeat_interval=FORGOTTEN_SEC,
             stalled_worker_timeout=FORGOTTEN_SEC, fetch_job_polling_interval=min(POLL_SEC, self.stalled_sec / SIGNS),
-            abort_job_polling_interval=POLL_SEC)
-        self.stopping = False
+            abort_job_polling_interval=POLL_SEC, install_signal_handlers=False)
+        self.stopping = self.told_to_stop = False
         self.connector.leaving = lambda: self.stopping and self.manager.in_hand is None
         self._control: Control  # of the job in hand
+        self.figures = Figures(lambda: int(self.manager.in_hand is not None), lambda: service.engine.ready)
         self._orphans: set[int | None] = set()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="job")
 
@@ -75,6 +79,11 @@ class Worker(procrastinate_worker.Worker):
         """Take no more jobs, and end after the one in hand."""
         self.stopping = True
         super().stop()  # type: ignore[no-untyped-call]
+
+    def tell_to_stop(self) -> None:
+        """SIGTERM or Ctrl-C: no other worker is wanted in this one's place."""
+        self.told_to_stop = True
+        self.stop()
 
     async def run_job(self, context: JobContext, /, input: Any = None, **_: Any) -> None:
         """The task. Raises JobFailed, or JobAborted where the job was cancelled; the body is in the manager."""
@@ -90,6 +99,7 @@ class Worker(procrastinate_worker.Worker):
             body = await work
         self.manager.body = body
         log.info("job done", extra={"job_id": key_of(context.job), "status": body["status"]})
+        self.figures.count(body, control.cancelled)
         if self.service.unfit:
             log.error(self.service.unfit)
             self.stop()
@@ -147,6 +157,10 @@ async def serve(service: Service) -> int:
             log.error(service.unfit)
             return 1
         log.info("ready", extra={"device": str(service.engine.device), "queue": service.settings.queue_name})
+        if (port := service.settings.queue_metrics_port) is not None:
+            start_http_server(port, service.settings.host, worker.figures.registry)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, worker.tell_to_stop)
         looking = asyncio.create_task(worker.look_after())
         try:
             await worker.run()  # type: ignore[no-untyped-call]
@@ -156,7 +170,7 @@ async def serve(service: Service) -> int:
             looking.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await looking
-    return 1 if service.unfit or not worker.stopping else 0
+    return 0 if worker.told_to_stop and not service.unfit else 1
 
 
 def work(settings: Settings) -> int:

@@ -10,6 +10,7 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg
@@ -23,9 +24,9 @@ PROGRAMS = max(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda p: int(p.pa
 class Cluster:
     """A server that can be stopped and started again."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
-        self.user = {"user": "postgres", "group": "postgres"} if os.geteuid() == 0 else {}  # it refuses to run as root
+    def __init__(self, folder: Path, durable: bool) -> None:
+        self.folder, self.port, self.fsync = folder, free_port(), "on" if durable else "off"
+        self.user: dict[str, Any] = {"user": "postgres", "group": "postgres"} if os.geteuid() == 0 else {}  # it refuses root
         if self.user:
             shutil.chown(folder, **self.user)
         subprocess.run([PROGRAMS / "initdb", "-D", folder / "data", "-U", "test", "-A", "trust", "--no-sync"], check=True,
@@ -37,7 +38,8 @@ class Cluster:
                        stdout=subprocess.DEVNULL, **self.user)
 
     def start(self) -> None:
-        options = f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self.folder} -c fsync=off"
+        options = (f"-p {self.port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={self.folder} "
+                   f"-c fsync={self.fsync}")
         self._control("-l", str(self.folder / "log"), "-o", options, "start")
 
     def stop(self) -> None:
@@ -45,13 +47,13 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def cluster() -> Iterator[Cluster]:
-    """A server of our own; skips the test where there is none."""
+def cluster(durable: bool = False) -> Iterator[Cluster]:
+    """A server of our own, which writes through to the disk only where that is measured; skips the test where there is none."""
     if not (PROGRAMS / "initdb").exists():
         pytest.skip("no PostgreSQL: install it (apt-get install postgresql)")
     folder = Path(tempfile.mkdtemp(prefix="musetalk-postgres-"))
     try:
-        server = Cluster(folder)
+        server = Cluster(folder, durable)
         server.start()
         try:
             yield server
@@ -75,5 +77,5 @@ def new_database(server: str) -> str:
     """The URL of an empty database in a server."""
     name = f"test_{uuid.uuid4().hex[:12]}"
     with psycopg.connect(server, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
+        connection.execute(f"CREATE DATABASE {name}".encode())
     return urlsplit(server)._replace(path=f"/{name}").geturl()

@@ -60,7 +60,7 @@ class DatabaseWorker:
             "PATH": os.environ["PATH"], "TMPDIR": str(folder), "MODEL_DIR": str(DEMO), "STORAGE": "local",
             "LOCAL_STORAGE_DIR": str(folder.parent / "outputs"), "CACHE_DIR": str(folder / "cache"),
             "DOWNLOAD_ALLOW_HOSTS": "127.0.0.0/8", "DATABASE_URL": url, "QUEUE_NAME": queue, "QUEUE_STALLED_SEC": "4",
-            "QUEUE_RETRY_SEC": "0.5", **changes}
+            "QUEUE_RETRY_SEC": "0.5", "OMP_WAIT_POLICY": "PASSIVE", **changes}
         with (folder / "log").open("w") as log:
             self.process = subprocess.Popen([sys.executable, *(command or ("-m", "pipeline.queue"))], cwd=REPOSITORY,
                                             env=self.environment, stdout=log, stderr=log)
@@ -69,7 +69,7 @@ class DatabaseWorker:
         return [line["message"] for line in logged(self.folder)]
 
     def ready(self) -> DatabaseWorker:
-        for _ in range(900):
+        for _ in range(1800):
             if "ready" in self.messages():
                 return self
             assert self.process.poll() is None, (self.folder / "log").read_text()
