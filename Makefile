@@ -38,7 +38,7 @@ gpu-report: install  ## what this machine's GPU does, PASS or FAIL, and gpu-repo
 	$(BIN)/python -m benchmarks.gpu
 
 lock:  ## requirements.lock: the image's versions with hashes, torch's CUDA libraries included; needs uv
-	uv pip compile requirements.txt --generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	uv pip compile requirements.txt requirements-queue.txt --generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	    --custom-compile-command "make lock" --quiet --output-file requirements.lock
 
 lint: install-dev

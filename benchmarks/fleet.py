@@ -1,6 +1,7 @@
 """A fleet of workers behind one queue: a discrete simulation that checks the sizing model of docs/scaling.md.
 
     python -m benchmarks.fleet [--workers 10000] [--jobs 200000]
+    python -m benchmarks.fleet --measured [--workers 4] [--jobs 200] [--kill-sec 600]   real processes: see fleet_measured.py
 
 Jobs arrive at random (Poisson). A worker that takes one is busy for overhead + preparation (unless its avatar is cached)
 + generation; idle workers are stopped after a while and cold starts cost time. The closing line compares the simulated
@@ -13,6 +14,7 @@ import argparse
 import heapq
 import math
 import random
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from benchmarks import common
@@ -49,22 +51,27 @@ class Load:
         return math.ceil(self.busy + 3 * math.sqrt(self.busy))
 
 
-def simulate(load: Load, jobs: int, seed: int = 1) -> dict[str, float]:
-    """Run `jobs` jobs through the queue: mean and 99th percentile wait, mean busy workers, cold starts."""
-    r = random.Random(seed)
+def traffic(load: Load, jobs: int, seed: int = 1) -> Iterator[tuple[float, float]]:
+    """When each job arrives, and for how many seconds it keeps a worker busy."""
+    r, clock = random.Random(seed), 0.0
+    for _ in range(jobs):
+        clock += r.expovariate(load.jobs_per_sec)
+        service = load.overhead_sec + r.expovariate(1 / load.speech_sec) * load.fps / load.frames_per_sec
+        yield clock, service + load.prepare_sec * (r.random() >= load.hit_rate)
+
+
+def simulate(load: Load, jobs: Iterable[tuple[float, float]]) -> dict[str, float]:
+    """Run jobs through the queue: mean, 95th and 99th percentile wait, mean busy workers, cold starts."""
     clock = busy_sec = 0.0
     free: list[float] = []  # since when each warm idle worker is free, newest last
     ending: list[float] = []  # when each busy worker ends
     waits, cold, started = [], 0, 0
-    for _ in range(jobs):
-        clock += r.expovariate(load.jobs_per_sec)
+    for clock, service in jobs:
         while ending and ending[0] <= clock:
             free.append(heapq.heappop(ending))
         alive = [t for t in free if clock - t < load.idle_stop_sec] if free and clock - free[0] >= load.idle_stop_sec else free
         started -= len(free) - len(alive)
         free = alive
-        service = load.overhead_sec + r.expovariate(1 / load.speech_sec) * load.fps / load.frames_per_sec
-        service += load.prepare_sec * (r.random() >= load.hit_rate)
         begin = clock
         if free:
             free.pop()
@@ -76,24 +83,42 @@ def simulate(load: Load, jobs: int, seed: int = 1) -> dict[str, float]:
         heapq.heappush(ending, begin + service)
         busy_sec += service
         waits.append(begin - clock)
-    waits.sort()
-    return {"wait_mean_sec": sum(waits) / jobs, "wait_p99_sec": waits[int(0.99 * jobs)], "busy_workers": busy_sec / clock,
-            "cold_start_share": cold / jobs}
+    return {**waiting(waits), "busy_workers": busy_sec / clock, "cold_start_share": cold / len(waits)}
+
+
+def waiting(waits: list[float]) -> dict[str, float]:
+    """Mean and percentiles of jobs' waits."""
+    waits = sorted(waits)
+    return {"wait_mean_sec": sum(waits) / len(waits), "wait_p95_sec": waits[int(0.95 * len(waits))],
+            "wait_p99_sec": waits[int(0.99 * len(waits))]}
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=10_000)
-    parser.add_argument("--jobs", type=int, default=200_000)
+    parser.add_argument("--workers", type=int, help="default: 10000; of --measured 4")
+    parser.add_argument("--jobs", type=int, help="default: 200000; of --measured 200 at each load")
+    parser.add_argument("--measured", action="store_true", help="real worker processes over a real PostgreSQL")
+    parser.add_argument("--service-sec", type=float, default=4.0, help="mean of what --measured's generator waits; exponential")
+    parser.add_argument("--kill-sec", type=float, default=600.0, help="for how long --measured kills workers")
     options = parser.parse_args()
+    if options.measured:
+        from benchmarks import fleet_measured
+
+        fleet_measured.main(options.workers or 4, options.jobs or 200, options.service_sec, options.kill_sec)
+    else:
+        simulated(options.workers or 10_000, options.jobs or 200_000)
+
+
+def simulated(most: int, jobs: int) -> None:
+    """The sizing model against the simulation, for fleets up to this size."""
     rows = {}
-    for workers in (w for w in (10, 100, 1000, 10_000) if w <= options.workers):
+    for workers in (w for w in (10, 100, 1000, 10_000) if w <= most):
         base = Load(workers=workers)
         # the rate at which `workers` is what square-root staffing asks for
         busy = (math.sqrt(workers + 2.25) - 1.5) ** 2
         load = Load(workers=workers, jobs_per_sec=busy / base.service_sec)
-        got = simulate(load, max(options.jobs, 20 * workers))
+        got = simulate(load, traffic(load, max(jobs, 20 * workers)))
         rows[str(workers)] = {
             "jobs_per_sec": round(load.jobs_per_sec, 2), "model_busy": round(load.busy, 1),
             **{k: round(v, 3) for k, v in got.items()}}

@@ -1,7 +1,8 @@
-"""A small orchestrator: send jobs through either door, retry what can be retried, keep results in PostgreSQL.
+"""A small orchestrator: send jobs through any door, retry what can be retried, keep results in PostgreSQL.
 
     python -m examples.orchestrator http http://127.0.0.1:8000 VIDEO_URL AUDIO_URL
     python -m examples.orchestrator queue https://api.runpod.ai/v2/ENDPOINT VIDEO_URL AUDIO_URL   (RUNPOD_API_KEY)
+    python -m examples.orchestrator postgres QUEUE_NAME VIDEO_URL AUDIO_URL   (DATABASE_URL: its workers retry and store)
 
 With DATABASE_URL set, each result goes into the table `job_results`. It is written to a file first: while the database is
 down it waits there and is stored with the next one. Any number of these may run at once over one folder and one database.
@@ -27,6 +28,7 @@ from tenacity import (
     RetryCallState,
     Retrying,
     retry_if_exception,
+    retry_if_exception_type,
     retry_if_result,
     stop_after_attempt,
     stop_after_delay,
@@ -39,6 +41,14 @@ LONGEST_PAUSE_SEC = 60
 JOB_SEC = 7200  # for a queue to run a job
 POLL_SEC = 1.0
 ENDED_BADLY = ("FAILED", "CANCELLED", "TIMED_OUT")
+# queue, task, priority, lock: two jobs of one id never run at the same time
+SUBMIT = """SELECT unnest(procrastinate_defer_jobs_v1(ARRAY[
+    ROW(%(queue)s, 'musetalk', 0, %(id)s, NULL, %(arguments)s::jsonb, NULL)::procrastinate_job_to_defer_v1]))"""
+WAITS = "SELECT status FROM procrastinate_jobs WHERE id = %(job)s"  # a job that has ended is no row any more
+ENDED = """SELECT body FROM job_failures WHERE job_id = %(id)s UNION ALL SELECT json_build_object('status', 'success',
+    'output_url', output_url, 'musetalk_job_id', job_id, 'metrics', raw_metrics)::jsonb
+    FROM job_results WHERE job_id = %(id)s"""
+CANCEL = "SELECT procrastinate_cancel_job_v1(%(job)s, true, true)"  # a running one, too; a waiting one is deleted
 TABLE = """CREATE TABLE IF NOT EXISTS job_results (job_id VARCHAR PRIMARY KEY, output_url TEXT NOT NULL,
     total_time_sec FLOAT, gpu_class VARCHAR, stage_times_json JSONB, raw_metrics JSONB,
     created_at TIMESTAMP DEFAULT NOW())"""
@@ -117,6 +127,32 @@ def queue_door(base: str, api_key: str, poll: float = POLL_SEC, limit: float = J
     return submit
 
 
+def postgres_door(url: str, queue: str, poll: float = POLL_SEC, limit: float = JOB_SEC) -> Door:
+    """A queue in PostgreSQL. Its workers try again what can be, and store each end; raises psycopg2.Error."""
+    import psycopg2
+
+    waits = Retrying(retry=retry_if_exception_type(psycopg2.OperationalError), stop=stop_after_delay(PATIENCE_SEC),
+                     wait=wait_exponential(max=15), reraise=True)
+
+    def ask(query: str, **values: Any) -> Any:
+        with contextlib.closing(psycopg2.connect(url, connect_timeout=10)) as connection, connection, connection.cursor() as c:
+            c.execute(query, values)
+            row = c.fetchone()
+            return row and row[0]
+
+    def submit(job: dict[str, Any]) -> dict[str, Any]:
+        name, arguments = job["musetalk_job_id"], json.dumps({"input": job})
+        number = ask(SUBMIT, queue=queue, id=name, arguments=arguments)  # once: a second try could be a second job
+        end = time.monotonic() + limit
+        while (state := waits.copy()(ask, WAITS, job=number)) in ("todo", "doing"):
+            if time.monotonic() > end:
+                ask(CANCEL, job=number)
+                return failed(f"no result within {limit:g} s: the job was {state}, and is cancelled", retryable=False)
+            time.sleep(poll)
+        return waits.copy()(ask, ENDED, id=name) or failed("the job was cancelled", retryable=False)
+    return submit
+
+
 def result(state: dict[str, Any]) -> dict[str, Any]:
     """The worker's body in a job's last state; where the platform has none, one that says so."""
     output = state.get("output")
@@ -130,12 +166,12 @@ def failed(message: str, retryable: bool) -> dict[str, Any]:
     return {"status": "failed", "error_type": "unknown_error", "error_message": message, "retryable": retryable}
 
 
-def run(door: Door, job: dict[str, Any], wait: Callable[[float], None] = time.sleep) -> dict[str, Any]:
+def run(door: Door, job: dict[str, Any], wait: Callable[[float], None] = time.sleep, tries: int = TRIES) -> dict[str, Any]:
     """Run a job, again while the failure says that another try may succeed. The id stays, so nothing is stored twice."""
-    tries = Retrying(retry=retry_if_result(lambda body: body["status"] != "success" and bool(body.get("retryable"))),
-                     stop=stop_after_attempt(TRIES), wait=wait_exponential(), sleep=wait,
+    again = Retrying(retry=retry_if_result(lambda body: body["status"] != "success" and bool(body.get("retryable"))),
+                     stop=stop_after_attempt(tries), wait=wait_exponential(), sleep=wait,
                      retry_error_callback=lambda state: state.outcome.result() if state.outcome else {})
-    body: dict[str, Any] = tries(door, job)
+    body: dict[str, Any] = again(door, job)
     if body["status"] != "success":
         raise JobFailed(body)
     return body
@@ -206,11 +242,20 @@ def keep(folder: Path, url: str, body: dict[str, Any]) -> None:
             print(f"warning: the database refuses {folder / name} ({reason}); it stays there", file=sys.stderr)
 
 
+def database_error() -> type[Exception]:
+    """What psycopg2 raises; of a client that has no database nothing that is ever raised."""
+    try:
+        import psycopg2
+    except ImportError:
+        return JobFailed
+    return psycopg2.Error
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line. Exit code: 0 done, 1 the job failed or nobody answered, 2 a setting is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("door", choices=("http", "queue"))
-    parser.add_argument("base")
+    parser.add_argument("door", choices=("http", "queue", "postgres"))
+    parser.add_argument("base", help="URL of the door; of postgres the queue's name")
     parser.add_argument("video_url")
     parser.add_argument("audio_url", nargs="?")
     parser.add_argument("--speakers", type=json.loads, metavar="JSON",
@@ -224,19 +269,25 @@ def main(argv: list[str] | None = None) -> int:
     if options.door == "queue" and not key:
         print("error: RUNPOD_API_KEY is not set: a queue endpoint asks for it", file=sys.stderr)
         return 2
-    door = queue_door(base, key) if options.door == "queue" and key else http_door(base)
+    if options.door == "postgres" and not os.environ.get("DATABASE_URL"):
+        print("error: DATABASE_URL is not set: the queue lies in a PostgreSQL", file=sys.stderr)
+        return 2
     speech = {"speakers": options.speakers} if options.speakers is not None else {"audio_url": options.audio_url}
     job = {"musetalk_job_id": options.id, "video_url": options.video_url, **speech}
+    url = os.environ.get("DATABASE_URL")
     try:
-        body = run(door, job)
+        if options.door == "postgres":
+            body = run(postgres_door(url or "", options.base), job, tries=1)
+        else:
+            body = run(queue_door(base, key) if options.door == "queue" and key else http_door(base), job)
     except JobFailed as e:
         print(json.dumps(e.body, indent=2))
         return 1
-    except requests.RequestException as e:
-        print(f"error: {base}: {e}", file=sys.stderr)
+    except (requests.RequestException, database_error()) as e:
+        print(f"error: {options.base}: {str(e).strip()}", file=sys.stderr)
         return 1
     print(json.dumps(body, indent=2), flush=True)
-    if url := os.environ.get("DATABASE_URL"):
+    if url and options.door != "postgres":  # whose worker has stored it
         keep(options.spool, url, body)
     return 0
 

@@ -89,6 +89,12 @@ class Settings(BaseModel):
     port: int = Field(8000, ge=0, le=65535, description="port of the HTTP door")
     port_health: int | None = Field(None, ge=0, le=65535, description="another port that answers the health path, as RunPod's load balancer asks; by default `PORT`")
     http_queue_max: int = Field(8, ge=0, le=100_000, description="jobs waiting at the HTTP door; beyond it 503 with Retry-After")
+    database_url: str | None = Field(None, description="PostgreSQL that holds the queue of `python -m pipeline.queue`: `postgresql://user:password@host/name`")
+    queue_name: str = Field("musetalk", pattern=r"^[\w.-]{1,40}$", description="the queue in it: workers of other weights or GPUs may have another")
+    queue_tries: int = Field(3, ge=1, le=100, description="how often a queued job is run at most, while its failures say that another try may succeed or its worker dies")
+    queue_retry_sec: float = Field(15, gt=0, le=WEEK_SEC, description="wait before the second try of a queued job; doubles with each further one")
+    queue_stalled_sec: float = Field(30, ge=1, le=3600, description="after so long without a sign of life of its worker a queued job is given to another")
+    queue_metrics_port: int | None = Field(None, ge=0, le=65535, description="port at `HOST` where a worker of the queue shows /metrics")
     revision: str = Field("unknown", description="the worker's version, as the self-test reports it; set when the image is built")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="of the JSON log lines")
 
@@ -146,6 +152,13 @@ class Settings(BaseModel):
     @classmethod
     def _address(cls, value: str | None) -> str | None:
         return value if value is None else _web_address(value, "an http(s) URL")
+
+    @field_validator("database_url")
+    @classmethod
+    def _postgresql(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"postgres(ql)?://\S+", value):
+            raise ValueError("must be a URL of PostgreSQL")
+        return value
 
     @field_validator("c2pa_cert", "c2pa_key")
     @classmethod
@@ -209,7 +222,8 @@ class Settings(BaseModel):
         if key and "-----BEGIN" not in key:
             with contextlib.suppress(OSError):  # said when it is used
                 key = Path(key).read_text(errors="replace")
-        return (self.b2_key_id, self.b2_app_key, self.s3_access_key_id, self.s3_secret_access_key, key, self.c2pa_tsa_url)
+        return (self.b2_key_id, self.b2_app_key, self.s3_access_key_id, self.s3_secret_access_key, key, self.c2pa_tsa_url,
+                self.database_url)
 
     def _check_storage(self, on_runpod: bool) -> None:
         if self.storage == "local":

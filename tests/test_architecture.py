@@ -28,13 +28,15 @@ PIPELINE = {
     "film": "errors job mark media schema settings transfer",
     "run": "errors film job mark schema settings transfer",
     "http": "errors job run settings", "server": "errors http job run schema settings",
+    "queue": "errors http job run settings",
     "shell": "errors job run schema settings", "__main__": "job shell",
     "page": "errors film job run schema settings", "handler": "job run settings",
 }
 USES_MUSETALK = {"film", "weights"}  # schema: its options alone
 OUTSIDE = {"subprocess": "media transfer", "requests": "transfer weights", "runpod": "handler", "b2sdk": "transfer",
            "boto3": "transfer", "botocore": "transfer", "fastapi": "http page server", "uvicorn": "http server",
-           "c2pa": "mark provenance", "nicegui": "page", "PIL": "page"}
+           "c2pa": "mark provenance", "nicegui": "page", "PIL": "page",
+           "procrastinate": "queue", "psycopg": "queue"}
 
 
 def room_of(path: Path) -> str:

@@ -58,7 +58,8 @@ def test_a_bad_setting_is_named(name: str, value: str) -> None:
 @pytest.mark.parametrize(("name", "value"), [
     ("C2PA_KEY", "canary" * 60), ("C2PA_KEY", "canary"), ("B2_KEY_ID", "canary x"), ("B2_APP_KEY", "canary\n"),
     ("B2_REALM", "https://user:canary@h"), ("B2_REALM", "user:canary@h"), ("B2_PUBLIC_URL_BASE", "https://canary@cdn/x"),
-    ("B2_PUBLIC_URL_BASE", "https://cdn/x?canary"), ("C2PA_TSA_URL", "ftp://user:canary@h"), ("C2PA_TSA_URL", "h/?canary"),
+    ("B2_PUBLIC_URL_BASE", "https://cdn/x?canary"), ("C2PA_TSA_URL", "ftp://user:canary@h"),
+    ("DATABASE_URL", "mysql://u:canary@h/x"), ("C2PA_TSA_URL", "h/?canary"),
     ("C2PA_CERT", "PRIVATE KEY canary"), ("DOWNLOAD_ALLOW_HOSTS", "http://user:canary@h"), ("MODEL_DIR", "http://u:canary@h"),
     ("LOCAL_INPUT_ROOT", "http://u:canary@h/x"),
 ])

@@ -35,6 +35,11 @@ class Control:
         self._cancelled.set()
 
     @property
+    def cancelled(self) -> bool:
+        """Whether the job was asked to stop."""
+        return self._cancelled.is_set()
+
+    @property
     def request_remaining(self) -> float:
         """Seconds until the request's limit; not below zero."""
         return max(0.0, self.request_limit - (time.monotonic() - self.arrived))

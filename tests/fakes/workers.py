@@ -50,6 +50,37 @@ class QueueWorker:
         self.log.close()
 
 
+class DatabaseWorker:
+    """`python -m pipeline.queue` on a queue in PostgreSQL, in a folder of its own."""
+
+    def __init__(self, folder: Path, url: str, queue: str, *command: str, **changes: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.environment = {
+            "PATH": os.environ["PATH"], "TMPDIR": str(folder), "MODEL_DIR": str(DEMO), "STORAGE": "local",
+            "LOCAL_STORAGE_DIR": str(folder.parent / "outputs"), "CACHE_DIR": str(folder / "cache"),
+            "DOWNLOAD_ALLOW_HOSTS": "127.0.0.0/8", "DATABASE_URL": url, "QUEUE_NAME": queue, "QUEUE_STALLED_SEC": "4",
+            "QUEUE_RETRY_SEC": "0.5", "OMP_WAIT_POLICY": "PASSIVE", **changes}
+        with (folder / "log").open("w") as log:
+            self.process = subprocess.Popen([sys.executable, *(command or ("-m", "pipeline.queue"))], cwd=REPOSITORY,
+                                            env=self.environment, stdout=log, stderr=log)
+
+    def messages(self) -> list[str]:
+        return [line["message"] for line in logged(self.folder)]
+
+    def ready(self) -> DatabaseWorker:
+        for _ in range(1800):
+            if "ready" in self.messages():
+                return self
+            assert self.process.poll() is None, (self.folder / "log").read_text()
+            time.sleep(0.1)
+        raise AssertionError((self.folder / "log").read_text())
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
 def broken_weights(folder: Path) -> Path:
     """Weights that load and compute nothing that is a number."""
     shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("manifest.json"))
