@@ -19,7 +19,7 @@ from pipeline.film import stream
 from pipeline.film.engine import Engine
 from pipeline.film.preview import Preview
 from pipeline.film.stream import Result
-from pipeline.film.validate import validate
+from pipeline.film.validate import validate, with_room
 from pipeline.job import redact
 from pipeline.job.control import Control
 from pipeline.job.metrics import PeakMemory, StageTimer, give_back_memory, gpu_class, versions
@@ -93,6 +93,8 @@ class Service:
         memory = cleanup.enter_context(PeakMemory())
         test = SelfTest.asked(job_input)
         request = parse(sample_job(test, job_id) if test else job_input, job_id)
+        if preview:  # which is of the speech's first second
+            request = request.model_copy(update={"params": request.params.model_copy(update={"length": "speech"})})
         downloader = self.samples if test else self.downloader
         folder = cleanup.enter_context(job_folder())
         with self._stage("download", request, timer, control):
@@ -100,6 +102,7 @@ class Service:
             audio = downloader.fetch(request.audio_url, folder / "audio", "audio_url", control)
         with self._stage("validation", request, timer, control):
             inputs = validate(video, audio, folder, self.settings, control, 1.0 if preview or test else None)
+            inputs = with_room(inputs, request.params, folder, self.settings, control)
         with self._stage("inference", request, timer, control):
             result = stream.speak(self.engine, request, inputs, video.sha256, folder / "output.mp4", control,
                                   use_cache=test is None)  # a self-test runs every network, and leaves nothing behind

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from musetalk.options import Options
 from pipeline.errors import BadRequest, Stage, StageKey
 
+Length = Literal["speech", "clip"]
 JOB_ID = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$"
 NTSC = {Fraction(f"{n}/1001"): n / 1001 for n in (24000, 30000, 48000, 60000, 120000)}
 
@@ -62,6 +63,10 @@ class Params(_Options):
     fps: Annotated[float, Field(ge=1, le=120, description="output frame rate; 29.97 means 30000/1001")] = 25.0
     fit: Annotated[Literal["pad", "crop"], Field(description="how the source meets another aspect ratio")] = "pad"
     upscale: Annotated[bool, Field(description="allow an output larger than the source")] = False
+    length: Annotated[Length, Field(description="of the film: as the speech; clip: as the clip, with a resting mouth after the "
+                                                "speech, which may not be longer")] = "speech"
+    background: Annotated[float, Field(ge=0, le=1, description="how loud the clip's own sound is under the speech; it follows "
+                                                               "the clip once, then there is silence")] = 0.0
 
     @property
     def rate(self) -> Fraction:

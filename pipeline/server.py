@@ -1,4 +1,4 @@
-"""The HTTP front door: POST /generate, GET /hc, GET /ping, GET /metrics. `python -m pipeline.server`.
+"""The HTTP front door: POST /generate, GET /hc, GET /ping, GET /metrics, GET /errors. `python -m pipeline.server`.
 
 One job runs at a time, a few may wait, the rest are told when to come back. The job runs in a thread, so health
 answers at once; a client that hangs up cancels its job. A worker that can run no job says so at /ping, and ends.
@@ -20,7 +20,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from pipeline.errors import BadRequest, Busy, Cancelled
+from pipeline.errors import BadRequest, Busy, Cancelled, catalogue
 from pipeline.http.figures import Figures
 from pipeline.http.guard import Guard, answer_error, answer_http_error, read_json
 from pipeline.http.jobs import JobQueue
@@ -106,6 +106,10 @@ def create_app(service: Service) -> FastAPI:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(generate_latest(door.figures.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/errors")
+    async def failures() -> list[dict[str, Any]]:
+        return catalogue()
 
     return app
 

@@ -54,8 +54,8 @@ def _paint(batch: Sequence[Frame], speakers: Sequence[Speaker], state: State) ->
 
 def _shown(batch: Sequence[Frame], speaker: Speaker) -> list[tuple[Frame, int, Face]]:
     """The frames in which a speaker's generated face shows, their outputs' numbers and the face's entries."""
-    return [(frame, frame.output, face) for frame in batch if frame.output is not None and speaker.weights[frame.output] > 0
-            and (face := speaker.avatar[frame.source]) is not None]
+    return [(frame, frame.output, face) for frame in batch if frame.output is not None
+            and (face := speaker.avatar[frame.source]) is not None and speaker.weight(face, frame.output) > 0]
 
 
 def _first_row(faces: Sequence[Face], speaker: Speaker, state: State) -> int | None:

@@ -14,17 +14,18 @@ from numpy.typing import NDArray
 from musetalk import Options, steps
 from musetalk.avatar import Avatar
 from musetalk.geometry.box import Region
-from musetalk.options import Finish
+from musetalk.options import Finish, Silence
 from musetalk.order import source_index
 from musetalk.sound.features import Prompts
 from musetalk.steps import Frame, Speaker, State, Yuv420, speech_weights
 from pipeline.errors import ProcessingError
 from pipeline.film.engine import Engine
+from pipeline.film.length import at_length
 from pipeline.film.stages import Decode
 from pipeline.film.stream import clip_of, film_buffers, options_of
 from pipeline.film.validate import Inputs
 from pipeline.media import FrameReader, FrameSource
-from pipeline.schema import JobRequest
+from pipeline.schema import JobRequest, Length
 
 Picture = NDArray[np.uint8]
 GREEN = np.array([70, 220, 90], np.uint8)
@@ -66,12 +67,13 @@ class Preview:
         with self.engine.job() as state:
             options = options_of(self.engine, state, request)
             source, form, key = clip_of(self.engine, state, request, options, self.inputs.clip, self.content)
-            prompts = self._prompts(source.fps, options.audio_padding_left, options.audio_padding_right, options.finish)
+            prompts = self._prompts(source.fps, options.audio_padding_left, options.audio_padding_right, options.finish,
+                                    options.silence, request.params.length)
             output = min(max(int(second * source.fps), 0), len(prompts) - 1)
             first = output - output % options.batch_size
             batch = range(first, min(first + options.batch_size, len(prompts)))
             avatar = self._avatar(key, batch.stop, source, form, options, state)
-            weights = speech_weights(self.inputs.speech.pcm, source.fps, len(prompts), options)
+            weights = speech_weights(self._speech(request.params.length, source.fps), source.fps, len(prompts), options)
             speakers = [Speaker(avatar, prompts, weights, options)]
             sources = {i: source_index(i, len(avatar), options.loop) for i in batch}
             pixels = torch.from_numpy(self._pixels(source, sources[output]).copy())
@@ -82,9 +84,13 @@ class Preview:
             (frame,) = steps.blend([frame])
             return Shown(before, frame.rgb().numpy(), region)
 
-    def _heard(self, fps: Fraction, left: int, right: int, finish: Finish) -> Prompts:
-        options = Options(audio_padding_left=left, audio_padding_right=right, finish=finish)
-        return self.engine.load().prompts(self.inputs.speech.pcm, fps, options)
+    def _heard(self, fps: Fraction, left: int, right: int, finish: Finish, silence: Silence, length: Length) -> Prompts:
+        options = Options(audio_padding_left=left, audio_padding_right=right, finish=finish, silence=silence)
+        return self.engine.load().prompts(self._speech(length, fps), fps, options)
+
+    def _speech(self, length: Length, fps: Fraction) -> NDArray[np.float32]:
+        """The film's speech, (S,) at 16 kHz."""
+        return at_length(self.inputs.speech, length, self.inputs.clip, fps, self.engine.settings.max_pixels).pcm
 
     def _decoded(self, source: FrameSource, at: int) -> Picture:
         """Frame `at`."""

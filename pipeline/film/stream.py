@@ -26,12 +26,13 @@ from musetalk.steps import Frame, Speaker, State, Yuv420, speech_weights
 from pipeline.errors import Cancelled, DeadlineExceeded
 from pipeline.film import runner
 from pipeline.film.engine import Engine
+from pipeline.film.length import at_length
 from pipeline.film.runner import ROOM, Buffers, Stage, Together
 from pipeline.film.stages import Decode, Encode, Pixels, Step
 from pipeline.film.validate import Inputs
 from pipeline.job.control import Control
 from pipeline.mark.marker import tags
-from pipeline.media import FrameSource, MediaInfo, Mp4Writer, plan
+from pipeline.media import FrameSource, MediaInfo, Mp4Writer, Speech, plan
 from pipeline.schema import JobRequest
 from pipeline.transfer.interruptible import leaving
 
@@ -60,15 +61,16 @@ def speak(
     with engine.job(control.check) as state:
         options = options_of(engine, state, request)
         source, form, key = clip_of(engine, state, request, options, inputs.clip, content)
-        prompts = _heard(engine, state, inputs, source.fps, options, control)
+        speech = at_length(inputs.speech, request.params.length, inputs.clip, source.fps, engine.settings.max_pixels)
+        prompts = _heard(engine, state, speech, source.fps, options, control)
         outputs = len(prompts)
         cached = cache.get(key, outputs)
         with closing(cached or Avatar.new()) as avatar:
-            speakers = [Speaker(avatar, prompts, speech_weights(inputs.speech.pcm, source.fps, outputs, options), options)]
+            speakers = [Speaker(avatar, prompts, speech_weights(speech.pcm, source.fps, outputs, options), options)]
             buffers = film_buffers(source, options.batch_size)
             first = min(len(cached), outputs) if cached else steps.frames_to_read(outputs)
             decode = Decode(source, form, outputs, options.loop, first, buffers)
-            encode = Encode(partial(Mp4Writer, target, source, inputs.speech, outputs / float(source.fps),
+            encode = Encode(partial(Mp4Writer, target, source, speech, outputs / float(source.fps),
                                     tags=tags(engine.settings)), buffers, lambda: min(ENCODER_SEC, control.remaining + 1))
             middle = _steps(engine, speakers, state, partial(_report, control, options.batch_size, outputs))
             runner.run([decode, *middle, encode], control, buffers, engine.thread)
@@ -98,12 +100,12 @@ def _report(control: Control, batch_size: int, outputs: int, frame: Frame) -> No
 
 
 def _heard(
-    engine: Engine, state: State, inputs: Inputs, fps: Fraction, options: Options, control: Control,
+    engine: Engine, state: State, speech: Speech, fps: Fraction, options: Options, control: Control,
 ) -> Prompts:
     """The speech's tokens: ten minutes of it take a CPU half a minute, in which the job can be stopped."""
     def hear() -> Prompts:
         with engine.thread("listen"), state.clock.running():
-            return LipSync(state.nets).prompts(inputs.speech.pcm, fps, options)
+            return LipSync(state.nets).prompts(speech.pcm, fps, options)
 
     try:
         return leaving(hear, control, "listen")

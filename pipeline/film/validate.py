@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline import media
 from pipeline.errors import BadMedia, JobError
+from pipeline.film.length import at_length
 from pipeline.job.control import Control
 from pipeline.media import MediaInfo, Speech
 from pipeline.media.formats import ACCEPTED
+from pipeline.schema import Params
 from pipeline.settings import Settings
 from pipeline.transfer.download import Source
 
@@ -49,6 +51,17 @@ def validate(
     if speech.seconds > longest + 0.5:
         raise _too_long("audio_url", speech.seconds, longest, "MAX_AUDIO_SEC")
     return Inputs(clip, speech)
+
+
+def with_room(inputs: Inputs, params: Params, folder: Path, settings: Settings, control: Control) -> Inputs:
+    """The same with the clip's own sound under the speech, as long as the film, where that is asked for; raises BadMedia."""
+    if not params.background:
+        return inputs
+    pixels = settings.max_pixels
+    speech = at_length(inputs.speech, params.length, inputs.clip, params.rate, pixels)
+    mixed = media.with_background(speech, inputs.clip, params.background, folder / "mixed.wav", DECODE_SEC, pixels,
+                                  control.check)
+    return replace(inputs, speech=replace(inputs.speech, path=mixed.path))
 
 
 @contextmanager

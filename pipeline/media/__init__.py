@@ -5,8 +5,9 @@ from pipeline.media.encoder import Mp4Writer, video_encoder
 from pipeline.media.formats import ACCEPTED
 from pipeline.media.frames import FrameReader, FrameSource
 from pipeline.media.geometry import plan
+from pipeline.media.mix import with_background
 from pipeline.media.probe import MediaInfo, packet_seconds, probe
 from pipeline.media.sound import SAMPLE_RATE, Speech, read_speech
 
 __all__ = ["ACCEPTED", "SAMPLE_RATE", "FrameReader", "FrameSource", "MediaInfo", "Mp4Writer", "Speech", "ffmpeg",
-           "packet_seconds", "plan", "probe", "read_speech", "video_encoder"]
+           "packet_seconds", "plan", "probe", "read_speech", "video_encoder", "with_background"]
