@@ -50,6 +50,7 @@ def options() -> argparse.ArgumentParser:
                         help="MP4 to write, or the folder for it (default: out.mp4); several pairs need a folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     parser.add_argument("--preview", action="store_true", help="the first second only, to tune the options")
+    parser.add_argument("--estimate", action="store_true", help="make nothing: say how long it would take")
     parser.add_argument("--aspect-ratio", default="source", help="source or W:H")
     parser.add_argument("--resolution", default="source", help="source, 720p (short side) or WxH")
     parser.add_argument("--model-dir", help="folder of weights (default: MODEL_DIR or models/demo)")
@@ -143,11 +144,12 @@ def _film(service: Service, film: Film, arguments: argparse.Namespace) -> int:
     if isinstance(params.get("fps"), int):
         params["fps"] = float(params["fps"])
     job = {"musetalk_job_id": "cli", "video_url": _source(film.video), "audio_url": _source(film.audio),
-           "aspect_ratio": arguments.aspect_ratio, "resolution": arguments.resolution, "params": params}
+           "aspect_ratio": arguments.aspect_ratio, "resolution": arguments.resolution, "params": params,
+           **({"estimate": True} if arguments.estimate else {})}
     progress: Callable[[str, float], None] | None = bar.draw if bar.shown() and not arguments.quiet else None
     control = Control(service.settings.job_deadline_sec, progress)
     body = service.run_job(job, control=control, preview=arguments.preview)
-    if body["status"] == "success":
+    if body["status"] == "success" and not arguments.estimate:
         Path(unquote(urlsplit(body["output_url"]).path)).replace(film.output)
         body["output_url"] = film.output.resolve().as_uri()
     elif progress:
@@ -165,6 +167,10 @@ def _tell(body: dict[str, Any], film: Film, arguments: argparse.Namespace) -> in
         return 2 if body["error_type"] == "media_error" else 1
     if not arguments.json and not arguments.quiet:
         m = body["metrics"]
+        if arguments.estimate:
+            print(f"{film.output}: {m['frames']} frames would take about {m['estimate']['seconds']:.1f} s"
+                  f"{', the avatar is cached' * m['avatar_cached']}", flush=True)
+            return 0
         print(f"{film.output}: {m['frames']} frames in {m['total_time']:.1f} s "
               f"({m['GENERATION_TIME_SEC']:.1f} s of them generation)", flush=True)
     return 0

@@ -86,6 +86,13 @@ class Params(_Options):
         return options
 
 
+def _must_be_true(value: bool) -> bool:
+    """Check a field that tells one kind of job from others."""
+    if not value:
+        raise ValueError("must be true, or left out")
+    return value
+
+
 URL = StringConstraints(strip_whitespace=True, min_length=1, max_length=8192)
 
 
@@ -122,6 +129,15 @@ class JobRequest(BaseModel):
         return value
 
 
+class Estimate(JobRequest):
+    """A normal request, asked about: everything is fetched and probed, nothing is generated."""
+
+    estimate: Annotated[bool, Field(json_schema_extra={"const": True},
+                                    description="answer how long it would take, or why it would be refused")]
+
+    _true = field_validator("estimate")(_must_be_true)
+
+
 class SelfTest(BaseModel):
     """The other kind of job: speak a built-in sample for a second and report what this worker runs on."""
 
@@ -130,12 +146,7 @@ class SelfTest(BaseModel):
     selftest: Annotated[bool, Field(json_schema_extra={"const": True})]
     musetalk_job_id: Annotated[str, Field(pattern=JOB_ID, description="names the output object")] = "selftest"
 
-    @field_validator("selftest")
-    @classmethod
-    def _true(cls, value: bool) -> bool:
-        if not value:
-            raise ValueError("must be true, or left out")
-        return value
+    _true = field_validator("selftest")(_must_be_true)
 
     @classmethod
     def asked(cls, job_input: Any) -> SelfTest | None:
@@ -149,7 +160,7 @@ class SelfTest(BaseModel):
 
 
 def parse(job_input: Any, job_id: str | None = None) -> JobRequest:
-    """The request of a job's input; `job_id` stands in for a missing musetalk_job_id.
+    """The request of a job's input, an Estimate where it asks for one; `job_id` stands in for a missing musetalk_job_id.
 
     Raises BadRequest naming the field, what is wrong and, for an unknown key, the nearest known one.
     """
@@ -162,7 +173,7 @@ def parse(job_input: Any, job_id: str | None = None) -> JobRequest:
         if values.get(name, ...) is None:
             del values[name]  # null means the default, as orchestrators send it
     try:
-        return JobRequest.model_validate(values)
+        return (Estimate if "estimate" in values else JobRequest).model_validate(values)
     except ValidationError as e:
         raise _explain(e) from None
 
@@ -210,6 +221,8 @@ class Metrics(BaseModel):
     provenance: str = Field("none", description="what was written into the file about its making: IPTC, C2PA")
     damaged: str | None = Field(None, description="only of a damaged source: what of it could be decoded")
     faces_found: int = Field(0, description="frames of the output in which the speaker's face was found")
+    estimate: dict[str, Any] | None = Field(None, description="of an estimate only: seconds that the job would take, and of "
+                                                              "which films that was learnt: jobs or selftest")
 
 
 class Success(BaseModel):
@@ -221,9 +234,9 @@ class Success(BaseModel):
     metrics: Metrics
 
     def body(self) -> dict[str, Any]:
-        """The JSON body: `selftest` and `damaged` only where there is something to say."""
+        """The JSON body: `selftest`, `damaged` and `estimate` only where there is something to say."""
         body = self.model_dump()
-        for name in ("selftest", "damaged"):
+        for name in ("selftest", "damaged", "estimate"):
             if body["metrics"][name] is None:
                 del body["metrics"][name]
         return body
@@ -248,7 +261,7 @@ class Failure(BaseModel):
 
 def schemas() -> dict[str, Any]:
     """JSON Schema of everything that crosses the wire."""
-    return {m.__name__: m.model_json_schema() for m in (JobRequest, SelfTest, Success, Failure)}
+    return {m.__name__: m.model_json_schema() for m in (JobRequest, Estimate, SelfTest, Success, Failure)}
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pipeline.http.jobs import JobQueue
 from pipeline.http.protocol import BACKLOG, LimitedProtocol, connection_limit, listen
 from pipeline.job import logs
 from pipeline.run import Service, failure, status_of
-from pipeline.schema import Failure, JobRequest, SelfTest, Success
+from pipeline.schema import Estimate, Failure, JobRequest, SelfTest, Success
 from pipeline.settings import BadSetting, Settings
 
 log = logging.getLogger("musetalk.server")
@@ -116,9 +116,10 @@ def create_app(service: Service) -> FastAPI:
 
 def _job_schema() -> dict[str, Any]:
     """The OpenAPI description of a job, without references inside the operation."""
-    request = JobRequest.model_json_schema()
-    request["properties"]["params"] = request.pop("$defs")["Params"]
-    either = {"anyOf": [request, SelfTest.model_json_schema()]}
+    jobs = [kind.model_json_schema() for kind in (JobRequest, Estimate, SelfTest)]
+    for schema in jobs[:2]:
+        schema["properties"]["params"] = schema.pop("$defs")["Params"]
+    either = {"anyOf": jobs}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": either}}}}
 
 

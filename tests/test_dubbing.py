@@ -103,7 +103,7 @@ def test_frames_are_counted_by_decoding(
     assert (probe(lies, LIMIT).duration or 0) > 2, "its header states the sound's length"
     assert clip_frames(probe(lies, LIMIT), fps, LIMIT) == round(fps)
     assert probe(cut, LIMIT).duration == pytest.approx(1, abs=0.1)
-    assert fps / 5 < clip_frames(probe(cut, LIMIT), fps, LIMIT) < 0.9 * fps
+    assert clip_frames(probe(cut, LIMIT), fps, LIMIT) < 0.9 * fps
 
 
 def test_a_speech_longer_than_the_clip_is_refused(tmp_path: Path, short_clip: Path) -> None:

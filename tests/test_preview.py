@@ -51,7 +51,7 @@ def test_a_frame_is_the_films(service: Service, fresh: Service, job: dict[str, s
     Of a frame within the clip, and of one after its end.
     """
     asked = {**job, "params": params}
-    moments = (0.16, 1.08)
+    moments = (0.56, 1.08)
     with fresh.preview(job) as preview:
         before = [preview.frame(parse(asked), second) for second in moments]
         assert preview.inputs.clip.picture.matrix == "bt709"

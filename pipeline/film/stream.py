@@ -21,7 +21,7 @@ from musetalk.errors import NoFastLane
 from musetalk.options import Quality
 from musetalk.order import source_index
 from musetalk.pixels.colour import Colour
-from musetalk.sound.features import Prompts
+from musetalk.sound.features import Prompts, frame_count
 from musetalk.steps import Frame, Speaker, State, Yuv420, speech_weights
 from pipeline.errors import Cancelled, DeadlineExceeded
 from pipeline.film import runner
@@ -80,6 +80,21 @@ def speak(
             found = sum(avatar.present[source_index(i, min(len(avatar), decode.count), options.loop)] for i in range(outputs))
     return Result(state.clock.seconds, time.perf_counter() - began, outputs, cached is not None, options.quality, found,
                   _damaged(decode, inputs))
+
+
+def planned(engine: Engine, request: JobRequest, inputs: Inputs, content: str, control: Control) -> tuple[int, bool, Quality]:
+    """Frames, whether the avatar is cached, and the lane of the film that `speak` would make. Raises what it raises before it
+    decodes the clip.
+    """
+    with engine.job(control.check) as state:
+        options = options_of(engine, state, request)
+        source, _, key = clip_of(engine, state, request, options, inputs.clip, content)
+        speech = at_length(inputs.speech, request.params.length, inputs.clip, source.fps, engine.settings.max_pixels)
+        frames = frame_count(len(speech.pcm), source.fps)
+        cached = engine.cache.get(key, frames)
+        if cached is not None:
+            cached.close()
+    return frames, cached is not None, options.quality
 
 
 def _steps(engine: Engine, speakers: Sequence[Speaker], state: State, told: Callable[[Frame], None]) -> list[Stage]:
