@@ -83,7 +83,7 @@ def test_speech_without_pauses_is_no_silence() -> None:
 
 
 def test_silence_after_the_end_moves_no_threshold(spaced: Floats) -> None:
-    hiss = (spaced + decibels(RNG.standard_normal(len(spaced)), -38)).astype(np.float32)
+    hiss = (spaced + decibels(RNG.standard_normal(len(spaced)), -46)).astype(np.float32)
     longer = silences(np.concatenate([hiss, np.zeros(5 * RATE, np.float32)]))
     assert longer[:-1] == silences(hiss)[:-1]
     assert longer[-1] == (silences(hiss)[-1][0], 11.0)
@@ -167,3 +167,14 @@ def test_without_lips_no_mouth_is_closed() -> None:
     labels = torch.ones(2, 512, 512, dtype=torch.uint8)
     labels[1, 400:410, 200:300] = 12
     assert mask.closed(labels) == [False, True]
+
+
+def test_speech_between_digital_silence_keeps_its_soft_words() -> None:
+    """Where the file's silence is digital, the softest parts of the words are no noise floor."""
+    t = np.arange(3 * RATE) / RATE
+    loud = -17 + 10 * np.sin(2 * np.pi * 4 * t)  # syllables
+    loud[(t > 1.5) & (t < 1.9)] = -27
+    words = RNG.standard_normal(len(t)) * 10 ** (loud / 20)
+    edges = np.zeros(RATE // 2)
+    found = silences(np.concatenate([edges, words, edges]).astype(np.float32))
+    assert np.allclose(found, [(0.0, 0.5), (3.5, 4.0)], atol=0.06)

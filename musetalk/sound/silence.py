@@ -24,13 +24,13 @@ FAINT = -50.0  # dBFS; where nothing stands out as speech, a sound below is nois
 def silences(pcm: NDArray[np.float32]) -> list[tuple[float, float]]:
     """Stretches of at least SHORTEST without speech in PCM (S,) at 16 kHz: begin and end, seconds.
 
-    A block of 20 ms is quiet when it and its neighbour have less than the threshold on average: 8 dB above the noise floor, but
-    at least 24 dB and at most 14 dB below the speech's level (of `level.level`).
+    A block of 20 ms is quiet when it and a neighbour have less than the threshold on average: 8 dB above the noise floor, which a
+    twentieth of the blocks do not exceed, but at least 22 dB and at most 14 dB below the speech's level (`level.level`).
     """
     blocks = np.pad(pcm, (0, -len(pcm) % BLOCK)).reshape(-1, BLOCK)
     power = blocks.var(axis=1, dtype=np.float64)
     pairs = np.convolve(power, np.ones(2) / 2, mode="full")
-    loud = decibels(np.minimum(pairs[:-1], pairs[1:])) >= _threshold(pcm, decibels(np.trim_zeros(power)))
+    loud = decibels(np.minimum(pairs[:-1], pairs[1:])) >= _threshold(pcm, decibels(power))
     second = BLOCK / RATE
     long = [run for run in _runs(loud) if run[1] - run[0] > BURST / second]  # of sound
     ends = [0, *(at for run in long for at in run), len(loud)]
@@ -49,7 +49,7 @@ def _threshold(pcm: NDArray[np.float32], blocks: NDArray[np.float64]) -> float:
     if found is None:
         return FAINT
     least, most = (found.speech + under for under in UNDER_SPEECH)
-    return float(min(max(np.percentile(blocks, 10) + OVER_NOISE, least), most))
+    return float(min(max(np.percentile(blocks, 5) + OVER_NOISE, least), most))
 
 
 def _runs(where: NDArray[np.bool_]) -> list[tuple[int, int]]:
