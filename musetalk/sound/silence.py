@@ -24,8 +24,8 @@ FAINT = -50.0  # dBFS; where nothing stands out as speech, a sound below is nois
 def silences(pcm: NDArray[np.float32]) -> list[tuple[float, float]]:
     """Stretches of at least SHORTEST without speech in PCM (S,) at 16 kHz: begin and end, seconds.
 
-    A block of 20 ms is quiet when it and a neighbour have less than the threshold on average: 8 dB above the noise floor, which a
-    twentieth of the blocks do not exceed, but at least 22 dB and at most 14 dB below the speech's level (`level.level`).
+    A block of 20 ms is quiet when it and a neighbour have less than the threshold on average: 8 dB above the noise floor, which
+    a twentieth of the blocks do not exceed, but 14 to 22 dB below the speech's level (`level.level`).
     """
     blocks = np.pad(pcm, (0, -len(pcm) % BLOCK)).reshape(-1, BLOCK)
     power = blocks.var(axis=1, dtype=np.float64)
