@@ -149,7 +149,7 @@ def closures(case: Case, spoken: speech.Utterance) -> list[bool]:
 
 def stills(case: Case, spoken: speech.Utterance) -> list[bool]:
     """For each frame well inside a silence of over 300 ms: whether the mouth is still."""
-    out, quiet = [], _silences(spoken)
+    out, quiet = [], silent_spans(spoken)
     for start, end in quiet:
         for i in range(int((start + 0.12) * case.fps) + 1, int((end - 0.12) * case.fps)):
             if i < len(case.measured):
@@ -157,7 +157,7 @@ def stills(case: Case, spoken: speech.Utterance) -> list[bool]:
     return out
 
 
-def _silences(spoken: speech.Utterance) -> list[tuple[float, float]]:
+def silent_spans(spoken: speech.Utterance) -> list[tuple[float, float]]:
     """Stretches over 300 ms in which the track is at rest."""
     rest = spoken.track[:, 0] < 0.02
     silent = np.zeros(len(rest), bool)

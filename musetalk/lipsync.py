@@ -27,7 +27,8 @@ from musetalk.draw.recorded import fix_numerics
 from musetalk.errors import NoFace
 from musetalk.options import Options
 from musetalk.order import source_index
-from musetalk.sound.features import Prompts
+from musetalk.sound import silence
+from musetalk.sound.features import Prompts, frame_count
 from musetalk.sound.level import raised
 from musetalk.steps import RGB, Frame, Speaker, State, blend, follow, generate, speech_weights
 
@@ -68,12 +69,15 @@ class LipSync:
     def prompts(self, pcm: np.ndarray | Tensor, fps: Fraction, options: Options | None = None) -> Prompts:
         """Speech (S,) float32 mono at 16 kHz -> audio tokens for every frame at `fps`. Raises BadAudio.
 
-        The official finish hears the speech as it is, the natural one a quiet speech raised (musetalk.sound.level).
+        The official finish hears the speech as it is, the natural one a quiet speech raised (musetalk.sound.level). With
+        `silence="auto"` the natural one lets the mouth rest in silences (musetalk.sound.silence).
         """
-        options = options or Options.for_version(self.nets.version)
+        options, resting = options or Options.for_version(self.nets.version), list[float]()
         if options.finish == "natural":
-            pcm = raised(np.ravel(np.asarray(pcm, np.float32)))
-        return Prompts(self.nets.whisper, pcm, fps, options.audio_padding_left, options.audio_padding_right)
+            heard = np.ravel(np.asarray(pcm, np.float32))
+            pcm = raised(heard)
+            resting = silence.resting(heard, fps, frame_count(len(heard), fps)) if options.silence == "auto" else resting
+        return Prompts(self.nets.whisper, pcm, fps, options.audio_padding_left, options.audio_padding_right, resting)
 
     def speak(
         self, avatar: Avatar, pcm: np.ndarray, fps: Fraction = Fraction(25), options: Options | None = None,

@@ -13,6 +13,7 @@ ParsingMode = Literal["jaw", "raw", "neck"]
 Loop = Literal["pingpong", "repeat", "hold"]
 Quality = Literal["exact", "fast"]
 Finish = Literal["natural", "official"]
+Silence = Literal["auto", "model", "rest"]
 V1: dict[str, Any] = {"extra_margin": 0, "parsing_mode": "raw"}  # upstream's other defaults, for MuseTalk 1.0
 
 
@@ -38,7 +39,8 @@ class Options:
     face: Literal["largest", "leftmost", "rightmost"] | int = _option(
         "largest", "which of several faces speaks; a number counts from the left", ge=0, le=99, avatar=True)
     loop: Loop = _option("pingpong", "what follows the clip's end")
-    silence: Literal["model", "rest"] = _option("model", "rest: keep the source's mouth where the speech is silent")
+    silence: Silence = _option(
+        "model", "the mouth in silences; auto: closed and still (default once measured on more faces); rest: the source's")
     seed: int | None = _option(None, "sample the VAE's posterior with this seed, as upstream does unseeded; default: its mean",
                                ge=0, le=2**63 - 1, avatar=True)
     batch_size: int = _option(8, "frames generated at once", ge=1, le=64)

@@ -18,14 +18,15 @@ from pipeline.errors import JobError, Stage, StageKey, Unfit
 from pipeline.film import stream
 from pipeline.film.engine import Engine
 from pipeline.film.faces import find_faces
+from pipeline.film.pace import Pace
 from pipeline.film.preview import Preview
 from pipeline.film.stream import Result
-from pipeline.film.validate import validate, validate_clip
+from pipeline.film.validate import Inputs, validate, validate_clip, with_room
 from pipeline.job import redact
 from pipeline.job.control import Control
 from pipeline.job.metrics import PeakMemory, StageTimer, give_back_memory, gpu_class, versions
 from pipeline.mark.marker import Making, Mark, Marker
-from pipeline.schema import Failure, FindFaces, JobRequest, Metrics, Part, SelfTest, StageTimes, Success, parse
+from pipeline.schema import Estimate, Failure, FindFaces, JobRequest, Metrics, Part, SelfTest, StageTimes, Success, parse
 from pipeline.settings import Settings, asset
 from pipeline.transfer.download import Downloader, Source
 from pipeline.transfer.storage import storage_of
@@ -49,6 +50,7 @@ class Service:
         self.downloader = Downloader(settings)
         self.samples = Downloader(settings.model_copy(update={"local_input_root": asset("samples")}))
         self.marker = Marker(settings)
+        self.pace = Pace()
         remove_stale()
 
     @property
@@ -96,6 +98,8 @@ class Service:
             return self._faces(search, timer, control, memory, cleanup)
         test = SelfTest.asked(job_input)
         request = parse(sample_job(test, job_id) if test else job_input, job_id)
+        if preview:  # which is of the speech's first second
+            request = request.model_copy(update={"params": request.params.model_copy(update={"length": "speech"})})
         downloader = self.samples if test else self.downloader
         folder = cleanup.enter_context(job_folder())
         with self._stage("download", request, timer, control):
@@ -103,6 +107,9 @@ class Service:
             speeches = fetched(downloader, request, folder, control)
         with self._stage("validation", request, timer, control):
             inputs = validate(video, speeches, folder, self.settings, control, 1.0 if preview or test else None)
+            inputs = with_room(inputs, request.params, folder, self.settings, control)
+        if isinstance(request, Estimate):
+            return self._estimated(request, inputs, video, folder, timer, control, memory)
         with self._stage("inference", request, timer, control):
             result = stream.speak(self.engine, request, inputs, video.sha256, folder / "output.mp4", control,
                                   use_cache=test is None)  # a self-test runs every network, and leaves nothing behind
@@ -111,7 +118,34 @@ class Service:
             url = self.storage.upload(folder / "output.mp4", f"{request.musetalk_job_id}.mp4", control, digest=mark.digest)
             report = {"worker": self.settings.revision, **versions(), **self.engine.report()} if test else None
             cleanup.close()
-        return self._success(request, url, result, mark, timer, memory, report)
+        self.pace.add(result)
+        return self._success(request, url, result, mark.written, timer, memory, selftest=report)
+
+    def _estimated(
+        self, request: JobRequest, inputs: Inputs, video: Source, folder: Path, timer: StageTimer, control: Control,
+        memory: PeakMemory,
+    ) -> dict[str, Any]:
+        """What the job would take, by this worker's films; one that has made none speaks a second of its own sample first."""
+        with self._stage("inference", request, timer, control):
+            frames, cached, lane = stream.planned(self.engine, request, inputs, video.sha256, control)
+            learnt = "jobs"
+            if (seconds := self.pace.seconds(lane, cached, frames)) is None:
+                learnt = "selftest"
+                self.pace.add(self._sample_film(lane, folder, control))
+                seconds = self.pace.seconds(lane, cached, frames)
+        with self._stage("upload", request, timer, control):
+            assert seconds is not None
+            total = round(timer.times["download"] + timer.times["validation"] + seconds, 3)
+        result = Result(0.0, 0.0, frames, cached, lane, 0, [])
+        return self._success(request, "", result, "none", timer, memory, estimate={"seconds": total, "learnt_from": learnt})
+
+    def _sample_film(self, lane: str, folder: Path, control: Control) -> Result:
+        """A second of the built-in sample, made in a lane as a self-test makes it."""
+        request = parse({**sample_job(SelfTest(selftest=True), None), "params": {"quality": lane}})
+        video = self.samples.fetch(request.video_url, folder / "sample", "video_url", control)
+        (work := folder / "selftest").mkdir()
+        inputs = validate(video, fetched(self.samples, request, work, control), work, self.settings, control, 1.0)
+        return stream.speak(self.engine, request, inputs, video.sha256, work / "output.mp4", control, use_cache=False)
 
     def _faces(
         self, search: FindFaces, timer: StageTimer, control: Control, memory: PeakMemory, cleanup: contextlib.ExitStack,
@@ -150,16 +184,16 @@ class Service:
         return self.marker.finish(film, making, control)
 
     def _success(
-        self, request: JobRequest, url: str, result: Result, mark: Mark, timer: StageTimer, memory: PeakMemory,
-        selftest: dict[str, Any] | None,
+        self, request: JobRequest, url: str, result: Result, provenance: str, timer: StageTimer, memory: PeakMemory,
+        **told: dict[str, Any] | None,
     ) -> dict[str, Any]:
         metrics = Metrics(
             GENERATION_TIME_SEC=round(result.generation_sec, 3), SCRIPT_WALL_TIME_SEC=round(result.wall_sec, 3),
             PEAK_VRAM_MIB=memory.vram_mib, PEAK_RAM_KB=memory.peak_kb,
             gpu_class=self.gpu_class, stage_times=StageTimes(**timer.times),
-            total_time=timer.total, frames=result.frames, avatar_cached=result.avatar_cached, selftest=selftest,
-            lane=result.lane, damaged=result.damaged, provenance=mark.written, faces_found=result.faces_found,
-            speakers=result.speakers or None)
+            total_time=timer.total, frames=result.frames, avatar_cached=result.avatar_cached, lane=result.lane,
+            damaged=result.damaged, provenance=provenance, faces_found=result.faces_found, speakers=result.speakers or None,
+            **told)
         return Success(output_url=url, musetalk_job_id=request.musetalk_job_id, metrics=metrics).body()
 
 

@@ -40,6 +40,7 @@ from pydantic import (
 from musetalk.options import Options
 from pipeline.errors import BadRequest, Stage, StageKey
 
+Length = Literal["speech", "clip"]
 JOB_ID = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$"
 NTSC = {Fraction(f"{n}/1001"): n / 1001 for n in (24000, 30000, 48000, 60000, 120000)}
 
@@ -84,6 +85,8 @@ class Params(_Options):
     fps: Annotated[float, Field(ge=1, le=120, description="output frame rate; 29.97 means 30000/1001")] = 25.0
     fit: Annotated[Literal["pad", "crop"], Field(description="how the source meets another aspect ratio")] = "pad"
     upscale: Annotated[bool, Field(description="allow an output larger than the source")] = False
+    length: Annotated[Length, Field(description="clip: as long as the clip, not as the speech")] = "speech"
+    background: Annotated[float, Field(ge=0, le=1, description="how loud the clip's own sound is under the speech")] = 0.0
 
     @property
     def rate(self) -> Fraction:
@@ -101,6 +104,13 @@ class Params(_Options):
             raise BadRequest("params.bbox_shift: only MuseTalk 1.0 weights use it; leave it out", stage="validation",
                              field="params.bbox_shift")
         return options
+
+
+def _must_be_true(value: bool) -> bool:
+    """Check a field that tells one kind of job from others."""
+    if not value:
+        raise ValueError("must be true, or left out")
+    return value
 
 
 URL = StringConstraints(strip_whitespace=True, min_length=1, max_length=8192)
@@ -213,18 +223,22 @@ class JobRequest(BaseModel):
         return value
 
 
+class Estimate(JobRequest):
+    """A normal request, asked about: everything is fetched and probed, nothing is generated."""
+
+    estimate: Annotated[bool, Field(json_schema_extra={"const": True},
+                                    description="answer how long it would take, or why it would be refused")]
+
+    _true = field_validator("estimate")(_must_be_true)
+
+
 class OtherJob(BaseModel):
     """A job of another kind, which a key of its own asks for: `WORD`, true."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     WORD: ClassVar[str]
 
-    @field_validator("selftest", "find_faces", check_fields=False)
-    @classmethod
-    def _true(cls, value: bool) -> bool:
-        if not value:
-            raise ValueError("must be true, or left out")
-        return value
+    _true = field_validator("selftest", "find_faces", check_fields=False)(_must_be_true)
 
     @classmethod
     def asked(cls, job_input: Any, job_id: str | None = None) -> Self | None:
@@ -256,7 +270,7 @@ class FindFaces(OtherJob):
 
 
 def parse(job_input: Any, job_id: str | None = None) -> JobRequest:
-    """The request of a job's input; `job_id` stands in for a missing musetalk_job_id.
+    """The request of a job's input, an Estimate where it asks for one; `job_id` stands in for a missing musetalk_job_id.
 
     Raises BadRequest naming the field, what is wrong and, for an unknown key, the nearest known one.
     """
@@ -271,7 +285,7 @@ def parse(job_input: Any, job_id: str | None = None) -> JobRequest:
     _check_speeches(values)
     missing = "audio_url" not in values and "speakers" not in values
     try:
-        request = JobRequest.model_validate(values)
+        request = (Estimate if "estimate" in values else JobRequest).model_validate(values)
     except ValidationError as e:
         if not missing or e.errors()[0]["loc"][0] in ("musetalk_job_id", "video_url"):
             raise _explain(e) from None
@@ -358,6 +372,8 @@ class Metrics(BaseModel):
     speakers: list[SpeakerMetrics] | None = Field(None, description="only of a job with speakers: of each face that speaks, in "
                                                                     "the order of their first speeches")
     faces: list[FoundFace] | None = Field(None, description="only of a job that finds faces: the people of the clip")
+    estimate: dict[str, Any] | None = Field(None, description="of an estimate only: seconds that the job would take, and of "
+                                                              "which films that was learnt: jobs or selftest")
 
 
 class Success(BaseModel):
@@ -369,9 +385,9 @@ class Success(BaseModel):
     metrics: Metrics
 
     def body(self) -> dict[str, Any]:
-        """The JSON body: `selftest`, `damaged`, `speakers` and `faces` only where there is something to say."""
+        """The JSON body: `selftest`, `damaged`, `speakers`, `faces` and `estimate` only where there is something to say."""
         body = self.model_dump()
-        for name in ("selftest", "damaged", "speakers", "faces"):
+        for name in ("selftest", "damaged", "speakers", "faces", "estimate"):
             if body["metrics"][name] is None:
                 del body["metrics"][name]
         return body
@@ -396,7 +412,7 @@ class Failure(BaseModel):
 
 def schemas() -> dict[str, Any]:
     """JSON Schema of everything that crosses the wire."""
-    return {m.__name__: m.model_json_schema() for m in (JobRequest, SelfTest, FindFaces, Success, Failure)}
+    return {m.__name__: m.model_json_schema() for m in (JobRequest, Estimate, SelfTest, FindFaces, Success, Failure)}
 
 
 if __name__ == "__main__":

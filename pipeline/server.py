@@ -1,4 +1,4 @@
-"""The HTTP front door: POST /generate, GET /hc, GET /ping, GET /metrics. `python -m pipeline.server`.
+"""The HTTP front door: POST /generate, GET /hc, GET /ping, GET /metrics, GET /errors. `python -m pipeline.server`.
 
 One job runs at a time, a few may wait, the rest are told when to come back. The job runs in a thread, so health
 answers at once; a client that hangs up cancels its job. A worker that can run no job says so at /ping, and ends.
@@ -20,14 +20,14 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from pipeline.errors import BadRequest, Busy, Cancelled
+from pipeline.errors import BadRequest, Busy, Cancelled, catalogue
 from pipeline.http.figures import Figures
 from pipeline.http.guard import Guard, answer_error, answer_http_error, read_json
 from pipeline.http.jobs import JobQueue
 from pipeline.http.protocol import BACKLOG, LimitedProtocol, connection_limit, listen
 from pipeline.job import logs
 from pipeline.run import Service, failure, status_of
-from pipeline.schema import Failure, FindFaces, JobRequest, SelfTest, Success
+from pipeline.schema import Estimate, Failure, FindFaces, JobRequest, SelfTest, Success
 from pipeline.settings import BadSetting, Settings
 
 log = logging.getLogger("musetalk.server")
@@ -107,14 +107,18 @@ def create_app(service: Service) -> FastAPI:
     async def metrics() -> Response:
         return Response(generate_latest(door.figures.registry), media_type=CONTENT_TYPE_LATEST)
 
+    @app.get("/errors")
+    async def failures() -> list[dict[str, Any]]:
+        return catalogue()
+
     return app
 
 
 def _job_schema() -> dict[str, Any]:
     """The OpenAPI description of a job, without references inside the operation."""
-    request = JobRequest.model_json_schema()
-    request = _without_references(request, request.pop("$defs"))
-    either = {"anyOf": [request, SelfTest.model_json_schema(), FindFaces.model_json_schema()]}
+    requests = [kind.model_json_schema() for kind in (JobRequest, Estimate)]
+    requests = [_without_references(schema, schema.pop("$defs")) for schema in requests]
+    either = {"anyOf": [*requests, SelfTest.model_json_schema(), FindFaces.model_json_schema()]}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": either}}}}
 
 

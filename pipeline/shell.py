@@ -53,6 +53,7 @@ def options() -> argparse.ArgumentParser:
     add("-o", "--output", default="out.mp4", help="MP4 to write, or a folder (default: out.mp4)")
     add("--overwrite", action="store_true", help="replace an output that exists")
     add("--preview", action="store_true", help="the first second only, to tune the options")
+    add("--estimate", action="store_true", help="make nothing: say how long it would take")
     add("--model-dir", metavar="DIR", help="folder of weights (default: MODEL_DIR or models/demo)")
     add("--device", choices=("auto", "cpu", "cuda"), help="where to compute (default: DEVICE or auto)")
     add("--json", action="store_true", help="print each job's body, one a line")
@@ -62,7 +63,7 @@ def options() -> argparse.ArgumentParser:
     add("--aspect-ratio", metavar="W:H", default="source", help="source or W:H")
     add("--resolution", metavar="SIZE", default="source", help="source, 720p (short side) or WxH")
     for name, field in Params.model_fields.items():
-        flag, shown = "--" + name.replace("_", "-"), str(field.description)
+        flag, shown = "--" + name.replace("_", "-"), str(field.description).replace("%", "%%")
         if field.annotation is bool:
             add(flag, action="store_true", default=None, help=shown)
             continue
@@ -128,7 +129,8 @@ def job_of(film: Film, arguments: argparse.Namespace) -> dict[str, Any]:
     if isinstance(params.get("fps"), int):
         params["fps"] = float(params["fps"])
     return {"musetalk_job_id": "cli", "video_url": _source(film.video), "audio_url": _source(film.audio),
-            "aspect_ratio": arguments.aspect_ratio, "resolution": arguments.resolution, "params": params}
+            "aspect_ratio": arguments.aspect_ratio, "resolution": arguments.resolution, "params": params,
+            **({"estimate": True} if arguments.estimate else {})}
 
 
 def without_blanks(film: Film, folder: Path) -> Film:
@@ -205,7 +207,7 @@ def _film(service: Service, film: Film, arguments: argparse.Namespace, written: 
     progress: Callable[[str, float], None] | None = bar.draw if bar.shown() and not arguments.quiet else None
     control = Control(service.settings.job_deadline_sec, progress)
     body = service.run_job(job_of(film, arguments), control=control, preview=arguments.preview)
-    if body["status"] == "success":
+    if body["status"] == "success" and not arguments.estimate:
         Path(unquote(urlsplit(body["output_url"]).path)).replace(film.output)
         written.append(film.output)
         body["output_url"] = film.output.resolve().as_uri()
@@ -224,6 +226,10 @@ def _tell(body: dict[str, Any], film: Film, arguments: argparse.Namespace) -> in
         return 2 if body["error_type"] == "media_error" else 1
     if not arguments.json and not arguments.quiet:
         m = body["metrics"]
+        if arguments.estimate:
+            print(f"{film.output}: {m['frames']} frames would take about {m['estimate']['seconds']:.1f} s"
+                  f"{', the avatar is cached' * m['avatar_cached']}", flush=True)
+            return 0
         print(f"{film.output}: {m['frames']} frames in {m['total_time']:.1f} s "
               f"({m['GENERATION_TIME_SEC']:.1f} s of them generation)", flush=True)
     return 0

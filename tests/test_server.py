@@ -20,6 +20,7 @@ import requests
 import torch
 
 from examples import orchestrator
+from pipeline.errors import catalogue
 from pipeline.http.protocol import BODY_SEC, HEAD_SEC
 from pipeline.settings import REPOSITORY
 from tests.conftest import DEMO
@@ -41,6 +42,7 @@ def job(samples_url: str, **changes: Any) -> dict[str, Any]:
 
 def test_generate_and_health_while_it_runs(door: str, samples_url: str) -> None:
     assert requests.get(f"{door}/hc", timeout=5).json() == {"status": "ok"}
+    assert requests.get(f"{door}/errors", timeout=5).json() == catalogue()
     with concurrent.futures.ThreadPoolExecutor() as pool:
         running = pool.submit(requests.post, f"{door}/generate", json=job(samples_url), timeout=300)
         waits = []

@@ -88,6 +88,26 @@ def test_each_mouth_follows_its_own_speech_alone(service: Service, pair: Path, w
     assert list(body["metrics"])[-1] == "speakers"
 
 
+def test_as_long_as_the_clip_with_its_sound(service: Service, pair: Path, word: Path, media: Callable[..., Path]) -> None:
+    """Of the mixed film: both mouths are the source's after their speeches, and an estimate knows its frames."""
+    clip = media("loud-pair.mp4", "-i", str(pair), "-f", "lavfi", "-i", "sine=300:d=0.64", "-map", "0:v", "-map", "1:a", "-c:v",
+                 "copy", "-c:a", "aac")
+    params = {"length": "clip", "background": 0.5, "silence": "auto"}
+    asked = job(clip, said(word, {"point": list(ANNA)}), said(word, "rightmost", 0.08), params=params)
+    with encoded() as film:
+        body = service.run_job(asked)
+    assert body["status"] == "success", body
+    assert body["metrics"]["frames"] == len(film) == FRAMES
+    touched = sides(film, source_frames(clip))
+    assert touched[8] == (True, True)
+    assert touched[12:] == [(False, False)] * 4, "the speeches end after 8 and 10 frames"
+    told = service.run_job({**asked, "estimate": True})
+    assert (told["metrics"]["frames"], told["metrics"]["avatar_cached"]) == (FRAMES, True)
+    longer = service.run_job(job(clip, said(word, 0), said(word, 1, 0.4), params=params))
+    assert longer["details"]["field"] == "params.length"
+    assert longer["error_message"].startswith("params.length: clip: the speech is 0.72 s long, the clip 0.64 s")
+
+
 def test_one_speaker_is_the_old_request(service: Service, pair: Path, word: Path) -> None:
     """To the bit, with one avatar in the cache for both; and the frames after the speech cost nothing."""
     old = {"musetalk_job_id": "old", "video_url": str(pair), "audio_url": str(word), "params": {"face": "rightmost"}}

@@ -31,7 +31,7 @@ from musetalk.geometry.place import Place
 
 CHUNK = 32  # source frames
 CHUNKS_HELD = 4  # chunks kept in memory while reading
-FORMAT = 10
+FORMAT = 11
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Face:
     lips: Tensor  # `mask.lips_map`
     weight: float = 1.0  # how strongly a generated mouth may cover it: less where the face comes or goes
     person: int = 0  # whose it is
+    rests: float = 0.0  # how surely its own mouth is closed and still (0..1): shown where the speech is silent
 
 
 class Avatar:
@@ -196,8 +197,8 @@ def _read(file: BinaryIO, start: int, length: int) -> bytes:
 
 
 def _pack(faces: list[Face | None]) -> bytes:
-    """Places (K, 6) and weights (K,) float64, persons (K,) and regions (K, 4) int32 of the K frames with a face, their masks'
-    bytes end to end, latents (K, 8, h, w), lips (K, L, L) uint8.
+    """Places (K, 6), weights (K,) and rests (K,) float64, persons (K,) and regions (K, 4) int32 of the K frames with a face,
+    their masks' bytes end to end, latents (K, 8, h, w), lips (K, L, L) uint8.
     """
     present = [f for f in faces if f is not None]
     tensors = {"present": torch.tensor([f is not None for f in faces])}
@@ -205,6 +206,7 @@ def _pack(faces: list[Face | None]) -> bytes:
         tensors["places"] = torch.tensor([astuple(f.place) for f in present], dtype=torch.float64)
         tensors["weights"] = torch.tensor([f.weight for f in present], dtype=torch.float64)
         tensors["persons"] = torch.tensor([f.person for f in present], dtype=torch.int32)
+        tensors["rests"] = torch.tensor([f.rests for f in present], dtype=torch.float64)
         tensors["regions"] = torch.tensor([astuple(f.region.box) for f in present], dtype=torch.int32)
         tensors["masks"] = torch.cat([f.region.mask.cpu().flatten() for f in present])
         tensors["latents"] = torch.stack([f.latents.half().cpu().contiguous() for f in present])
@@ -224,7 +226,7 @@ def _unpack(blob: bytes) -> list[Face | None]:
         size = region.width * region.height
         mask = tensors["masks"][byte : byte + size].view(region.height, region.width)
         place = Place(*tensors["places"][at].tolist())
-        weight, person = float(tensors["weights"][at]), int(tensors["persons"][at])
-        out.append(Face(place, Region(region, mask), tensors["latents"][at], tensors["lips"][at], weight, person))
+        weight, person, rests = float(tensors["weights"][at]), int(tensors["persons"][at]), float(tensors["rests"][at])
+        out.append(Face(place, Region(region, mask), tensors["latents"][at], tensors["lips"][at], weight, person, rests))
         at, byte = at + 1, byte + size
     return out

@@ -22,6 +22,7 @@ TOP_ROW = 224  # the lower half's masks depend on at most 22 rows above it
 LIPS = 64  # side of the map of the source's lips
 MOUTH_AT = (0.5, 0.8)  # where a face's place has its mouth, shares of its width and height
 LIPS_WITHIN = (0.31, 0.18)  # how far from there lips may lie, shares: some parsers label a whole beard as lips
+CLOSED = 0.06  # of the lips' width's square: how much of a closed mouth's inside is seen at most
 LIPS_GROW = 0.03  # how far the lips' map reaches beyond the labelled lips, shares of the place's side
 
 
@@ -151,6 +152,18 @@ def label_mask(labels: Tensor, mode: ParsingMode, left_cheek: int = 90, right_ch
     dilated = _dilate_jaw(skin)
     region = torch.where(cheeks, _erode_cheeks(dilated), dilated)
     return (region & (labels != NOSE)) | mouth
+
+
+def closed(labels: Tensor) -> list[bool]:
+    """Whether the mouths in labels (N, 512, 512) are closed: what is seen of their insides is small for the lips' width.
+
+    That share, of the width's square, is up to 0.05 in closed mouths of drawn and rendered people and 0.08 and more in mouths a
+    fifth open. A mouth whose lips are not seen is none.
+    """
+    inside = (labels == MOUTH[0]).flatten(1).sum(1).double()
+    width = ((labels >= MOUTH[0]) & (labels <= MOUTH[-1])).any(1).sum(1).double()
+    out: list[bool] = ((width > 0) & (inside <= CLOSED * width.square())).tolist()
+    return out
 
 
 def lips_map(labels: Tensor, face: Rectangle, size: int = LIPS) -> Tensor:

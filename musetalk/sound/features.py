@@ -111,8 +111,14 @@ def windows(states: Tensor, frames: Sequence[int], fps: Fraction, steps: int, le
 class Prompts:
     """The speech of one job as audio tokens: `len()` video frames, `batch(frames)` the prompts of some."""
 
-    def __init__(self, net: WhisperEncoder, pcm: np.ndarray | Tensor, fps: Fraction, left: int = 2, right: int = 2) -> None:
-        """pcm (S,) float32 mono at 16 kHz in [-1, 1]; fps exact; raises BadAudio when empty or not finite."""
+    def __init__(
+        self, net: WhisperEncoder, pcm: np.ndarray | Tensor, fps: Fraction, left: int = 2, right: int = 2,
+        resting: Sequence[float] = (),
+    ) -> None:
+        """pcm (S,) float32 mono at 16 kHz in [-1, 1]; fps exact; raises BadAudio when empty or not finite.
+
+        `resting`: how much the mouth rests in each frame (0..1, `silence.resting`); none: in no frame.
+        """
         wave = torch.as_tensor(pcm, dtype=torch.float32).flatten()
         if not len(wave):
             raise BadAudio("the speech has no samples")
@@ -122,16 +128,34 @@ class Prompts:
         self.count = frame_count(len(wave), fps)
         self.steps = max(1, step_count(len(wave)))
         self.states = whisper_states(net, wave)
-        self.positions = audio_positions(2 * (left + right + 1) * self.states.shape[1], self.states.shape[2]).to(
+        self.positions = audio_positions(self.steps_heard * self.states.shape[1], self.states.shape[2]).to(
             self.states.device)
+        self.resting = list(resting) or [0.0] * self.count
+        self.silence = _silence(net, self.steps_heard) if any(self.resting) else None
+
+    @property
+    def steps_heard(self) -> int:
+        """Encoder steps that a frame hears."""
+        return 2 * (self.left + self.right + 1)
 
     def __len__(self) -> int:
         return self.count
 
     def batch(self, frames: Sequence[int]) -> Tensor:
-        """Prompts (len(frames), tokens, width) float32, position code added."""
+        """Prompts (len(frames), tokens, width) float32, position code added. The more the mouth rests in a frame, the more its
+        tokens are those of silence: the same in all frames, so that the mouth that is drawn stays the same, too.
+        """
         tokens = windows(self.states, frames, self.fps, self.steps, self.left, self.right)
+        if self.silence is not None:
+            share = torch.tensor([self.resting[i] for i in frames], device=tokens.device)[:, None, None]
+            tokens = torch.lerp(tokens, self.silence, share)
         return tokens + self.positions
+
+
+def _silence(net: WhisperEncoder, steps: int) -> Tensor:
+    """Tokens (steps * L, C) of a window in the middle of silence."""
+    states = whisper_states(net, torch.zeros(SAMPLE_RATE * steps * 2 // STEP_RATE))
+    return states[steps // 2 : steps // 2 + steps].flatten(0, 1)
 
 
 def silent_frames(pcm: np.ndarray, fps: Fraction, count: int, floor_db: float = -45.0) -> list[bool]:

@@ -129,9 +129,15 @@ class Speaker:
         first = self.avatar[self.avatar.first_face or 0]
         return face if first is not None and first.person == face.person else None
 
+    def weight(self, face: Face, output: int) -> float:
+        """How strongly an output frame shows a generated mouth on a face (0..1): not where the speech is silent and the
+        source's own mouth is closed and still.
+        """
+        return self.weights[output] * face.weight * (1 - self.prompts.resting[output] * face.rests)
+
     def region(self, face: Face, output: int) -> Region:
-        """A face's blended region in an output frame, the mask times the weights of the frame and of the face."""
-        if (weight := self.weights[output] * face.weight) == 1:
+        """A face's blended region in an output frame: its mask, as strong as the mouth is shown."""
+        if (weight := self.weight(face, output)) == 1:
             return face.region
         return Region(face.region.box, (face.region.mask.float() * weight).round().to(torch.uint8))
 

@@ -66,8 +66,9 @@ def _shown(frame: Frame, speakers: Sequence[Speaker], shared: dict[tuple[int, in
     end that has been so.
     """
     assert frame.output is not None
-    faces = {k: face for k, speaker in enumerate(speakers) if speaker.weights[frame.output] > 0
-             and (face := speaker.face(frame.source, alone=len(speakers) == 1)) is not None}
+    faces = {k: face for k, speaker in enumerate(speakers)
+             if (face := speaker.face(frame.source, alone=len(speakers) == 1)) is not None
+             and speaker.weight(face, frame.output) > 0}
     one = [(a, b) for a in faces for b in faces if a < b and _same(faces[a], faces[b])]
     for pair in one:
         if shared.get(pair, 0) + 1 >= (most := min(SAME_FACE, len(speakers[0].prompts))):

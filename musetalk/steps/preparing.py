@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 
 import torch
@@ -29,6 +30,7 @@ from musetalk.steps.frame import Frame, Speaker
 from musetalk.steps.state import State
 
 GROUP = 8  # source frames that are encoded together: fewer leave cores idle, more delay a film's first frame
+SETTLES = 6  # frames in which a mouth that closed counts more and more as still
 # Frames that this step holds at most: when it has so many it can hand on the first GROUP of them.
 HELD = max(frames_needed(first + GROUP) - first for first in range(0, 100 * GROUP, GROUP))
 
@@ -113,7 +115,14 @@ def add_entries(avatar: Avatar, group: Sequence[tuple[Tensor, Found | None]], op
 
     made = chain.from_iterable(state.encoder.run(encoded, len(present)))
     for _, found in group:
-        avatar.append(None if found is None else next(made))
+        avatar.append(None if found is None else _settled(next(made), avatar[len(avatar) - 1] if len(avatar) else None))
+
+
+def _settled(face: Face, before: Face | None) -> Face:
+    """A face and the entry before it -> the face: a mouth that was open counts as still by and by. Entries know the past alone,
+    so that none waits for later frames; where the mouth opens it is not shown from that frame on.
+    """
+    return face if before is None else replace(face, rests=min(face.rests, before.rests + 1 / SETTLES))
 
 
 def _faces(present: list[tuple[Tensor, Found]], noise: Tensor | None, options: Options, nets: Networks) -> list[Face]:
@@ -130,8 +139,9 @@ def _faces(present: list[tuple[Tensor, Found]], noise: Tensor | None, options: O
     masks = mask.label_mask(labels, options.parsing_mode, options.left_cheek_width, options.right_cheek_width)
     regions = [geometry.region(*each) for each in zip(masks, places, sizes, strict=True)]
     lips = torch.stack([mask.lips_map(k, geometry.face_in_view(p)) for k, p in zip(labels, places, strict=True)]).cpu()
-    return [Face(place, region, encoded, lip, found.weight, found.person) for place, region, encoded, lip, (_, found)
-            in zip(places, regions, latents, lips, present, strict=True)]
+    return [Face(place, region, encoded, lip, found.weight, found.person, float(shut))
+            for place, region, encoded, lip, (_, found), shut
+            in zip(places, regions, latents, lips, present, mask.closed(labels), strict=True)]
 
 
 def _noise(nets: Networks, seed: int | None, first: int, count: int) -> Tensor | None:

@@ -59,15 +59,15 @@ class Role:
     voices: tuple[int, ...]
     field: str  # that says whose face it is, first
 
-    def pcm(self, voices: Sequence[Voice]) -> NDArray[np.float32]:
-        """What it says all through the film, PCM (S,) at 16 kHz."""
-        samples = max(voice.span[1] for voice in voices)
+    def pcm(self, voices: Sequence[Voice], samples: int) -> NDArray[np.float32]:
+        """What it says all through a film of so many samples, PCM (S,) at 16 kHz."""
         sounds = [place(voices[i].speech.pcm, voices[i].part.start, samples) for i in self.voices]
         return sounds[0] if len(sounds) == 1 else np.sum(sounds, axis=0, dtype=np.float32)
 
-    def weights(self, voices: Sequence[Voice], fps: Any, outputs: int) -> list[float]:
-        """How strongly each frame of the film shows what it says."""
-        return speech_weights(self.pcm(voices), fps, outputs, self.options, [voices[i].span for i in self.voices])
+    def weights(self, voices: Sequence[Voice], samples: int, fps: Any, outputs: int) -> list[float]:
+        """How strongly each frame of the film shows what it says: of several speakers, not outside of its own speeches."""
+        spans = None if voices[0].part.face is None else [voices[i].span for i in self.voices]
+        return speech_weights(self.pcm(voices, samples), fps, outputs, self.options, spans)
 
     def seconds(self, voices: Sequence[Voice]) -> float:
         """Of its speeches."""

@@ -118,7 +118,7 @@ class Engine:
         loaded and memory laid out. On a GPU this records the generator, too. Where it fails, every later job does.
         """
         with self.job(warming_up=True) as state:
-            options = Options.for_version(state.nets.version, batch_size=self.batch_size)
+            options = Options.for_version(state.nets.version, batch_size=self.batch_size, silence="model")
             silence = np.zeros(int(16000 * self.batch_size / FPS), np.float32)
             prompts = self.load().prompts(silence, FPS, options)
             state.generator.record(self.batch_size, prompts.batch(range(1)).shape[1])

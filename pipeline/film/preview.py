@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from musetalk import Options, steps
 from musetalk.avatar import Avatar
 from musetalk.geometry.box import Region
-from musetalk.options import Finish
+from musetalk.options import Finish, Silence
 from musetalk.order import source_index
 from musetalk.sound.features import Prompts
 from musetalk.steps import Frame, Speaker, State
@@ -24,7 +24,7 @@ from pipeline.film.cast import Picture as Shape
 from pipeline.film.cast import Role, cast
 from pipeline.film.engine import Engine
 from pipeline.film.stages import Decode
-from pipeline.film.stream import film_buffers, no_face_named, options_of, picture_of
+from pipeline.film.stream import film_buffers, no_face_named, options_of, picture_of, speech_of
 from pipeline.film.validate import Inputs
 from pipeline.media import FrameReader, FrameSource
 from pipeline.schema import JobRequest
@@ -71,15 +71,17 @@ class Preview:
             options = options_of(self.engine, state, request)
             shape = picture_of(self.engine, state, request, self.inputs.clip, self.content)
             source, form, roles = shape.source, shape.form, cast(state, shape, self.inputs.voices, options)
-            prompts = [self._prompts(role.voices, source.fps, options.audio_padding_left, options.audio_padding_right,
-                                     options.finish) for role in roles]
+            samples = len(speech_of(self.engine, request, self.inputs, source.fps).pcm)
+            prompts = [self._prompts(role.voices, samples, source.fps, options.audio_padding_left, options.audio_padding_right,
+                                     options.finish, options.silence) for role in roles]
             outputs = len(prompts[0])
             output = min(max(int(second * source.fps), 0), outputs - 1)
             first = output - output % options.batch_size
             batch = range(first, min(first + options.batch_size, outputs))
             avatars = self._avatars(roles, batch.stop, shape, options, state)
-            speakers = [Speaker(avatar, said, role.weights(self.inputs.voices, source.fps, outputs), role.options, role.pointed)
-                        for avatar, said, role in zip(avatars, prompts, roles, strict=True)]
+            weights = [role.weights(self.inputs.voices, samples, source.fps, outputs) for role in roles]
+            speakers = [Speaker(avatar, said, shown, role.options, role.pointed)
+                        for avatar, said, shown, role in zip(avatars, prompts, weights, roles, strict=True)]
             sources = {i: source_index(i, min(map(len, avatars)), options.loop) for i in batch}
             pixels = torch.from_numpy(self._pixels(source, sources[output]).copy())
             # generating reads no pixels, so all frames of the batch may have the one's that is looked at
@@ -89,9 +91,11 @@ class Preview:
             (frame,) = steps.blend([frame])
             return Shown(before, frame.rgb().numpy(), region)
 
-    def _heard(self, voices: tuple[int, ...], fps: Fraction, left: int, right: int, finish: Finish) -> Prompts:
-        options = Options(audio_padding_left=left, audio_padding_right=right, finish=finish)
-        said = Role(options, None, voices, "").pcm(self.inputs.voices)
+    def _heard(
+        self, voices: tuple[int, ...], samples: int, fps: Fraction, left: int, right: int, finish: Finish, silence: Silence,
+    ) -> Prompts:
+        options = Options(audio_padding_left=left, audio_padding_right=right, finish=finish, silence=silence)
+        said = Role(options, None, voices, "").pcm(self.inputs.voices, samples)
         return self.engine.load().prompts(said, fps, options)
 
     def _decoded(self, source: FrameSource, at: int) -> Picture:

@@ -23,18 +23,19 @@ from musetalk.errors import NoFace, NoFastLane
 from musetalk.options import Quality
 from musetalk.order import source_index
 from musetalk.pixels.colour import Colour
-from musetalk.sound.features import Prompts
+from musetalk.sound.features import Prompts, frame_count
 from musetalk.steps import Frame, Speaker, State, Yuv420
 from pipeline.errors import NoFaceFound
 from pipeline.film import runner
 from pipeline.film.cast import Picture, Role, cast
 from pipeline.film.engine import Engine
+from pipeline.film.length import at_length
 from pipeline.film.runner import ROOM, Buffers, Stage, Together
 from pipeline.film.stages import Decode, Encode, Pixels, Step
 from pipeline.film.validate import Inputs
 from pipeline.job.control import Control
 from pipeline.mark.marker import tags
-from pipeline.media import FrameSource, MediaInfo, Mp4Writer, plan
+from pipeline.media import FrameSource, MediaInfo, Mp4Writer, Speech, plan
 from pipeline.schema import JobRequest, SpeakerMetrics
 from pipeline.transfer.interruptible import in_thread
 
@@ -65,16 +66,19 @@ def speak(
         options = options_of(engine, state, request)
         picture = picture_of(engine, state, request, inputs.clip, content)
         source, roles = picture.source, cast(state, picture, inputs.voices, options)
-        prompts = [_heard(engine, state, role.pcm(inputs.voices), source.fps, options, control) for role in roles]
+        speech = speech_of(engine, request, inputs, source.fps)
+        samples = len(speech.pcm)
+        prompts = [_heard(engine, state, role.pcm(inputs.voices, samples), source.fps, options, control) for role in roles]
         outputs, keys = len(prompts[0]), [picture.key(role.options, role.pointed) for role in roles]
         cached = [cache.get(key, outputs) for key in keys]
         avatars = [opened.enter_context(closing(avatar or Avatar.new())) for avatar in cached]
-        speakers = [Speaker(avatar, said, role.weights(inputs.voices, source.fps, outputs), role.options, role.pointed)
-                    for avatar, said, role in zip(avatars, prompts, roles, strict=True)]
+        weights = [role.weights(inputs.voices, samples, source.fps, outputs) for role in roles]
+        speakers = [Speaker(avatar, said, shown, role.options, role.pointed)
+                    for avatar, said, shown, role in zip(avatars, prompts, weights, roles, strict=True)]
         buffers, report = film_buffers(source, options.batch_size), Report(control, options.batch_size, outputs)
         first = min(outputs, *map(len, avatars)) if all(cached) else steps.frames_to_read(outputs)
         decode = Decode(source, picture.form, outputs, options.loop, first, buffers)
-        encode = Encode(partial(Mp4Writer, target, source, inputs.speech, outputs / float(source.fps),
+        encode = Encode(partial(Mp4Writer, target, source, speech, outputs / float(source.fps),
                                 tags=tags(engine.settings)), buffers, lambda: min(ENCODER_SEC, control.remaining + 1))
         with no_face_named(roles):
             runner.run([decode, *_steps(engine, speakers, state, report), encode], control, buffers, engine.thread)
@@ -107,6 +111,26 @@ def _first_box(picture: Picture, avatar: Avatar) -> list[int] | None:
     """Where a face was found first, in the source's pixels."""
     face = None if avatar.first_face is None else avatar[avatar.first_face]
     return None if face is None else picture.to_source(face.place.box())
+
+
+def planned(engine: Engine, request: JobRequest, inputs: Inputs, content: str, control: Control) -> tuple[int, bool, Quality]:
+    """Frames, whether all avatars are cached, and the lane of the film that `speak` would make. Raises what it raises before it
+    decodes the clip.
+    """
+    with engine.job(control.waiting) as state:
+        options = options_of(engine, state, request)
+        picture = picture_of(engine, state, request, inputs.clip, content)
+        roles, fps = cast(state, picture, inputs.voices, options), picture.source.fps
+        frames = frame_count(len(speech_of(engine, request, inputs, fps).pcm), fps)
+        cached = [engine.cache.get(picture.key(role.options, role.pointed), frames) for role in roles]
+        for avatar in filter(None, cached):
+            avatar.close()
+    return frames, all(cached), options.quality
+
+
+def speech_of(engine: Engine, request: JobRequest, inputs: Inputs, fps: Fraction) -> Speech:
+    """The film's sound, as long as the film. Raises BadMedia where it is longer than the film may be."""
+    return at_length(inputs.speech, request.params.length, inputs.clip, fps, engine.settings.max_pixels)
 
 
 def _steps(engine: Engine, speakers: Sequence[Speaker], state: State, told: Callable[[Frame], None]) -> list[Stage]:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from pipeline import media
 from pipeline.errors import BadMedia, JobError
+from pipeline.film.length import at_length
 from pipeline.job.control import Control
 from pipeline.media import MediaInfo, Speech
 from pipeline.media.formats import ACCEPTED
 from pipeline.media.mixing import mix
 from pipeline.media.sound import RATES, SAMPLE_RATE, film_rate
-from pipeline.schema import Part
+from pipeline.schema import Params, Part
 from pipeline.settings import Settings
 from pipeline.transfer.download import Source
 
@@ -110,6 +111,17 @@ def _known_whole(info: MediaInfo, source: Source) -> MediaInfo:
     if source.length_known or states_length or info.opener.damage:
         return info
     return replace(info, opener=replace(info.opener, damage=UNKNOWN_LENGTH))
+
+
+def with_room(inputs: Inputs, params: Params, folder: Path, settings: Settings, control: Control) -> Inputs:
+    """The same with the clip's own sound under the speech, as long as the film, where that is asked for; raises BadMedia."""
+    if not params.background:
+        return inputs
+    pixels = settings.max_pixels
+    speech = at_length(inputs.speech, params.length, inputs.clip, params.rate, pixels)
+    mixed = media.with_background(speech, inputs.clip, params.background, folder / "mixed.wav", DECODE_SEC, pixels,
+                                  control.check)
+    return replace(inputs, speech=replace(inputs.speech, path=mixed.path))
 
 
 @contextmanager

@@ -98,7 +98,7 @@ class JobQueue:
         job.control.start()
         job.running = True
         body = self.service.run_job(job_input, control=job.control)
-        if body["status"] == "success":
+        if body["status"] == "success" and "estimate" not in body["metrics"]:
             self._recent.append(job.ran_sec)
         return body
 

@@ -1,5 +1,6 @@
 """The only callers of ffmpeg: probe, frames, the speech, MP4; and the output's geometry."""
 
+from pipeline.media.background import with_background
 from pipeline.media.child import ffmpeg
 from pipeline.media.encoder import Mp4Writer, video_encoder
 from pipeline.media.formats import ACCEPTED
@@ -10,4 +11,4 @@ from pipeline.media.sound import SAMPLE_RATE, Speech, read_speech
 from pipeline.media.still import write_jpeg
 
 __all__ = ["ACCEPTED", "SAMPLE_RATE", "FrameReader", "FrameSource", "MediaInfo", "Mp4Writer", "Speech", "ffmpeg",
-           "packet_seconds", "plan", "probe", "read_speech", "video_encoder", "write_jpeg"]
+           "packet_seconds", "plan", "probe", "read_speech", "video_encoder", "with_background", "write_jpeg"]

@@ -90,17 +90,30 @@ def film_rate(audio: AudioInfo) -> int:
 
 def _graph(audio: AudioInfo, end: float) -> tuple[str, int]:
     """ffmpeg's filters from the stream to [film] and [mouth], and how many candidates for the mouth the latter holds."""
-    names, first = channel_names(audio.layout), ""
-    if not is_mixable(audio.layout, names):
-        names, first = STEREO, to_stereo(names) + ","
+    names, _ = _names(audio)
     mixes = candidates(names)
     panned = "|".join(f"c{i}={mix}" for i, mix in enumerate(mixes))
     layout = "mono" if len(mixes) == 1 else f"{len(mixes)}c"
     # without it, ffmpeg mixes all down to the film's two before they are split
     held = f",aformat=channel_layouts={'+'.join(names)}" if len(names) > 2 else ""
-    return (  # cut before gaps are filled, too: a gap of a day would be filled in memory
-        f"[0:{audio.index}]{first}{ONWARD},atrim=end={end:.6f},aresample=async=1:first_pts=0{held},atrim=end={end:.6f},"
+    return (
+        f"{on_one_clock(audio, end, held)},"
         f"asplit[film][b];[b]pan={layout}|{panned},aresample={SAMPLE_RATE}:filter_size=64:cutoff=0.95[mouth]"), len(mixes)
+
+
+def on_one_clock(audio: AudioInfo, end: float, held: str = "") -> str:
+    """ffmpeg's filters from the stream to sound without gaps on the file's clock, `end` seconds of it at most.
+
+    It is cut before gaps are filled, too: a gap of a day would be filled in memory.
+    """
+    _, first = _names(audio)
+    return f"[0:{audio.index}]{first}{ONWARD},atrim=end={end:.6f},aresample=async=1:first_pts=0{held},atrim=end={end:.6f}"
+
+
+def _names(audio: AudioInfo) -> tuple[tuple[str, ...], str]:
+    """The stream's channels as they are mixed, and the filter that makes them so."""
+    names = channel_names(audio.layout)
+    return (names, "") if is_mixable(audio.layout, names) else (STEREO, to_stereo(names) + ",")
 
 
 def _missing(info: MediaInfo, seconds: float, end: float) -> str:

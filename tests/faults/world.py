@@ -22,6 +22,7 @@ from unittest import mock
 
 import torch
 
+from pipeline.errors import is_known
 from pipeline.job import logs
 from pipeline.job.control import Control
 from pipeline.run import Service, status_of
@@ -59,6 +60,8 @@ class Expect:
             return f"expected {want}, got {_short(body)}"
         if self.words not in body["error_message"]:
             return f"{self.words!r} is not in {body['error_message']!r}"
+        if not is_known(body):
+            return f"the catalogue of failures lacks {_short(body)}"
         return "" if ("stack_trace" in body) == (self.status == 500) else "a stack_trace belongs to a 500, and only there"
 
 

@@ -1,0 +1,99 @@
+"""An estimate: what a job would take or be refused with, and nothing is made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from musetalk import LipSync
+from pipeline import shell
+from pipeline.film.pace import Pace
+from pipeline.film.stream import Result
+from pipeline.run import Service
+from pipeline.schema import Estimate, parse
+from tests.conftest import SAMPLES, failing
+
+
+@pytest.fixture(scope="module")
+def word(media: Callable[..., Path]) -> Path:
+    return media("word-0.4.wav", "-ss", "0.4", "-i", str(SAMPLES / "speech.wav"), "-t", "0.4")
+
+
+@pytest.fixture
+def fresh(service: Service, tmp_path: Path) -> Service:
+    """A worker that has made no film yet."""
+    folders = {"cache_dir": tmp_path / "cache", "local_storage_dir": tmp_path / "out"}
+    other = Service(service.settings.model_copy(update=folders))
+    other.engine._lipsync = LipSync(service.engine.load().nets)
+    return other
+
+
+def asked(video: Path, audio: Path, **changes: Any) -> dict[str, Any]:
+    return {"musetalk_job_id": "asked", "video_url": str(video), "audio_url": str(audio), **changes}
+
+
+def test_the_answer_is_the_jobs_and_nothing_is_made(fresh: Service, short_clip: Path, word: Path) -> None:
+    nets = fresh.engine.load().nets
+    done = fresh.run_job(asked(short_clip, word, params={"batch_size": 4}))
+    with failing(nets.unet, AssertionError("generated")), failing(nets.detector, AssertionError("prepared")):
+        told = fresh.run_job(asked(short_clip, word, estimate=True))
+        longer = fresh.run_job(asked(short_clip, SAMPLES / "speech.wav", estimate=True))
+    assert told["status"] == "success", told
+    assert told["output_url"] == ""
+    assert list(told["metrics"])[-1] == "estimate"
+    assert "estimate" not in done["metrics"]
+    assert told["metrics"]["frames"] == done["metrics"]["frames"] == 10
+    assert (told["metrics"]["avatar_cached"], longer["metrics"]["avatar_cached"]) == (True, False)
+    estimate = told["metrics"]["estimate"]
+    assert estimate["learnt_from"] == "jobs"
+    assert 0 < estimate["seconds"] < longer["metrics"]["estimate"]["seconds"]
+    assert abs(sum(told["metrics"]["stage_times"].values()) - told["metrics"]["total_time"]) < 0.01
+    assert [p.name for p in fresh.settings.local_storage_dir.iterdir()] == ["asked.mp4"], "of the job alone"
+
+
+@pytest.mark.parametrize("changes", [
+    {"params": {"length": "clip"}, "audio_url": str(SAMPLES / "speech.wav")}, {"params": {"background": 0.5}},
+    {"video_url": "/no/such/clip"}, {"resolution": "4320p", "params": {"upscale": True}}, {"params": {"fps": 0}},
+    {"aspect_ratio": "16"}], ids=str)
+def test_what_would_be_refused_is_refused(
+    service: Service, short_clip: Path, word: Path, media: Callable[..., Path], changes: dict[str, Any],
+) -> None:
+    mute = media("mute-estimate.mp4", "-i", str(short_clip), "-an", "-c", "copy")
+    job = {**asked(mute, word), **changes}
+    refused, told = service.run_job(job), service.run_job({**job, "estimate": True})
+    assert refused["status"] == told["status"] == "failed"
+    same = ("error_type", "error_message", "stage", "details", "retryable")
+    assert [told[k] for k in same] == [refused[k] for k in same]
+
+
+def test_a_worker_without_films_speaks_the_sample_first(short_clip: Path, word: Path, tmp_path: Path,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    """At the shell, where every worker is such a one."""
+    assert shell.main([str(short_clip), str(word), "-o", str(tmp_path / "film.mp4"), "--estimate", "--json"]) == 0
+    body = json.loads(capsys.readouterr().out)
+    assert body["metrics"]["estimate"]["learnt_from"] == "selftest"
+    assert not (tmp_path / "film.mp4").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_newer_films_count_more() -> None:
+    pace = Pace()
+    assert pace.seconds("exact", False, 10) is None
+    pace.add(Result(1.0, 4.0, 10, False, "exact", 10, []))
+    assert pace.seconds("exact", False, 20) == pytest.approx(8)
+    assert pace.seconds("exact", True, 20) == pytest.approx(2), "its generation alone"
+    pace.add(Result(1.0, 8.0, 10, False, "exact", 10, []))
+    assert pace.seconds("exact", False, 10) == pytest.approx(4 + 0.3 * 4)
+    assert pace.seconds("fast", True, 10) is None
+
+
+def test_the_field_tells_the_kind(word: Path) -> None:
+    assert isinstance(parse(asked(word, word, estimate=True)), Estimate)
+    assert not isinstance(parse(asked(word, word)), Estimate)
+    for wrong in (False, 1, None):
+        with pytest.raises(Exception, match="estimate"):
+            parse(asked(word, word, estimate=wrong))
