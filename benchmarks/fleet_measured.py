@@ -15,6 +15,7 @@ import json
 import math
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -221,6 +222,7 @@ def places() -> Iterator[tuple[str, Path, str]]:
 
 def main(workers: int, jobs: int, service_sec: float, kill_sec: float) -> None:
     """Measure, and print the closing line."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # no worker and no database is left behind
     with places() as (url, folder, samples):
         new = functools.partial(Fleet, url, folder, samples, mean_sec=service_sec)
         own, gap = overhead_sec(new, workers)
