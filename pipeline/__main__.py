@@ -58,7 +58,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary; errors only")
     parser.add_argument("--version", action="version", version=f"musetalk-worker {__version__}")
     for name, field in Params.model_fields.items():
-        flag, shown = "--" + name.replace("_", "-"), str(field.description)
+        flag, shown = "--" + name.replace("_", "-"), str(field.description).replace("%", "%%")
         if field.annotation is bool:
             parser.add_argument(flag, action="store_true", default=None, help=shown)
             continue
