@@ -18,15 +18,12 @@ install-dev: .venv/installed-dev
 run: install  ## run test_input.json: the sample presenter speaks the sample speech
 	$(BIN)/python handler.py
 
-# gradio and runpod disagree on a version: the page has an environment of its own, over the worker's
-.venv-page/installed: .venv/installed requirements-page.txt
-	$(PYTHON) -m venv .venv-page
-	.venv-page/bin/pip install --quiet --disable-pip-version-check -r requirements-page.txt
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(.venv-page/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/worker.pth
+.venv/installed-page: .venv/installed requirements-page.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-page.txt
 	touch $@
 
-page: .venv-page/installed  ## a local page to try and tune the worker: http://127.0.0.1:7860
-	.venv-page/bin/python -m pipeline.page
+page: .venv/installed-page  ## a local page to try and tune the worker: http://127.0.0.1:7860
+	$(BIN)/python -m pipeline.page
 
 test: install-dev
 	$(BIN)/python -m pytest -n 2

@@ -51,13 +51,13 @@ def reporter(job: dict[str, Any]) -> Callable[[str, float], None] | None:
     """Sends a job's progress to the platform in steps of ten per cent; of a local run, to the person at the terminal."""
     if job.get("id") in (None, "local_test"):
         return bar.draw if bar.shown() else None
-    told = -1
+    reported = -1
 
     def report(stage: str, share: float) -> None:
-        nonlocal told
+        nonlocal reported
         tenth = int(share * 10)
-        if stage == "inference" and tenth != told and share < LAST_PROGRESS:
-            told = tenth
+        if stage == "inference" and tenth != reported and share < LAST_PROGRESS:
+            reported = tenth
             runpod.serverless.progress_update(job, {"stage": stage, "progress": tenth / 10})
 
     return report

@@ -54,10 +54,10 @@ class Service:
     @property
     def unfit(self) -> str | None:
         """Why this worker can run no job until it is replaced; None while it can."""
-        if self.engine.failed is not None:
-            reason = redact.text(self.engine.failed).partition("\n")[0]
-            return f"this worker cannot run the model, and is being replaced: {reason}"
-        return "this worker's GPU is lost; it is being replaced" if self.engine.lost else None
+        if self.engine.failed is None:
+            return None
+        reason = redact.text(self.engine.failed).partition("\n")[0]
+        return f"this worker cannot run the model, and is being replaced: {reason}"
 
     def run_job(
         self, job_input: Any, *, job_id: str | None = None, control: Control | None = None, preview: bool = False,

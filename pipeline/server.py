@@ -130,10 +130,10 @@ def _without_references(schema: Any, definitions: dict[str, Any]) -> Any:
 
 
 def _failures() -> dict[int | str, dict[str, Any]]:
-    said = {403: "sent by a web page of another site, or to another host name", 415: "the body is not said to be JSON",
+    meanings = {403: "sent by a web page of another site, or to another host name", 415: "the body is not said to be JSON",
             422: "the request or its media are at fault", 500: "the worker or its surroundings are at fault",
             503: "too many jobs are waiting, or this one would be answered too late; Retry-After says when to come back"}
-    return {status: {"model": Failure, "description": description} for status, description in said.items()}
+    return {status: {"model": Failure, "description": description} for status, description in meanings.items()}
 
 
 class Server(uvicorn.Server):

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
+import re
+import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipeline import __main__ as cli
 from pipeline import __version__
 from pipeline import media as m
+from pipeline import shell as cli
 from pipeline.schema import Params
 from pipeline.settings import REPOSITORY
 from tests.conftest import make_media
@@ -49,16 +56,27 @@ def shell(*arguments: str, **environment: str) -> subprocess.Popen[str]:
 
 def test_several_pairs_into_a_folder_as_json(short_clip: Path, short_speech: Path, tmp_path: Path) -> None:
     """The model is loaded once, a bad pair does not keep the others, and variables for RunPod and B2 do not matter."""
-    folder = f"{tmp_path}/films/"
-    done = shell(str(short_clip), str(short_speech), "none.mp4", str(short_speech), "-o", folder, "--preview", "--json",
+    folder, bad = f"{tmp_path}/films/", tmp_path / "bad.mp4"
+    bad.write_bytes(b"no film")
+    done = shell(str(short_clip), str(short_speech), str(bad), str(short_speech), "-o", folder, "--preview", "--json",
                  RUNPOD_POD_ID="pod", B2_KEY_ID="only-one", STORAGE="nonsense", B2_REALM="nonsense")
     out, err = done.communicate(timeout=120)
     bodies = [json.loads(line) for line in out.splitlines()]
     assert [b["status"] for b in bodies] == ["success", "failed"], err
     assert bodies[0]["output_url"] == (tmp_path / "films" / "short.mp4").resolve().as_uri()
     assert (tmp_path / "films" / "short.mp4").stat().st_size > 1000
-    assert err == f"error: {folder}none.mp4: video_url: no such file: {REPOSITORY}/none.mp4\n"
+    assert err.startswith(f"error: {folder}bad.mp4: VIDEO: ")
+    assert len(err.splitlines()) == 1
     assert done.returncode == 2
+
+
+def test_one_pair_into_a_new_folder_from_names_that_end_in_a_blank(
+    short_clip: Path, short_speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip, speech = shutil.copy(short_clip, tmp_path / "my clip.mp4 "), shutil.copy(short_speech, tmp_path / "speech ")
+    assert cli.main([str(clip), str(speech), "-o", f"{tmp_path}/films/", "--preview"]) == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/films/my clip.mp4: ")
+    assert [p.name for p in (tmp_path / "films").iterdir()] == ["my clip.mp4"]
 
 
 def test_a_folder_reports_its_file_and_quiet_says_nothing(
@@ -74,7 +92,7 @@ def test_a_folder_reports_its_file_and_quiet_says_nothing(
 @pytest.mark.parametrize(("output", "more", "words"), [
     ("/proc/o.mp4", [], "cannot be written"), ("x.mov", [], "ends in .mp4"), ("x", [], "ends in .mp4"),
     ("EXISTS", [], "--overwrite"), ("o.mp4", ["a.mp4"], "pairs"), ("o.mp4", ["a.mp4", "b.wav"], "folder"),
-    ("films/", ["CLIP", "SPEECH"], "twice"), ("o.mp4", ["--model-dir", "/no/such"], "MODEL_DIR"),
+    ("films/", ["CLIP", "SPEECH"], "twice"), ("o.mp4 ", [], "blank"), ("o.mp4", ["--model-dir", "/no/such"], "MODEL_DIR"),
 ])
 def test_outputs_that_cannot_be_are_noticed_before_any_work(
     short_clip: Path, short_speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], output: str, more: list[str],
@@ -92,25 +110,64 @@ def test_outputs_that_cannot_be_are_noticed_before_any_work(
     assert not (tmp_path / "cache").exists(), "a service was made, which makes its cache's folder"
 
 
-def test_ctrl_c_is_one_line(short_clip: Path, tmp_path: Path) -> None:
+ENDINGS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+
+
+@pytest.mark.parametrize(("number", "code"), ENDINGS, ids=lambda v: getattr(v, "name", ""))
+def test_an_ended_film_leaves_nothing(short_clip: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
     long = make_media(tmp_path / "long.wav", "-f", "lavfi", "-i", "sine=220:d=200")
     process = shell(str(short_clip), str(long), "-o", str(tmp_path / "films" / "o.mp4"), TMPDIR=str(tmp_path))
+    wait_for(process, lambda: list(tmp_path.glob("musetalk-job-*/output.mp4")))
+    os.killpg(process.pid, number)  # a terminal sends it to the children, too
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == code, err
+    assert (out, err) == ("", "error: interrupted; nothing was written\n" if number == signal.SIGINT else "")
+    assert not list(tmp_path.glob("musetalk-job-*"))
+    assert not (tmp_path / "films").exists()
+
+
+def test_ctrl_c_says_what_was_written(short_clip: Path, short_speech: Path, tmp_path: Path) -> None:
+    long = make_media(tmp_path / "long.wav", "-f", "lavfi", "-i", "sine=220:d=200")
+    process = shell(str(short_clip), str(short_speech), str(short_clip), str(long), "-o", f"{tmp_path}/")
+    first = tmp_path / "short-short.mp4"
+    wait_for(process, first.exists)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err.startswith(f"error: interrupted; written: {first}")
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".musetalk-")] == []
+
+
+def wait_for(process: subprocess.Popen[str], true: Callable[[], Any]) -> None:
+    """Wait for something that a process does."""
     end = time.monotonic() + 60
-    while not list(tmp_path.glob("musetalk-job-*/output.mp4")):
+    while not true():
         assert time.monotonic() < end
         assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the children, too
-    out, err = process.communicate(timeout=30)
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("after", ["pydantic", "torch"])
+def test_ctrl_c_while_it_loads_is_one_line(short_clip: Path, short_speech: Path, tmp_path: Path, after: str) -> None:
+    """Whichever of its modules it is importing: `-v` tells of each one."""
+    with (tmp_path / "imports").open("w") as told:
+        process = subprocess.Popen(
+            [sys.executable, "-v", "-m", "pipeline", str(short_clip), str(short_speech), "-o", str(tmp_path / "o.mp4")],
+            cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=told,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    wait_for(process, lambda: f"{after}/__init__" in (tmp_path / "imports").read_text())
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    told = (tmp_path / "imports").read_text()
     assert process.returncode == 130
-    assert (out, err.strip()) == ("", "error: interrupted; nothing was written")
-    assert not list(tmp_path.glob("musetalk-job-*"))
-    assert not list((tmp_path / "films").iterdir())
+    assert "error: interrupted; nothing was written\n" in told
+    assert "Traceback" not in told
 
 
-def on_a_terminal(*command: str, **environment: str) -> str:
-    """What a process shows on a terminal."""
+def on_a_terminal(*command: str, columns: int = 0, **environment: str) -> str:
+    """What a process shows on a terminal; one of 0 columns does not tell its size."""
     ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
     with subprocess.Popen([sys.executable, *command], cwd=REPOSITORY, env={**os.environ, **environment},
                           stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=theirs) as process:
         os.close(theirs)
@@ -124,14 +181,24 @@ def on_a_terminal(*command: str, **environment: str) -> str:
 
 
 def test_a_terminal_sees_the_bar(short_clip: Path, short_speech: Path, tmp_path: Path) -> None:
-    """The command line's, and that of `make run`."""
+    """The command line's, and that of `make run`; in a narrow one it stays on its line."""
     arguments = (str(short_clip), str(short_speech), "--preview", "-o", str(tmp_path / "o.mp4"))
     job = {"input": {"musetalk_job_id": "tty", "video_url": str(short_clip), "audio_url": str(short_speech)}}
     bare = {"LOCAL_INPUT_ROOT": "/", "LOCAL_STORAGE_DIR": str(tmp_path), "CACHE_DIR": str(tmp_path / "cache")}
-    for shown in (on_a_terminal("-m", "pipeline", *arguments),
-                  on_a_terminal("handler.py", "--test_input", json.dumps(job), **bare)):
-        assert "inference  [##############################] 100%" in shown
-        assert '"message"' not in shown, "no log lines between"
+    narrow = on_a_terminal("-m", "pipeline", *arguments, columns=40)
+    assert "inference  [#####################] 100%" in narrow
+    assert max(map(len, re.split(r"[\r\n]+", narrow))) < 40
+    shown = on_a_terminal("handler.py", "--test_input", json.dumps(job), **bare)
+    assert "inference  [##############################] 100%" in shown
+    assert '"message"' not in shown, "no log lines between"
+
+
+@pytest.mark.parametrize("columns", [8, 19, 20, 48, 49, 200])
+def test_the_bar_fits_any_terminal(columns: int) -> None:
+    code = "from pipeline.job import bar; [bar.draw('validation', s / 10) for s in range(11)]"
+    shown = on_a_terminal("-c", code, columns=columns)
+    assert "100%" in shown
+    assert max(map(len, shown.split("\r"))) < min(columns, 50)
 
 
 def test_version_is_the_projects(capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,11 +209,9 @@ def test_version_is_the_projects(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["none.mp4", "none.wav"], "video_url: no such file"), (["SPEECH", "SPEECH"], "video_url: the file has no picture"),
-    (["CLIP", "CLIP"], "audio_url: the file has no sound track"), (["CLIP", "SPEECH", "--fps", "0"], "params.fps"),
-    (["CLIP", "SPEECH", "--resolution", "big"], "resolution"),
+    (["SPEECH", "SPEECH"], "VIDEO: the file has no picture"), (["CLIP", "CLIP"], "AUDIO: the file has no sound track"),
 ])
-def test_bad_input_is_one_line(
+def test_bad_media_is_one_line(
     short_clip: Path, short_speech: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     files = {"CLIP": str(short_clip), "SPEECH": str(short_speech)}
@@ -156,6 +221,35 @@ def test_bad_input_is_one_line(
     assert len(lines) == 1
     assert words in lines[0]
     assert not (tmp_path / "o.mp4").exists()
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["none.mp4", "SPEECH"], "VIDEO: no such file: none.mp4"), (["CLIP", "none.wav"], "AUDIO: no such file: none.wav"),
+    (["CLIP", "/"], "AUDIO: a folder, not a file: /"), (["CLIP", "SPEECH", "CLIP", "none.wav"], "AUDIO: no such file"),
+    (["CLIP", "SPEECH", "--fps", "0"], "--fps: Input should be greater"), (["CLIP", "SPEECH", "--fps", "x"], "--fps: "),
+    (["CLIP", "SPEECH", "--resolution", "big"], "--resolution: use"),
+    (["CLIP", "SPEECH", "--extra-margin", "-1"], "--extra-margin"),
+])
+def test_bad_arguments_are_told_before_torch_is_loaded(
+    short_clip: Path, short_speech: Path, arguments: list[str], words: str, tmp_path: Path
+) -> None:
+    files = {"CLIP": str(short_clip), "SPEECH": str(short_speech)}
+    code = "import sys; from pipeline import __main__ as m; code = m.main(); sys.exit(9 if 'torch' in sys.modules else code)"
+    done = subprocess.run([sys.executable, "-c", code, *(files.get(a, a) for a in arguments), "-o", f"{tmp_path}/films/"],
+                          cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"error: {words}")
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_help_is_short_and_plain() -> None:
+    """At 100 columns; without waiting for torch."""
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "pipeline", "--help"], cwd=REPOSITORY, text=True,
+                          capture_output=True, check=True, env={**os.environ, "COLUMNS": "100"})
+    assert len(done.stdout.splitlines()) <= 50
+    assert done.stdout.startswith("usage: python -m pipeline VIDEO AUDIO [VIDEO AUDIO ...] [-o OUTPUT] [options]\n")
+    assert "torch" not in done.stderr
 
 
 def test_broken_worker_is_exit_code_one(short_clip: Path, short_speech: Path, tmp_path: Path) -> None:

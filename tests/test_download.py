@@ -56,7 +56,7 @@ def fetch(url: str, folder: Path, control: Control | None = None, answer_sec: fl
 def test_good(host: Sources, tmp_path: Path) -> None:
     source = fetch(f"{host.url}/good?sig=canary-signature-value", tmp_path)
     assert source.path.read_bytes() == GOOD
-    assert source.shown == f"{host.url}/good"
+    assert source.safe_url == f"{host.url}/good"
 
 
 @pytest.mark.parametrize(("path", "error", "hits"), [

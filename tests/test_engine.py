@@ -313,7 +313,7 @@ def test_device_errors_injected(
         assert body["details"]["is_oom"] is True
     again = run(fresh, short_clip, short_speech)
     if isinstance(error, torch.AcceleratorError):
-        assert fresh.engine.lost
+        assert fresh.unfit
         assert "replaced" in again["error_message"]
     else:
         assert again["status"] == "success"

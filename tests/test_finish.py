@@ -104,8 +104,17 @@ def test_a_box_that_leaves_the_frame(box: Box) -> None:
     frame = scene()
     area = Box(box.x1 & ~1, (box.y1 + box.height // 2) & ~1, box.x2 & ~1, box.y2 & ~1).clipped(240, 240)
     everything = Region(area, torch.full((area.height, area.width), 255, dtype=torch.uint8))
+    drawn = torch.full((3, SIDE, SIDE), 90, dtype=torch.uint8)
+    drawn[:, SIDE // 2 :: 8] = 230  # stripes: no tint of the source's
     for planes in (frame.unbind(-1), tuple(Planes.of(torch.full((240 * 360,), 90, dtype=torch.uint8), 240, 240))):
-        natural(planes, torch.full((3, SIDE, SIDE), 90, dtype=torch.uint8), Place.of(box), everything, lips())
+        before = [plane.clone() for plane in planes]
+        natural(planes, drawn, Place.of(box), everything, lips())
+        for plane, was in zip(planes, before, strict=True):
+            step = 240 // len(plane)
+            outside = torch.ones_like(plane, dtype=torch.bool)
+            outside[area.y1 // step : area.y2 // step, area.x1 // step : area.x2 // step] = False
+            assert torch.equal(plane[outside], was[outside])
+            assert not torch.equal(plane[~outside], was[~outside])
 
 
 def test_planes_and_rgb_show_the_same() -> None:

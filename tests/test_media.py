@@ -88,8 +88,8 @@ def test_files_put_one_after_the_other_that_are_read_to_the_joint_say_so(media: 
     once = media(f"once.{kind}", "-f", "lavfi", "-i", MOVING.format(rate=25), *JOINED[kind])
     (tmp_path / f"both.{kind}").write_bytes(once.read_bytes() * 2)
     assert len(frames(src := source(tmp_path / f"both.{kind}"))) == len(frames(source(once))) == 50
-    assert "another file" in src.info.opener.doubt
-    assert not source(once).info.opener.doubt
+    assert "another file" in src.info.opener.damage
+    assert not source(once).info.opener.damage
 
 
 @pytest.mark.parametrize("kind", ["m4a", "wma", "aiff", "caf", "flv"])

@@ -28,7 +28,7 @@ def tensor_bytes() -> int:
     """Memory of all tensors alive, each storage counted once."""
     gc.collect()
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-                for t in gc.get_objects() if type(t) is torch.Tensor and t.device.type == "cpu"}
+                for t in gc.get_objects() if type(t) is torch.Tensor and t.device.type == "cpu" and t.layout == torch.strided}
     return sum(storages.values())
 
 

@@ -14,7 +14,7 @@ def blend(frames: Iterable[Frame]) -> Generator[Frame, None, None]:
     """The same frames, finished: the speakers' faces are painted into their pixels, in order."""
     for frame in frames:
         if frame.painted:
-            with _one_thread():
+            with one_thread():
                 for painted in frame.painted:
                     painted.paste(frame.planes)
             frame.painted.clear()
@@ -22,7 +22,7 @@ def blend(frames: Iterable[Frame]) -> Generator[Frame, None, None]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Small tensors are faster on one thread: the others would wait for cores that a decoder and an encoder hold."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

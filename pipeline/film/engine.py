@@ -86,11 +86,6 @@ class Engine:
         """Whether a job can run at once: every network has run, and nothing has failed since."""
         return self._warm and self.failed is None
 
-    @property
-    def lost(self) -> bool:
-        """Whether this worker can run no job any more and must be replaced."""
-        return self.failed is not None
-
     def load(self) -> LipSync:
         """Load the weights, once. Raises NoDevice where the GPU that is asked for cannot be used, ModelBroken where the
         weights lack what the settings ask for.

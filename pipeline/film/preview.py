@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
@@ -60,12 +61,13 @@ class Preview:
         self._pixels = lru_cache(4)(self._decoded)
         self._prepared: dict[str, tuple[int, Avatar]] = {}  # the newest avatars by key: how many frames they were made for
 
-    def frame(self, request: JobRequest, second: float) -> Shown:
-        """What the film shows at a moment, bit for bit. Raises what a job would.
+    def frame(self, request: JobRequest, second: float, waiting: Callable[[], None] = lambda: None) -> Shown:
+        """What the film shows at a moment, bit for bit. Raises what a job would, and what `waiting` does, which is called
+        while another job runs.
 
         The clip is prepared up to there as a job prepares it, and left in the cache. Faces are made in the film's batches.
         """
-        with self.engine.job() as state:
+        with self.engine.job(waiting) as state:
             options = options_of(self.engine, state, request)
             shape = picture_of(self.engine, state, request, self.inputs.clip, self.content)
             source, form, roles = shape.source, shape.form, cast(state, shape, self.inputs.voices, options)

@@ -61,7 +61,7 @@ def speak(
 ) -> Result:
     """Write the lip-synced MP4 to `target`. `content` is the clip's sha256."""
     began, cache = time.perf_counter(), engine.cache if use_cache else AvatarCache(None, 0)
-    with engine.job(control.check) as state, ExitStack() as opened:
+    with engine.job(control.waiting) as state, ExitStack() as opened:
         options = options_of(engine, state, request)
         picture = picture_of(engine, state, request, inputs.clip, content)
         source, roles = picture.source, cast(state, picture, inputs.voices, options)
@@ -155,7 +155,7 @@ def options_of(engine: Engine, state: State, request: JobRequest) -> Options:
 
 def _damaged(decode: Decode, inputs: Inputs) -> str | None:
     """What to state of sources that could be decoded in part only."""
-    damaged = decode.damaged or inputs.clip.opener.doubt
+    damaged = decode.damaged or inputs.clip.opener.damage
     count = min(decode.count, decode.outputs)
     said = [f"video_url: {count} frames were decoded: {damaged}"] if damaged else []
     said += [f"{voice.part.field}: {voice.speech.seconds:.2f} s were decoded: {voice.speech.damaged}"

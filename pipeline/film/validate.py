@@ -108,7 +108,7 @@ def _named(source: Source, field: str) -> Iterator[None]:
     try:
         yield
     except BadMedia as e:
-        raise BadMedia(f"{field}: {e.message}", **{"field": field, "url": source.shown, **e.details}) from e
+        raise BadMedia(f"{field}: {e.message}", **{"field": field, "url": source.safe_url, **e.details}) from e
     except JobError as e:
         e.details.setdefault("field", field)
         raise

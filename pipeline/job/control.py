@@ -54,6 +54,11 @@ class Control:
         if self.remaining <= 0:
             raise DeadlineExceeded(f"the job took longer than JOB_DEADLINE_SEC={self.limit:g}", timeout_seconds=self.limit)
 
+    def waiting(self) -> None:
+        """Called while the job waits for its turn: says so, and raises what `check` does."""
+        self.progress("waiting", 0)
+        self.check()
+
     def sleep(self, seconds: float) -> None:
         """Wait, but not past a cancellation or the deadline."""
         self._cancelled.wait(min(seconds, self.remaining))

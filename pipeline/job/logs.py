@@ -24,8 +24,8 @@ class JsonFormatter(logging.Formatter):
         }
         ours = record.name.partition(".")[0] == "musetalk"
         extras = {n: v for n, v in vars(record).items() if n not in STANDARD} if ours else {}
-        said = {"message": record.getMessage(), **extras}
-        line.update(redact.clean(said, redact.own if ours else redact.text))
+        fields = {"message": record.getMessage(), **extras}
+        line.update(redact.clean(fields, redact.own if ours else redact.text))
         if record.exc_info:
             line["trace"] = redact.text(self.formatException(record.exc_info))
         return json.dumps(line, ensure_ascii=False)

@@ -97,14 +97,14 @@ def run(
                 if time.monotonic() >= ends:
                     raise FfmpegFailed(f"{Path(command[0]).name} took more than {timeout:g} s",
                                        timeout_seconds=timeout) from None
-        said = err.decode(errors="replace")
-        check_exit(Path(command[0]).name, child.returncode, said, limited)
-        return child.returncode, out, said
+        log = err.decode(errors="replace")
+        check_exit(Path(command[0]).name, child.returncode, log, limited)
+        return child.returncode, out, log
     finally:
         kill(child)
 
 
-def check_exit(name: str, code: int, said: str, foreign: bool) -> None:
+def check_exit(name: str, code: int, log: str, foreign: bool) -> None:
     """Raise FfmpegFailed for an end that says nothing about the file: by a signal, or for lack of memory.
 
     At the pipe such an end looks like the end of the file. BadMedia where a `foreign` file, a stranger's, made it crash.
@@ -114,9 +114,9 @@ def check_exit(name: str, code: int, said: str, foreign: bool) -> None:
         if foreign and -code in CRASHES:
             raise BadMedia(f"the file is damaged: {name} crashed on it ({name_of})", exit_status=code)
         raise FfmpegFailed(f"{name} was killed ({name_of})", exit_status=code)
-    said = complaints(said)
-    if code and STARVED.search(said) and CROWDED not in said:
-        raise FfmpegFailed(f"{name} ran out of memory", exit_status=code, ffprobe_stderr=tail(said))
+    log = complaints(log)
+    if code and STARVED.search(log) and CROWDED not in log:
+        raise FfmpegFailed(f"{name} ran out of memory", exit_status=code, ffprobe_stderr=tail(log))
 
 
 def complaints(text: str) -> str:
@@ -135,8 +135,8 @@ def about_file(log: str, path: Path) -> str:
     """What is wrong with a file that ffmpeg reads: what its demuxers and decoders say, not what the rest of ffmpeg, which lacks
     their frames, says of itself. Empty when nothing is."""
     lines = [CONTEXT.sub("", line) for line in log[-LOG_BYTES:].split("\n") if line.strip() and not CONSEQUENCE.search(line)]
-    said = tail("\n".join(dict.fromkeys(lines)), path)
-    return ": ".join(filter(None, ["the file is damaged or cut off" if log.strip() else "", said]))
+    causes = tail("\n".join(dict.fromkeys(lines)), path)
+    return ": ".join(filter(None, ["the file is damaged or cut off" if log.strip() else "", causes]))
 
 
 class Child:
@@ -153,7 +153,7 @@ class Child:
                     fcntl.fcntl(pipe.fileno(), fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
     def log(self) -> str:
-        """The end of what ffmpeg has said so far."""
+        """The end of what ffmpeg has written to its log so far."""
         self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - LOG_BYTES))
         return self._log.read().decode(errors="replace")
 

@@ -96,14 +96,14 @@ class Mp4Writer(Child):
         code = self._child.poll()
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self._child.wait(5)
-        said = self.complaint()
-        if "No space left" in said:
+        complaint = self.complaint()
+        if "No space left" in complaint:
             return OSError(28, "No space left on device")
         try:
-            child.check_exit("the encoder", code or 0, said, False)
+            child.check_exit("the encoder", code or 0, complaint, False)
         except FfmpegFailed as e:
             return e
-        return FfmpegFailed(f"the encoder stopped (exit {code}): {said[-200:]}", ffprobe_stderr=said)
+        return FfmpegFailed(f"the encoder stopped (exit {code}): {complaint[-200:]}", ffprobe_stderr=complaint)
 
 
 def colour_tags(video: VideoInfo) -> list[str]:

@@ -32,7 +32,7 @@ class Opener:
     grid: int | None = None  # of a picture in tiles: which of the file's stream groups they are
     more: tuple[str, ...] = ()  # further input options
     seekable: bool = True  # else times are known only by reading from the start
-    doubt: str = ""  # what is wrong with the file where ffmpeg would not say so
+    damage: str = ""  # what is wrong with the file where ffmpeg would not say so
 
     def options(self) -> list[str]:
         """ffmpeg's input options."""
@@ -99,9 +99,9 @@ MISSING, MISSING_BYTES = 0.02, 512  # share and bytes of what a header states th
 OGG_PAGE = 27 + 255 + 255 * 255  # bytes of the largest
 CHAINS = (
     Chain(b"RIFF", b"WAVE", 12, _riff("little"), Opener("wav", more=("-ignore_length", "1")), (b"data",)),
-    Chain(b"FORM", b"AIFF", 12, _riff("big"), Opener(doubt=UNSTATED), (b"SSND",)),
-    Chain(b"FORM", b"AIFC", 12, _riff("big"), Opener(doubt=UNSTATED), (b"SSND",)),
-    Chain(b"caff", b"", 8, _caf, Opener(doubt=UNSTATED), (b"data",)),
+    Chain(b"FORM", b"AIFF", 12, _riff("big"), Opener(damage=UNSTATED), (b"SSND",)),
+    Chain(b"FORM", b"AIFC", 12, _riff("big"), Opener(damage=UNSTATED), (b"SSND",)),
+    Chain(b"caff", b"", 8, _caf, Opener(damage=UNSTATED), (b"data",)),
     Chain(b"AVI ", b"AVI ", 0, _avi, body=(b"AVI ", b"AVIX")),
     Chain(b"RIFF", b"WEBP", 12, _riff("little")),
     Chain(b"FLV", b"", 13, lambda h: (h[:3], 15 + int.from_bytes(h[1:4]))),
@@ -117,7 +117,7 @@ def opener(path: Path) -> Opener:
         if how := _picture(head):
             return APNG if how == PNG and _is_animated(file) else how
         chain = next((c for c in CHAINS if c.part(head)[0] == c.first and head[8:].startswith(c.form)), None)
-        how = _by_chain(file, chain) if chain else Opener(doubt=_ogg_cut(file)) if head[:4] == b"OggS" else UNKNOWN
+        how = _by_chain(file, chain) if chain else Opener(damage=_ogg_cut(file)) if head[:4] == b"OggS" else UNKNOWN
     return replace(how, demuxer="webp_anim") if head[8:12] == b"WEBP" else how
 
 
@@ -155,7 +155,7 @@ def _by_chain(file: BinaryIO, chain: Chain) -> Opener:
         file.seek(at)
         name, length = chain.part(file.read(24))
         if name == chain.first and at > 0:
-            return chain.more or Opener(doubt=JOINED)
+            return chain.more or Opener(damage=JOINED)
         if not name.strip(b"\0"):
             break  # padding
         if chain.more and not (name.isascii() and name.decode().isprintable()):
@@ -164,7 +164,7 @@ def _by_chain(file: BinaryIO, chain: Chain) -> Opener:
             break
         at += length
         if name in chain.body and end < at * (1 - MISSING) - MISSING_BYTES:
-            return Opener(doubt=f"the file ends early: it has {end} of the {at} bytes that its header states")
+            return Opener(damage=f"the file ends early: it has {end} of the {at} bytes that its header states")
     return UNKNOWN
 
 

@@ -164,8 +164,8 @@ def _with_picture(info: MediaInfo, stream: Stream, max_pixels: int, check: Calla
         "-map_metadata", "-1", "-map_chapters", "-1", "-frames:v", "1", "-f", "null", "-"], child.PROBE_SEC, check=check)
     if _too_many_pixels(log):
         raise BadMedia(explain(info.path, log), ffprobe_stderr=tail(log, info.path))
-    shown = [line for line in log.split("\n") if line.startswith(f"[showinfo@{nonce} @ ")]
-    if (video := _video(stream, "\n".join(shown))) is None:
+    lines = [line for line in log.split("\n") if line.startswith(f"[showinfo@{nonce} @ ")]
+    if (video := _video(stream, "\n".join(lines))) is None:
         return replace(info, undecodable=child.about_file(log.rpartition("\nStream mapping:\n")[2], info.path))
     if video.color_space in REFUSED:
         return replace(info, undecodable=f"its colour matrix, {video.color_space}, is none that this worker converts")
@@ -227,9 +227,9 @@ _COLOURS = re.compile(r"\] color_range:(\S+) color_space:(\S+) color_primaries:(
 _ASIDE = re.compile(r" \((?:comment|descriptions|visual impaired|hearing impaired|clean effects|karaoke)\)")
 
 
-def _video(stream: Stream, shown: str) -> VideoInfo | None:
+def _video(stream: Stream, showinfo: str) -> VideoInfo | None:
     """The stream's description and its first picture, from `showinfo`'s lines; None when none was decoded."""
-    picture, colours, text = _PICTURE.search(shown), _COLOURS.search(shown), stream.text
+    picture, colours, text = _PICTURE.search(showinfo), _COLOURS.search(showinfo), stream.text
     if picture is None or colours is None:
         return None
     width, height = int(picture[4]), int(picture[5])

@@ -78,7 +78,7 @@ def read_speech(
     if not len(samples):
         raise BadMedia("the audio cannot be decoded" if code else "the audio is empty", ffprobe_stderr=tail(err, info.path))
     complaint = tail(err, info.path) or (f"the decoder ended with status {code}" if code else "")
-    missing = _missing(info, len(samples) / SAMPLE_RATE, end) or info.opener.doubt
+    missing = _missing(info, len(samples) / SAMPLE_RATE, end) or info.opener.damage
     pcm = loudest_speech(np.clip(np.nan_to_num(samples), -1.0, 1.0))
     return Speech(path, rate, channels, pcm, "; ".join(words for words in (missing, complaint) if words))
 

@@ -123,7 +123,8 @@ class Client:
             bucket = self.bucket
             if self._may("listFiles"):
                 self._cancel_abandoned(bucket)
-        return [said for capability, said in (("readFiles", NO_LOOK), ("listFiles", NO_LIST)) if not self._may(capability)]
+        warnings = {"readFiles": NO_LOOK, "listFiles": NO_LIST}
+        return [warning for capability, warning in warnings.items() if not self._may(capability)]
 
     def upload(self, path: str, key: str, content_type: str, cache_control: str | None, digest: str) -> str:
         """One try to store a file; returns its URL. Raises Failed."""

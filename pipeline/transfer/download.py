@@ -56,15 +56,15 @@ class Source:
 
     path: Path
     sha256: str
-    shown: str
+    safe_url: str
     length_known: bool = True
 
 
 class Patience:
     """The job's control, and how long the source of one input may keep the job waiting."""
 
-    def __init__(self, control: Control, field: str, shown: str, answer_sec: float) -> None:
-        self.control, self.where = control, _where(field, shown)
+    def __init__(self, control: Control, field: str, safe_url: str, answer_sec: float) -> None:
+        self.control, self.where = control, _where(field, safe_url)
         self.answer_sec, self.seconds = answer_sec, max(FETCH_SEC, control.limit / 3)
         self._ends = time.monotonic() + self.seconds
         self._answer_by = float("inf")
@@ -191,9 +191,9 @@ class Downloader:
         return Source(target, digest.hexdigest(), where["url"], bool(announced) or bool(response.raw.chunked))
 
 
-def _where(field: str, shown: str) -> dict[str, Any]:
+def _where(field: str, safe_url: str) -> dict[str, Any]:
     """What every error about a source states."""
-    return {"stage": "download", "url": shown, "field": field}
+    return {"stage": "download", "url": safe_url, "field": field}
 
 
 def _chunks(response: requests.Response) -> Iterator[bytes]:

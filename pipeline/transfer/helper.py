@@ -78,10 +78,10 @@ class Helper:
             control.check()
             if not limit.remaining:
                 raise TimeoutError(f"no answer within {seconds:.0f} s")
-        told = json.loads(answer)
-        if "failed" in told:
-            raise HelperFailed(told["failed"], redact.text(told["message"]), told["details"])
-        return told["value"]
+        result = json.loads(answer)
+        if "failed" in result:
+            raise HelperFailed(result["failed"], redact.text(result["message"]), result["details"])
+        return result["value"]
 
     def _died(self) -> HelperFailed:
         kill(self._child)

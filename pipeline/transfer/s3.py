@@ -64,16 +64,16 @@ class Client:
 
     def check(self) -> list[str]:
         """Begin an upload in parts and abort it: that needs all that an upload needs, and leaves nothing."""
-        said = []
+        warnings = []
         with _translated(self):
             key = f"{self.account['prefix']}.musetalk-check"
             self._client.create_multipart_upload(Bucket=self.bucket, Key=key)
             self.cancel_open()
             if self._allowed(self._abort_abandoned) is None:
-                said.append(NO_LIST)
+                warnings.append(NO_LIST)
             if self._allowed(lambda: self._present(key, 0, "", "", strict=True)) is None:
-                said.append(NO_LOOK)
-        return said
+                warnings.append(NO_LOOK)
+        return warnings
 
     def _allowed(self, work: Any) -> Any:
         """What `work` returns; None when the key may not do it."""

@@ -146,8 +146,8 @@ class BucketStorage:
     def check(self) -> None:
         """Try credentials, bucket and permissions; a storage that cannot be reached is a warning, since it may come back."""
         try:
-            for said in self._helpers.call({"account": self._account}, Control(CHECK_SEC), CHECK_SEC):
-                log.warning("storage: %s", said)
+            for warning in self._helpers.call({"account": self._account}, Control(CHECK_SEC), CHECK_SEC):
+                log.warning("storage: %s", warning)
         except HelperFailed as e:
             if e.kind == "rejected":
                 raise BadSetting(f"{self._names}: nothing can be stored in the bucket {self._bucket!r}: {e.message}") from e

@@ -122,7 +122,7 @@ def lost(w: World) -> None:
     service, first = without_gpu(w)
     wrong = AGAIN.differs(first)
     assert not wrong, wrong
-    assert service.engine.lost
+    assert service.unfit
     second = w.job(service)
     assert Unfit.__name__ in second["stack_trace"]
     assert not AGAIN.differs(second), second

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from pipeline.film.stages import one_thread
+from musetalk.steps.blending import one_thread
 from pipeline.run import Service
 from tests.faults.files import X264, clean, make, phone_heic, write
 from tests.faults.world import Row, World

@@ -1,0 +1,155 @@
+"""What one browser tab holds: its files, the preview that is open, and a thread that does one thing after another for it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import shutil
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from PIL import Image
+
+from pipeline.film.preview import Picture, Preview
+from pipeline.job.control import Control
+from pipeline.run import Service, failure
+from pipeline.schema import parse
+from pipeline.settings import asset
+
+T = TypeVar("T")
+SAMPLES = asset("samples")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A clip or a speech: the file, and the name that its owner knows it by."""
+
+    path: Path
+    name: str
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The source's frame and the film's as addresses, how long the film is, and whether a mouth was painted."""
+
+    source: str
+    film: str
+    seconds: float
+    painted: bool
+
+
+class Tab:
+    """The files of a tab are served under names that nobody can guess, and deleted when it closes."""
+
+    def __init__(self, service: Service, root: Path) -> None:
+        self.service, self.id = service, uuid.uuid4().hex
+        self.folder = root / self.id
+        self.chosen = {"clip": Chosen(SAMPLES / "presenter.mp4", "presenter.mp4"),
+                       "speech": Chosen(SAMPLES / "speech.wav", "speech.wav")}
+        self.stage, self.share = "", 0.0  # of what the thread is doing
+        self.closed = False
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tab")
+        self._served: dict[str, Path] = {}
+        self._control = Control(service.settings.job_deadline_sec)
+        self._open = contextlib.ExitStack()
+        self._preview: tuple[tuple[Path, Path], Preview] | None = None
+
+    async def run(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Do something in the tab's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+
+    def new_file(self, suffix: str) -> Path:
+        """A path for another file of this tab."""
+        self.folder.mkdir(exist_ok=True)
+        return self.folder / f"{uuid.uuid4().hex}{suffix if re.fullmatch(r'[.][A-Za-z0-9]{1,8}', suffix) else ''}"
+
+    def serve(self, path: Path) -> str:
+        """The address of a file."""
+        name = uuid.uuid4().hex
+        self._served[name] = path
+        return f"/files/{self.id}/{name}"
+
+    def served(self, name: str) -> Path | None:
+        """The file behind an address, if it is still there."""
+        path = self._served.get(name)
+        return path if path is not None and path.is_file() else None
+
+    def job(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The job that the files and the tuned fields of a request describe."""
+        return {"musetalk_job_id": f"page-{uuid.uuid4().hex}", "video_url": str(self.chosen["clip"].path),
+                "audio_url": str(self.chosen["speech"].path), **request}
+
+    def pictures(self, request: dict[str, Any], second: float, outline: bool) -> Pictures | dict[str, Any]:
+        """A moment's frame before and after, in place of those shown before; or a failure's body."""
+        control = self._begin()
+        try:
+            preview = self._opened()
+            shown = preview.frame(parse(self.job(request)), second, control.waiting)
+        except Exception as e:  # every failure is told as the service tells it
+            return failure(e)
+        for name, path in list(self._served.items()):
+            if path.suffix == ".jpg":
+                path.unlink(missing_ok=True)
+                del self._served[name]
+        source, film = self._picture(shown.source), self._picture(shown.outlined() if outline else shown.film)
+        return Pictures(source, film, preview.inputs.speech.seconds, shown.region is not None)
+
+    def film(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Run the job. The body of a success has the film's address as its output_url."""
+        body = self.service.run_job(self.job(request), control=self._begin())
+        if body["status"] == "success":
+            path = self.new_file(".mp4")
+            shutil.move(unquote(urlsplit(body["output_url"]).path), path)
+            body["output_url"] = self.serve(path)
+        return body
+
+    def stop(self) -> None:
+        """Ask what the thread is doing to end."""
+        self._control.cancel()
+
+    def close(self) -> None:
+        """The tab is gone: its job ends, then its files are deleted. Returns at once."""
+        if not self.closed:
+            self.closed = True
+            self.stop()
+            self._thread.submit(self._clean_up)
+            self._thread.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Wait until a closed tab has left nothing behind."""
+        self._thread.shutdown()
+
+    def _begin(self) -> Control:
+        self.stage, self.share = "", 0.0
+        self._control = Control(self.service.settings.job_deadline_sec, self._progress)
+        if self.closed:
+            self._control.cancel()
+        return self._control
+
+    def _progress(self, stage: str, share: float) -> None:
+        self.stage, self.share = stage, share
+
+    def _opened(self) -> Preview:
+        """The preview of the chosen files."""
+        paths = self.chosen["clip"].path, self.chosen["speech"].path
+        if self._preview is None or self._preview[0] != paths:
+            self._preview = None
+            self._open.close()
+            self._preview = paths, self._open.enter_context(self.service.preview(self.job({})))
+        return self._preview[1]
+
+    def _picture(self, pixels: Picture) -> str:
+        path = self.new_file(".jpg")
+        Image.fromarray(pixels).save(path, quality=90)
+        return self.serve(path)
+
+    def _clean_up(self) -> None:
+        self._open.close()
+        self._served.clear()
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,245 @@
+"""The worker for people at a shell: python -m pipeline VIDEO AUDIO [VIDEO AUDIO ...] -o out.mp4."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+from urllib.parse import unquote, urlsplit
+
+from pipeline import __version__
+from pipeline.errors import BadRequest
+from pipeline.job import bar, logs
+from pipeline.job.control import Control
+from pipeline.schema import Params, parse
+from pipeline.settings import BadSetting, Settings
+
+if TYPE_CHECKING:
+    from pipeline.run import Service
+
+
+class BadUse(ValueError):
+    """The command line asks for what cannot be done; the message says why."""
+
+
+@dataclass(frozen=True)
+class Film:
+    """One video and one speech, and the MP4 to be made of them."""
+
+    video: str
+    audio: str
+    output: Path
+
+
+def options() -> argparse.ArgumentParser:
+    """The command line: every key of `params` is an option."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline", description="Make the face in VIDEO speak AUDIO.",
+        usage="python -m pipeline VIDEO AUDIO [VIDEO AUDIO ...] [-o OUTPUT] [options]",
+        epilog="Exit code: 0 done, 1 the worker failed, 2 the input is at fault, 130 interrupted.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34))
+    parser.add_argument("inputs", nargs="+", metavar="VIDEO AUDIO",
+                        help="files or URLs, in pairs; VIDEO may be a still, AUDIO a video's sound track")
+    add = parser.add_argument
+    add("-o", "--output", default="out.mp4", help="MP4 to write, or a folder (default: out.mp4)")
+    add("--overwrite", action="store_true", help="replace an output that exists")
+    add("--preview", action="store_true", help="the first second only, to tune the options")
+    add("--model-dir", metavar="DIR", help="folder of weights (default: MODEL_DIR or models/demo)")
+    add("--device", choices=("auto", "cpu", "cuda"), help="where to compute (default: DEVICE or auto)")
+    add("--json", action="store_true", help="print each job's body, one a line")
+    add("--quiet", action="store_true", help="errors only: no progress bar, no summary")
+    add("--version", action="version", version=f"musetalk-worker {__version__}")
+    add = parser.add_argument_group("picture and mouth").add_argument
+    add("--aspect-ratio", metavar="W:H", default="source", help="source or W:H")
+    add("--resolution", metavar="SIZE", default="source", help="source, 720p (short side) or WxH")
+    for name, field in Params.model_fields.items():
+        flag, shown = "--" + name.replace("_", "-"), str(field.description)
+        if field.annotation is bool:
+            add(flag, action="store_true", default=None, help=shown)
+            continue
+        if field.default is not None:
+            shown += f" (default: {field.default})"
+        add(flag, help=shown, **_values(field.annotation))
+    return parser
+
+
+def _values(kind: Any) -> dict[str, Any]:
+    """What an option of such a type takes."""
+    choices = [k for k in (kind, *get_args(kind)) if get_origin(k) is Literal]
+    numbers = [k for k in get_args(kind) if k not in (*choices, type(None))] if get_origin(kind) is Union else []
+    if choices and not numbers:
+        return {"choices": get_args(choices[0])}
+    return {"type": _number_or_word, "metavar": "WHICH" if choices else "N"}
+
+
+def _number_or_word(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def films(inputs: list[str], output: str, overwrite: bool) -> list[Film]:
+    """The films a command line asks for; raises BadUse for outputs that cannot be."""
+    if len(inputs) % 2:
+        raise BadUse(f"VIDEO and AUDIO come in pairs, but {len(inputs)} inputs are given")
+    pairs, path = list(zip(inputs[::2], inputs[1::2])), Path(output)
+    folder = path.is_dir() or output.endswith(os.sep) or (len(pairs) > 1 and not path.suffix)
+    if len(pairs) > 1 and not folder:
+        raise BadUse(f"-o {output}: several pairs need a folder: -o FOLDER{os.sep}")
+    if not folder and output != output.strip():
+        raise BadUse(f"-o {output!r}: the name begins or ends with a blank; leave it out")
+    if not folder and path.suffix.lower() != ".mp4":
+        raise BadUse(f"-o {output}: MP4 is written; name a file that ends in .mp4, or a folder as {output}{os.sep}")
+    made = [Film(video, audio, _named(video, audio, path, pairs) if folder else path) for video, audio in pairs]
+    for film in made:
+        if film.output.exists() and not overwrite:
+            raise BadUse(f"-o {film.output}: the file exists; give --overwrite to replace it")
+        if sum(film.output == other.output for other in made) > 1:
+            raise BadUse(f"{film.output} would be written twice: give two calls, or inputs with other names")
+    return made
+
+
+def check(film: Film, arguments: argparse.Namespace) -> None:
+    """Raises BadUse for files that are not there and options that are out of range, as the worker would after loading."""
+    for name, text in (("VIDEO", film.video), ("AUDIO", film.audio)):
+        if "://" not in text and not Path(text).is_file():
+            raise BadUse(f"{name}: {'a folder, not a file' if Path(text).is_dir() else 'no such file'}: {text}")
+    try:
+        parse(job_of(film, arguments))
+    except BadRequest as e:
+        raise BadUse(plain(e.message)) from None
+
+
+def job_of(film: Film, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The job that makes a film."""
+    params = {n: v for n in Params.model_fields if (v := getattr(arguments, n)) is not None}
+    if isinstance(params.get("fps"), int):
+        params["fps"] = float(params["fps"])
+    return {"musetalk_job_id": "cli", "video_url": _source(film.video), "audio_url": _source(film.audio),
+            "aspect_ratio": arguments.aspect_ratio, "resolution": arguments.resolution, "params": params}
+
+
+def without_blanks(film: Film, folder: Path) -> Film:
+    """The film with links in a folder for files whose names end in a blank, which the request's fields lose."""
+    def linked(text: str) -> str:
+        if "://" in text or text == text.rstrip():
+            return text
+        link = folder / hashlib.sha256(os.fsencode(text)).hexdigest()
+        with suppress(FileExistsError):
+            link.symlink_to(Path(text).absolute())
+        return str(link)
+
+    return replace(film, video=linked(film.video), audio=linked(film.audio))
+
+
+def plain(message: str) -> str:
+    """A failure's message with the command line's names in place of the request's."""
+    message = re.sub(r"\bvideo_url\b", "VIDEO", re.sub(r"\baudio_url\b", "AUDIO", message))
+    return re.sub(r"\bparams\.(\w+)|^(aspect_ratio|resolution)(?=:)",
+                  lambda m: "--" + (m[1] or m[2]).replace("_", "-"), message)
+
+
+def _named(video: str, audio: str, folder: Path, pairs: list[tuple[str, str]]) -> Path:
+    """The clip's name in the folder, with the speech's where the clip speaks several."""
+    name, speech = (Path(unquote(urlsplit(text).path) if "://" in text else text).stem for text in (video, audio))
+    alone = sum(video == other for other, _ in pairs) == 1
+    return folder / f"{name if alone else f'{name}-{speech}'}.mp4"
+
+
+@contextmanager
+def working_folder(output: Path) -> Iterator[Path]:
+    """A folder on the output's disk for what is being made: whether it can be written is known before any work.
+
+    The output's folder is made where it is missing, and removed again when nothing was written to it.
+    """
+    missing = [p for p in (output.parent, *output.parent.parents) if not p.exists()]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix=".musetalk-", dir=output.parent)
+    except OSError as e:
+        raise BadUse(f"-o {output}: cannot be written: {e.strerror}") from None
+    try:
+        with folder as name:
+            yield Path(name)
+    finally:
+        with suppress(OSError):  # it holds something
+            for made in missing:
+                made.rmdir()
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Make all films with one model; the exit code is the first failure's."""
+    made = films(arguments.inputs, arguments.output, arguments.overwrite)
+    for film in made:
+        check(film, arguments)
+    given = {"MODEL_DIR": arguments.model_dir, "DEVICE": arguments.device}
+    settings = Settings.for_shell(**{k: v for k, v in given.items() if v})
+    written: list[Path] = []
+    codes = []
+    with working_folder(made[0].output) as folder:
+        try:
+            from pipeline.run import Service  # torch takes its time: not before the command line is understood
+
+            service = Service(settings.model_copy(update={
+                "storage": "local", "local_storage_dir": folder, "local_input_root": Path("/")}))
+            for film in made:
+                codes.append(_film(service, without_blanks(film, folder), arguments, written))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"written: {', '.join(map(str, written))}" if written else "") from None
+    return next((code for code in codes if code), 0)
+
+
+def _film(service: Service, film: Film, arguments: argparse.Namespace, written: list[Path]) -> int:
+    progress: Callable[[str, float], None] | None = bar.draw if bar.shown() and not arguments.quiet else None
+    control = Control(service.settings.job_deadline_sec, progress)
+    body = service.run_job(job_of(film, arguments), control=control, preview=arguments.preview)
+    if body["status"] == "success":
+        Path(unquote(urlsplit(body["output_url"]).path)).replace(film.output)
+        written.append(film.output)
+        body["output_url"] = film.output.resolve().as_uri()
+    elif progress:
+        print(file=sys.stderr)  # the bar's line is not at its end
+    return _tell(body, film, arguments)
+
+
+def _tell(body: dict[str, Any], film: Film, arguments: argparse.Namespace) -> int:
+    """Say how it went; exit code: 0 done, 1 the worker failed, 2 the input is at fault."""
+    if arguments.json:
+        print(json.dumps(body), flush=True)
+    if body["status"] != "success":
+        several = f"{film.output}: " if len(arguments.inputs) > 2 else ""
+        print(f"error: {several}{plain(body['error_message'])}", file=sys.stderr)
+        return 2 if body["error_type"] == "media_error" else 1
+    if not arguments.json and not arguments.quiet:
+        m = body["metrics"]
+        print(f"{film.output}: {m['frames']} frames in {m['total_time']:.1f} s "
+              f"({m['GENERATION_TIME_SEC']:.1f} s of them generation)", flush=True)
+    return 0
+
+
+def _source(text: str) -> str:
+    """A URL as it is, a path made absolute."""
+    return text if "://" in text else str(Path(text).absolute())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done, 1 the worker failed, 2 the input is at fault. Raises KeyboardInterrupt that says what was written."""
+    arguments = options().parse_args(argv)
+    logs.setup("CRITICAL")
+    try:
+        return run(arguments)
+    except (BadUse, BadSetting, OSError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2 if isinstance(e, BadUse) else 1
