@@ -12,8 +12,10 @@ import http.server
 import importlib
 import itertools
 import json
+import math
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -139,24 +141,27 @@ def overhead_sec(new: functools.partial[Fleet], workers: int) -> tuple[float, fl
 
 
 def waits_at(new: functools.partial[Fleet], workers: int, jobs: int, share: float, own: float, gap: float) -> dict[str, Any]:
-    """Poisson arrivals at a share of what the workers can do: waits measured, and simulated for the same arrivals and jobs."""
-    percent = round(share * 100)
-    with contextlib.closing(new(queue=f"load-{percent}")) as fleet:
+    """Poisson arrivals at a share of what the workers can do: waits measured, and simulated for the same arrivals and jobs.
+
+    An infinite share is a burst: all at once.
+    """
+    name = f"load-{share}"
+    with contextlib.closing(new(queue=name)) as fleet:
         fleet.start(workers)
         load = Load(workers=workers, jobs_per_sec=share * workers / (fleet.mean_sec + own + gap), cold_start_sec=0,
                     idle_stop_sec=float("inf"))
-        r, moment = random.Random(percent), time.time()
+        r, moment = random.Random(name), time.time()
         for number in range(jobs):
             moment += r.expovariate(load.jobs_per_sec)
             wait_until(moment)
-            fleet.send(f"load-{percent}-{number}")
+            fleet.send(f"{name}-{number}")
         fleet.drain()
         done = sorted(fleet.jobs(), key=lambda job: fleet.sent[job["id"]])
         measured = waiting([job["begin"] - fleet.sent[job["id"]] for job in done])
         expected = simulate(load, [(fleet.sent[job["id"]], job["end"] - job["begin"] + gap) for job in done])
     error = abs(measured["wait_mean_sec"] / expected["wait_mean_sec"] - 1) if expected["wait_mean_sec"] else float("inf")
     row = {"measured": measured, "simulated": {name: expected[name] for name in measured}, "error": error}
-    print(f"{workers} workers at {percent} %:", json.dumps(row), flush=True)
+    print(f"{workers} workers at {share:.0%}:", json.dumps(row), flush=True)
     return row
 
 
@@ -217,15 +222,17 @@ def places() -> Iterator[tuple[str, Path, str]]:
 
 def main(workers: int, jobs: int, service_sec: float, kill_sec: float) -> None:
     """Measure, and print the closing line."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # no worker and no database is left behind
     with places() as (url, folder, samples):
         new = functools.partial(Fleet, url, folder, samples, mean_sec=service_sec)
         own, gap = overhead_sec(new, workers)
         print(f"a job takes {own:.3f} s beside its generator, and {gap:.3f} s pass between two", flush=True)
         rows = {percent: waits_at(new, workers, jobs, percent / 100, own, gap) for percent in (50, 80, 95)}
+        burst = waits_at(new, workers, min(jobs, 8 * workers), math.inf, own, gap)
         queue_ms, limit = queue_cost(new, workers)
         lost, doubled = killed(new, workers, kill_sec)
     common.emit("fleet-measured", workers=workers, jobs=jobs, service_sec=service_sec,
                 overhead_sec=round(own, 3), between_sec=round(gap, 3),
                 **{f"wait_error_{percent}": round(row["error"], 3) for percent, row in rows.items()},
                 queue_ms_a_job=round(queue_ms, 2), jobs_per_sec_limit=round(limit, 1), lost=lost, doubled=doubled,
-                kill_sec=kill_sec, loads=rows)
+                kill_sec=kill_sec, loads=rows, burst=burst)

@@ -20,7 +20,7 @@ from pipeline import __version__
 from pipeline.errors import BadRequest
 from pipeline.job import bar, logs
 from pipeline.job.control import Control
-from pipeline.schema import Params, parse
+from pipeline.schema import FindFaces, Params, parse
 from pipeline.settings import BadSetting, Settings
 
 if TYPE_CHECKING:
@@ -33,11 +33,14 @@ class BadUse(ValueError):
 
 @dataclass(frozen=True)
 class Film:
-    """One video and one speech, and the MP4 to be made of them."""
+    """One video and one speech or several (see `speaker`), and the MP4 to be made of them; without a speech, the JPEG of the
+    people in the video.
+    """
 
     video: str
     audio: str
     output: Path
+    speakers: tuple[dict[str, Any], ...] = ()
 
 
 def options() -> argparse.ArgumentParser:
@@ -50,10 +53,13 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("inputs", nargs="+", metavar="VIDEO AUDIO",
                         help="files or URLs, in pairs; VIDEO may be a still, AUDIO a video's sound track")
     add = parser.add_argument
-    add("-o", "--output", default="out.mp4", help="MP4 to write, or a folder (default: out.mp4)")
+    add("-o", "--output", help="MP4 to write, or a folder (default: out.mp4)")
     add("--overwrite", action="store_true", help="replace an output that exists")
     add("--preview", action="store_true", help="the first second only, to tune the options")
     add("--estimate", action="store_true", help="make nothing: say how long it would take")
+    add("--speaker", action="append", default=[], metavar="AUDIO@FACE@START",
+        help="instead of AUDIO, repeated; FACE as --face or X,Y:SECOND")
+    add("--faces", action="store_true", help="list the people of VIDEO, in a JPEG with numbers; no film")
     add("--model-dir", metavar="DIR", help="folder of weights (default: MODEL_DIR or models/demo)")
     add("--device", choices=("auto", "cpu", "cuda"), help="where to compute (default: DEVICE or auto)")
     add("--json", action="store_true", help="print each job's body, one a line")
@@ -91,6 +97,36 @@ def _number_or_word(text: str) -> int | float | str:
     return text
 
 
+def speaker(text: str) -> dict[str, Any]:
+    """One of a request's speakers, as AUDIO@FACE@START says it; raises BadUse."""
+    try:
+        audio, face, start = text.rsplit("@", 2)
+        said: dict[str, Any] = {"audio_url": audio, "face": _number_or_word(face), "start": float(start)}
+        if "," in face:
+            place, _, second = face.partition(":")
+            numbers = [float(n) for n in place.split(",")]
+            said["face"] = {{2: "point", 4: "box"}[len(numbers)]: numbers, "second": float(second or 0)}
+        return said
+    except (ValueError, KeyError):
+        raise BadUse(f"--speaker {text}: give AUDIO@FACE@START, as anna.wav@leftmost@0 or bela.wav@410,120:2.5@3") from None
+
+
+def single(video: list[str], speakers: list[str], faces: bool, output: str, overwrite: bool) -> list[Film]:
+    """The one output of a command line with speakers, or that lists faces; raises BadUse."""
+    if len(video) != 1 or (faces and speakers):
+        raise BadUse("--speaker and --faces take one VIDEO and no AUDIO, and one of the two is given; "
+                     f"{len(video)} inputs are given")
+    if not faces:
+        (film,) = films([video[0], video[0]], output, overwrite)
+        return [replace(film, audio="", speakers=tuple(speaker(text) for text in speakers))]
+    path = Path(output)
+    if path.suffix.lower() not in (".jpg", ".jpeg"):
+        raise BadUse(f"-o {output}: with --faces a JPEG is written; name a file that ends in .jpg")
+    if path.exists() and not overwrite:
+        raise BadUse(f"-o {output}: the file exists; give --overwrite to replace it")
+    return [Film(video[0], "", path)]
+
+
 def films(inputs: list[str], output: str, overwrite: bool) -> list[Film]:
     """The films a command line asks for; raises BadUse for outputs that cannot be."""
     if len(inputs) % 2:
@@ -114,11 +150,13 @@ def films(inputs: list[str], output: str, overwrite: bool) -> list[Film]:
 
 def check(film: Film, arguments: argparse.Namespace) -> None:
     """Raises BadUse for files that are not there and options that are out of range, as the worker would after loading."""
-    for name, text in (("VIDEO", film.video), ("AUDIO", film.audio)):
+    speeches = [each["audio_url"] for each in film.speakers] or ([] if arguments.faces else [film.audio])
+    for name, text in (("VIDEO", film.video), *(("AUDIO", speech) for speech in speeches)):
         if "://" not in text and not Path(text).is_file():
             raise BadUse(f"{name}: {'a folder, not a file' if Path(text).is_dir() else 'no such file'}: {text}")
     try:
-        parse(job_of(film, arguments))
+        job = job_of(film, arguments)
+        _ = FindFaces.asked(job) or parse(job)
     except BadRequest as e:
         raise BadUse(plain(e.message)) from None
 
@@ -128,7 +166,12 @@ def job_of(film: Film, arguments: argparse.Namespace) -> dict[str, Any]:
     params = {n: v for n in Params.model_fields if (v := getattr(arguments, n)) is not None}
     if isinstance(params.get("fps"), int):
         params["fps"] = float(params["fps"])
-    return {"musetalk_job_id": "cli", "video_url": _source(film.video), "audio_url": _source(film.audio),
+    if arguments.faces:
+        return {"find_faces": True, "musetalk_job_id": "cli", "video_url": _source(film.video)}
+    speech: dict[str, Any] = {"audio_url": _source(film.audio)}
+    if film.speakers:
+        speech = {"speakers": [{**each, "audio_url": _source(each["audio_url"])} for each in film.speakers]}
+    return {"musetalk_job_id": "cli", "video_url": _source(film.video), **speech,
             "aspect_ratio": arguments.aspect_ratio, "resolution": arguments.resolution, "params": params,
             **({"estimate": True} if arguments.estimate else {})}
 
@@ -143,7 +186,8 @@ def without_blanks(film: Film, folder: Path) -> Film:
             link.symlink_to(Path(text).absolute())
         return str(link)
 
-    return replace(film, video=linked(film.video), audio=linked(film.audio))
+    return replace(film, video=linked(film.video), audio=linked(film.audio), speakers=tuple(
+        {**each, "audio_url": linked(each["audio_url"])} for each in film.speakers))
 
 
 def plain(message: str) -> str:
@@ -183,7 +227,11 @@ def working_folder(output: Path) -> Iterator[Path]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Make all films with one model; the exit code is the first failure's."""
-    made = films(arguments.inputs, arguments.output, arguments.overwrite)
+    output = arguments.output or ("faces.jpg" if arguments.faces else "out.mp4")
+    if arguments.speaker or arguments.faces:
+        made = single(arguments.inputs, arguments.speaker, arguments.faces, output, arguments.overwrite)
+    else:
+        made = films(arguments.inputs, output, arguments.overwrite)
     for film in made:
         check(film, arguments)
     given = {"MODEL_DIR": arguments.model_dir, "DEVICE": arguments.device}
@@ -230,9 +278,21 @@ def _tell(body: dict[str, Any], film: Film, arguments: argparse.Namespace) -> in
             print(f"{film.output}: {m['frames']} frames would take about {m['estimate']['seconds']:.1f} s"
                   f"{', the avatar is cached' * m['avatar_cached']}", flush=True)
             return 0
+        if arguments.faces:
+            print(faces_table(m["faces"]), f"{film.output}: {len(m['faces'])} people", sep="\n", flush=True)
+            return 0
         print(f"{film.output}: {m['frames']} frames in {m['total_time']:.1f} s "
               f"({m['GENERATION_TIME_SEC']:.1f} s of them generation)", flush=True)
     return 0
+
+
+def faces_table(faces: list[dict[str, Any]]) -> str:
+    """The people of a clip, a line each."""
+    rows = [("number", "first", "last", "share", "best", "box")]
+    rows += [(str(f["number"]), f"{f['first_second']:.2f}", f"{f['last_second']:.2f}", f"{f['share']:.2f}",
+              f"{f['best_second']:.2f}", ",".join(map(str, f["box"]))) for f in faces]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in rows)
 
 
 def _source(text: str) -> str:

@@ -259,3 +259,35 @@ def test_broken_worker_is_exit_code_one(short_clip: Path, short_speech: Path, tm
 def test_every_param_is_an_option() -> None:
     flags = {a.dest for a in cli.options()._actions}
     assert set(Params.model_fields) <= flags
+
+
+def test_speakers_are_said_by_name_or_place() -> None:
+    assert cli.speaker("a@b.wav@leftmost@1.5") == {"audio_url": "a@b.wav", "face": "leftmost", "start": 1.5}
+    assert cli.speaker("a.wav@2@0") == {"audio_url": "a.wav", "face": 2, "start": 0.0}
+    assert cli.speaker("a.wav@1,2:0.5@0")["face"] == {"point": [1, 2], "second": 0.5}
+    assert cli.speaker("a.wav@1,2,3,4@0")["face"] == {"box": [1, 2, 3, 4], "second": 0}
+    for wrong in ("a.wav", "a.wav@0", "a.wav@1,2,3@0", "a.wav@0@soon", "a.wav@1,x@0"):
+        with pytest.raises(cli.BadUse, match="AUDIO@FACE@START"):
+            cli.speaker(wrong)
+
+
+def test_faces_are_listed_and_speak(
+    short_clip: Path, short_speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sheet, film = tmp_path / "faces.jpg", tmp_path / "film.mp4"
+    assert cli.main([str(short_clip), "--faces", "-o", str(sheet)]) == 0
+    header, row, summary = capsys.readouterr().out.splitlines()
+    assert header.split() == ["number", "first", "last", "share", "best", "box"]
+    assert summary == f"{sheet}: 1 people"
+    assert m.probe(sheet, 1 << 20).picture.width == 324
+    box, second = row.split()[-1], row.split()[-2]
+    told = [str(short_clip), "--speaker", f"{short_speech}@{box}:{second}@0.2", "-o", str(film), "--preview", "--json"]
+    assert cli.main(told) == 0
+    (speaker,) = json.loads(capsys.readouterr().out)["metrics"]["speakers"]
+    assert (film.exists(), speaker["frames"]) == (True, 25 + 2), "a second of speech, and the ramp before it"
+    clip = str(short_clip)
+    for wrong, words in (([clip, "b", "--faces"], "one VIDEO"), ([clip, "--faces", "-o", "x.mp4"], "JPEG"),
+                         ([clip, "--speaker", "x.wav@0@0", "--speaker", "no", "-o", "y.mp4"], "AUDIO@FACE@START"),
+                         ([clip, "--speaker", "x.wav@0@0", "-o", "y.mp4"], "no such file")):
+        with pytest.raises(cli.BadUse, match=words):
+            cli.run(cli.options().parse_args(wrong))

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from musetalk.options import Loop
+from musetalk.pixels.colour import Colour
+from musetalk.steps import Yuv420
 from pipeline.film.runner import Buffers
 from pipeline.film.stages import Decode
 from tests.test_media import Make, frames, source
@@ -54,10 +56,11 @@ def test_every_pass_shows_the_frames_of_the_first(damaged: Callable[[str, int], 
 
     def decoded() -> Iterator[tuple[int, bytes]]:
         buffers = Buffers(lambda: np.empty(src.frame_bytes, np.uint8), 2)
-        decode = Decode(src, outputs, loop, None, buffers)
+        form = Yuv420(src.width, src.height, Colour())
+        decode = Decode(src, form, outputs, loop, outputs, buffers)
         for frame in decode.run(iter(())):
-            yield frame.source, frame.pixels.tobytes()
-            buffers.give_back(frame.pixels)
+            yield frame.source, frame.buffer.numpy().tobytes()
+            buffers.give_back(frame.buffer.numpy())
         assert decode.damaged
 
     first: dict[int, bytes] = {}

@@ -334,6 +334,29 @@ def test_a_lost_gpu_ends_the_worker_and_not_the_job(url: str, tmp_path: Path) ->
         worker.close()
 
 
+@pytest.mark.full
+def test_a_worker_told_to_stop_keeps_its_long_job(url: str, tmp_path: Path, endless: dict[str, Any]) -> None:
+    """It goes on to give signs of life, so that no other takes the job over, and still hears of a cancellation."""
+    job = send(url, {**endless, "musetalk_job_id": "long"}, "long")
+    leaving = DatabaseWorker(tmp_path / "leaving", url, "long").ready()
+    taken(url, job)
+    other = DatabaseWorker(tmp_path / "other", url, "long")
+    try:
+        other.ready()
+        ((owner,),) = rows(url, "SELECT worker_id FROM procrastinate_jobs WHERE id = %s", job)
+        leaving.process.send_signal(signal.SIGTERM)
+        time.sleep(3 * STALLED_SEC)
+        assert rows(url, "SELECT worker_id, attempts FROM procrastinate_jobs WHERE id = %s", job) == [(owner, 0)]
+        assert rows(url, "SELECT NOW() - last_heartbeat < INTERVAL '4 s' FROM procrastinate_workers WHERE id = %s",
+                    owner) == [(True,)]
+        assert command(url, "cancel", str(job)).returncode == 0
+        assert ended(url, "long", "job_failures", 20)[5]["error_message"] == "the job was cancelled"
+        assert leaving.process.wait(20) == 0
+    finally:
+        leaving.close()
+        other.close()
+
+
 # -- the tables and the command line -------------------------------------------------------------------------------------
 
 

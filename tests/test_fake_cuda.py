@@ -232,7 +232,7 @@ def lipsync(networks: checkpoints.Networks, mode: FakeTensorMode, monkeypatch: p
     monkeypatch.setattr(detect, "decode_s3fd", decode)
     monkeypatch.setattr(Tracker, "_read", read)
     look = np.zeros((people.ROWS, people.COLUMNS, 3), np.float32), np.ones((people.ROWS, people.COLUMNS), bool)
-    monkeypatch.setattr(people, "look_of", lambda *_: look)
+    monkeypatch.setattr(people, "looks_of", lambda _, boxes: [look] * len(boxes))
     monkeypatch.setattr(subpixel, "region_of", masked)
     taps = imaging._pillow_taps
 

@@ -10,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +119,21 @@ def test_a_signed_film_is_valid_and_plays(film: Path, pair: tuple[Path, Path]) -
     assert (generator["name"], generator["version"]) == ("MuseTalk worker", "revision-7")
     assert data["org.musetalk.job"]["job_id"] == "job-1"
     assert data["org.musetalk.job"]["weights"] == "0123456789abcdef0123"
-    assert data["org.musetalk.job"]["sources"]["speech"]["sha256"] == making().speech_sha256
+    assert data["org.musetalk.job"]["sources"]["speech"]["sha256"] == making().speeches[0][1]
     assert [(i["title"], i["relationship"]) for i in found["active"]["ingredients"]] == [
         ("source clip", "parentOf"), ("speech", "componentOf")]
     assert [p.name for p in film.parent.iterdir()] == ["output.mp4"]
+
+
+def test_every_speech_is_an_ingredient(film: Path, pair: tuple[Path, Path]) -> None:
+    """And the edit names all of them."""
+    Marker(settings(pair)).finish(film, replace(making(), speeches=making().speeches * 2), Control(60))
+    found = credentials(film)
+    assert found["state"] == "Valid"
+    assert [i["title"] for i in found["active"]["ingredients"]] == ["source clip", "speech", "speech 2"]
+    data = {a["label"]: a["data"] for a in found["active"]["assertions"]}
+    assert len(data["c2pa.actions.v2"]["actions"][1]["parameters"]["ingredients"]) == 2
+    assert set(data["org.musetalk.job"]["sources"]) == {"clip", "speech", "speech-2"}
 
 
 def middle_chunk(data: bytes, handler: bytes) -> int:

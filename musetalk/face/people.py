@@ -128,7 +128,7 @@ class Pointed:
     def at(index: int, frame: Tensor, boxes: Sequence[Box], chosen: int) -> Pointed:
         """The face `boxes[chosen]` of a frame (H, W, 3) uint8 with these faces."""
         ordered = [boxes[chosen], *boxes[:chosen], *boxes[chosen + 1 :]]
-        return Pointed(index, boxes[chosen], tuple(look_of(frame, box) for box in ordered))
+        return Pointed(index, boxes[chosen], tuple(looks_of([frame] * len(ordered), ordered)))
 
     def __str__(self) -> str:
         box = self.box
@@ -164,11 +164,11 @@ class People:
 
     def name(self, index: int, frame: Tensor, boxes: list[Box]) -> dict[int, int]:
         """Whose faces these are: from the place in the list to the number of a person known; nothing is remembered."""
-        return self._named(index, frame, boxes, [look_of(frame, box) for box in boxes])[0]
+        return self._named(index, frame, boxes, looks_of([frame] * len(boxes), boxes))[0]
 
     def see(self, index: int, frame: Tensor, boxes: list[Box]) -> dict[int, Box]:
         """The people of a frame (H, W, 3) uint8 with these faces, by number; new ones get one. Unclear faces are left out."""
-        looks = [look_of(frame, box) for box in boxes]
+        looks = looks_of([frame] * len(boxes), boxes)
         named, unclear = self._named(index, frame, boxes, looks)
         for i, box in enumerate(boxes):
             candidates = unclear.get(i, set()) if i not in named else {named[i]}
@@ -277,10 +277,24 @@ ACROSS, DOWN, SHOWN = _cells()
 
 def look_of(frame: Tensor, box: Box) -> Look:
     """How a face, its hair and its clothes look in a frame (H, W, 3) uint8: colours of a coarse grid, without the exposure."""
-    height, width = frame.shape[:2]
-    x, y = np.floor(box.x1 + ACROSS * box.width).astype(int), np.floor(box.y1 + DOWN * box.height).astype(int)
-    columns, rows = (torch.from_numpy(v.clip(0, n - 1)).to(frame.device) for v, n in ((x, width), (y, height)))
-    part = frame[rows[:, None], columns].cpu().numpy().astype(np.float32)
+    return looks_of([frame], [box])[0]
+
+
+def looks_of(frames: Sequence[Tensor], boxes: Sequence[Box]) -> list[Look]:
+    """The looks of faces, each in its frame; all frames are of one size. One copy to the device and one back for all."""
+    if not boxes:
+        return []
+    height, width = frames[0].shape[:2]
+    x = [np.floor(box.x1 + ACROSS * box.width).astype(int) for box in boxes]
+    y = [np.floor(box.y1 + DOWN * box.height).astype(int) for box in boxes]
+    index = np.stack([v.clip(0, height - 1)[:, None] * width + u.clip(0, width - 1) for u, v in zip(x, y, strict=True)])
+    places = torch.from_numpy(index).to(frames[0].device)
+    parts = torch.stack([frame.reshape(-1, 3)[place] for frame, place in zip(frames, places, strict=True)]).cpu().numpy()
+    return [_look(part, u, v, width, height) for part, u, v in zip(parts.astype(np.float32), x, y, strict=True)]
+
+
+def _look(part: NDArray[np.float32], x: NDArray[np.int64], y: NDArray[np.int64], width: int, height: int) -> Look:
+    """The look of the samples (rows, columns, 3) of a frame, taken at columns x and rows y."""
     levels = part.reshape(ROWS, FINE, COLUMNS, FINE, 3).mean((1, 3))
     within = (((v >= 0) & (v < n)).reshape(-1, FINE).sum(1) == FINE for v, n in ((y, height), (x, width)))
     seen = SHOWN & np.logical_and.outer(*within)

@@ -20,7 +20,7 @@ from torch import Tensor
 from musetalk.errors import NoFace
 from musetalk.face import check, crops, landmarks
 from musetalk.face.landmarks import PoseFrame
-from musetalk.face.people import AWAY, LOOKS, Choice, People, Person, Pointed, look_of, near
+from musetalk.face.people import AWAY, LOOKS, Choice, People, Person, Pointed, looks_of, near
 from musetalk.face.search import Search
 from musetalk.face.steady import REACH, Found, Item, steadied
 from musetalk.geometry import upstream
@@ -311,8 +311,8 @@ class Tracker:
         points, scores = self._landmarks(person, frames, guesses)
         found = [upstream.face_box(p, g, self.shift) for p, g in zip(points, guesses, strict=True)]
         person.score = max(person.score, float(scores.max()))
-        surely = [float(s) >= SCORE_DROP * person.score and check.belongs(b, g) and person.unlike(look_of(f, g)) < SAME_LOOK
-                  for s, b, g, f in zip(scores, found, guesses, frames, strict=True)]
+        surely = [float(s) >= SCORE_DROP * person.score and check.belongs(b, g) and person.unlike(look) < SAME_LOOK
+                  for s, b, g, look in zip(scores, found, guesses, looks_of(frames, guesses), strict=True)]
         smooth = all(a.iou(b) >= SMOOTH_IOU for a, b in itertools.pairwise(found))
         shown = [k for k, i in enumerate(boxes) if (surely[k] or not strict)
                  and self._shown(person, window, i, guesses[k], found[k], points[k], float(scores[k]))]

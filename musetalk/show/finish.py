@@ -74,8 +74,9 @@ def natural(planes: Sequence[Tensor], face: Tensor, place: Place, region: Region
     source = torch.cat([reduced(plane[None], lower.divided(step), size - top, size, face.device)
                         for plane, step in zip(planes, steps, strict=True)], dim=1)
     visible = resampled(mask, Place.of(region.box), lower, (size - top) // cell, size // cell, padding="zeros")
-    high = torch.stack([brightest(plane, place.divided(step), face.device) for plane, step in zip(planes, steps, strict=True)])
-    maps = compared(source, face.float()[None, :, top:], lips.to(face.device), visible, high[None, :, None, None])
+    high = torch.stack([brightest(plane, place.divided(step)) for plane, step in zip(planes, steps, strict=True)])
+    maps = compared(source, face.float()[None, :, top:], lips.to(face.device), visible,
+                    high.to(face.device)[None, :, None, None])
     for step in sorted(set(steps)):
         which = slice(steps.index(step), steps.index(step) + steps.count(step))
         area = Box(*(v // step for v in astuple(region.box)))  # even, where planes are halved
@@ -178,11 +179,11 @@ def dimmed(drawing: Tensor, skin: Tensor, visible: Tensor, high: Tensor) -> Tens
     return torch.addcmul(drawing, contrast.clamp_(min=0), share - 1)
 
 
-def brightest(plane: Tensor, place: Place, device: torch.device) -> Tensor:
+def brightest(plane: Tensor, place: Place) -> Tensor:
     """Mean of the brightest levels of a plane (H, W) around a place: (). About 4000 of its pixels are looked at."""
     area = place.within(-AROUND, -AROUND, AROUND, AROUND).bounds().nearest(plane.shape[1], plane.shape[0])
     step = max(area.height // GRID, 1), max(area.width // GRID, 1)
-    seen = plane[area.y1 : area.y2 : step[0], area.x1 : area.x2 : step[1]].to(device).float().flatten()
+    seen = plane[area.y1 : area.y2 : step[0], area.x1 : area.x2 : step[1]].float().flatten()
     return seen.topk(max(round(BRIGHTEST * len(seen)), 1)).values.mean()
 
 

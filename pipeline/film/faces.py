@@ -50,7 +50,7 @@ def find_faces(engine: Engine, clip: MediaInfo, target: Path, control: Control) 
     step = max(STEP, math.ceil((clip.duration or 0.0) * float(FPS) / LOOKS))
     source = FrameSource(clip, *geometry.output, FPS / step, tuple(geometry.filters()), limit)
     form = Yuv420(source.width, source.height, Colour(video.matrix, video.full_range))
-    with engine.job(control.check) as state:
+    with engine.job(control.waiting) as state:
         found, looks, with_face = survey(_frames(source, form, step, state.nets.device, control), state.nets.detector)
         if not found:
             raise NoFaceFound(f"video_url: none of the {looks} frames that were looked at holds a face", field="video_url",
