@@ -1,5 +1,6 @@
 """python -m pipeline: the shell's command line, whose imports run where Ctrl-C is one line."""
 
+import datetime  # noqa: F401 - pydantic's core imports it and turns a Ctrl-C at that moment into a panic of its own
 import sys
 
 
