@@ -46,12 +46,18 @@ def test_preview_is_the_first_second(
     assert [p.name for p in out.parent.iterdir()] == ["o.mp4"]
 
 
+def default_signals() -> None:
+    """In a child: a background shell lets its children ignore SIGINT, and nohup SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def shell(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     """The command line as a process."""
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline", *arguments], cwd=REPOSITORY, env={**os.environ, **environment}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background shell lets its children ignore it
+        preexec_fn=default_signals)
 
 
 def test_several_pairs_into_a_folder_as_json(short_clip: Path, short_speech: Path, tmp_path: Path) -> None:
