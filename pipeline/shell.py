@@ -51,7 +51,7 @@ def options() -> argparse.ArgumentParser:
         epilog="Exit code: 0 done, 1 the worker failed, 2 the input is at fault, 130 interrupted.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34))
     parser.add_argument("inputs", nargs="+", metavar="VIDEO AUDIO",
-                        help="files or URLs, in pairs; VIDEO may be a still, AUDIO a video's sound track")
+                        help="files or URLs, in pairs; either may be a video, VIDEO a still")
     add = parser.add_argument
     add("-o", "--output", help="MP4 to write, or a folder (default: out.mp4)")
     add("--overwrite", action="store_true", help="replace an output that exists")
