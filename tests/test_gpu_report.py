@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -46,6 +47,8 @@ def test_what_a_gpu_alone_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, r
     with cuda.device(), pytest.MonkeyPatch.context() as patch:
         if records:
             patch.setattr(tuning.Recorded.__init__, "__defaults__", (Graphs(), object))
+        else:
+            patch.setattr(tuning, "record_cuda", MagicMock(side_effect=RuntimeError("not permitted when stream is capturing")))
         report = Report(torch.device("cuda"))
         lipsync = LipSync.load(DEMO, "cuda", torch.float32)
         plan = gpu.Plan(DEMO, False, (1, 2), 1, 1, "360p")
