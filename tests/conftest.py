@@ -116,12 +116,13 @@ def samples_url() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def media(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Make a media file once: media(name, *ffmpeg arguments)."""
-    folder = tmp_path_factory.mktemp("media")
+    """Make a media file once: media(name, *ffmpeg arguments); other arguments make another file of that name."""
+    made: dict[tuple[str, ...], Path] = {}
 
     def make(name: str, *arguments: str) -> Path:
-        path = folder / name
-        return path if path.exists() else make_media(path, *arguments)
+        if (name, *arguments) not in made:
+            made[name, *arguments] = make_media(tmp_path_factory.mktemp("media") / name, *arguments)
+        return made[name, *arguments]
 
     return make
 

@@ -129,6 +129,9 @@ class Indexing(TorchFunctionMode):
         if func is Tensor.__bool__:
             self.read.append(args[0].device.type)
             return True  # the speech is finite, and so are faces
+        if func is Tensor.item:  # whether a mouth is closed
+            self.read.append(args[0].device.type)
+            return False
         if func is Tensor.numpy:
             return np.zeros(args[0].shape, np.uint8)
         if func is Tensor.__invert__:

@@ -129,7 +129,7 @@ def test_values_json_cannot_hold_never_reach_the_wire(monkeypatch: pytest.Monkey
                            "details": {}, "retryable": True, "stage_times": {}})
     assert json.loads(body["error"])["error_type"] == "unknown_error"
     assert "refresh_worker" not in body
-    monkeypatch.setattr(handler.service.engine, "lost", True)
+    monkeypatch.setattr(handler.service.engine, "failed", "its GPU is gone")
     failed = {"status": "failed", "error_type": "processing_error", "error_message": "x", "stage": "inference",
               "retryable": True}
     assert handler.answer(failed)["refresh_worker"] is True, "a worker without its GPU asks to be replaced"
