@@ -50,31 +50,47 @@ def film(service: Service, clip: Path, speech: Path, **params: Any) -> tuple[dic
     return body, hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize(("clip", "finish"), [
-    ("late", "natural"), pytest.param("short_clip", "official", marks=pytest.mark.full),
-    pytest.param("short_clip", "natural", marks=pytest.mark.full), pytest.param("late", "official", marks=pytest.mark.full)])
+def outcome(worker: Service, clip: Path, speech: Path, **params: Any) -> tuple[tuple[Any, ...], bool | None]:
+    """What a job's requester gets, film and body; and whether the avatar was cached."""
+    body, digest = film(worker, clip, speech, **params)
+    kept = ("status", "error_type", "error_message", "details")
+    metrics = body.get("metrics", {})
+    return (digest, *(body.get(key) for key in kept), metrics.get("damaged")), metrics.get("avatar_cached")
+
+
 def test_what_was_made_before_changes_nothing(
+    service: Service, speeches: dict[str, Path], late: Path, tmp_path: Path
+) -> None:
+    """Each length alone, and after others that were shorter and longer, of a clip whose face comes late."""
+    alone = {name: outcome(worker(service, tmp_path / name), late, speech)[0] for name, speech in speeches.items()}
+    shared = worker(service, tmp_path / "shared")
+    cached = []
+    for name in ("middle", "short", "long", "middle", "short"):
+        made, was_cached = outcome(shared, late, speeches[name])
+        assert made == alone[name], name
+        cached.append(was_cached)
+    assert alone["middle"][1] == alone["long"][1] == "success"
+    assert alone["short"][1] == "failed", "no face in the frames that it shows"
+    assert cached == [False, None, False, True, None], "a longer speech prepares more, then all find it"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("clip", ["short_clip", "late"])
+@pytest.mark.parametrize("finish", ["natural", "official"])
+def test_every_pair_of_lengths(
     service: Service, speeches: dict[str, Path], clip: str, finish: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Each length alone, and after others that were shorter and longer; a face from the first frame on, and a late one."""
+    """Each film after each other, over a cache that knows only the first: the film is the one made alone."""
     path = request.getfixturevalue(clip)
-    cached: list[bool | None] = []
-
-    def made(worker: Service, name: str) -> tuple[Any, ...]:
-        body, digest = film(worker, path, speeches[name], finish=finish)
-        cached.append(body.get("metrics", {}).get("avatar_cached"))
-        kept = ("status", "error_type", "error_message", "details")
-        return digest, *(body.get(key) for key in kept), body.get("metrics", {}).get("damaged")
-
-    alone = {name: made(worker(service, tmp_path / name), name) for name in LENGTHS}
-    shared = worker(service, tmp_path / "shared")
-    cached.clear()
-    for name in ("middle", "short", "long", "middle", "short"):
-        assert made(shared, name) == alone[name], name
-    assert alone["middle"][1] == alone["long"][1] == "success"
-    assert alone["short"][1] == ("failed" if clip == "late" else "success"), "no face in the frames that it shows"
-    said = None if clip == "late" else True
-    assert cached == [False, said, False, True, said], "a longer speech prepares more, then all find it"
+    alone = {}
+    for first, before in speeches.items():
+        for name, speech in speeches.items():
+            shared = worker(service, tmp_path / f"{first}-{name}")
+            fresh, was_cached = outcome(shared, path, before, finish=finish)
+            assert not was_cached
+            assert alone.setdefault(first, fresh) == fresh, first
+            alone.setdefault(name, outcome(worker(service, tmp_path / name), path, speech, finish=finish)[0])
+            assert outcome(shared, path, speech, finish=finish)[0] == alone[name], (first, name)
 
 
 def test_the_batch_size_is_no_part_of_the_avatar(service: Service, speeches: dict[str, Path], short_clip: Path,
