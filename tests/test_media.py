@@ -246,6 +246,17 @@ def test_any_common_picture(media: Make, name: str, arguments: tuple[str, ...]) 
     assert got[0][: src.width * src.height].std() > 20
 
 
+@pytest.mark.parametrize(("form", "resolution"), [
+    ("yuv444p", "source"), ("yuv444p", "120p"), ("yuv420p", "source"), ("yuv420p", "120p"), ("rgb24", "120p")])
+def test_odd_sides(media: Make, form: str, resolution: str) -> None:
+    """Only the last row and column are cut, or all is scaled: no bars."""
+    path = media("odd.mkv", "-f", "lavfi", "-i", "color=white:s=321x181:r=25:d=0.2", "-c:v", "ffv1", "-pix_fmt", form)
+    src = source(path, resolution=resolution)
+    got = frames(src)
+    assert len(got) == 5
+    assert got[:, : src.width * src.height].min() > 230
+
+
 @pytest.mark.parametrize(("name", "rate", "channels"), [
     ("a.wav", 8000, 1), ("b.wav", 192000, 2), ("c.mp3", 44100, 2), ("d.m4a", 48000, 6), ("e.flac", 96000, 2),
     ("f.ogg", 44100, 2), ("g.opus", 48000, 1), ("h.mp4", 44100, 1),

@@ -20,6 +20,7 @@ FRAME = b"FRAME\n"  # what y4m puts before each frame
 # The clip's first shape fills the frame; a part of another shape, in files put one after the other, fits into it with bars.
 FIT = ("scale=w='if({same},{w},2*round(min({w},{h}*{shape})/2))':h='if({same},{h},2*round(min({h},{w}/{shape})/2))':eval=frame,"
        "pad={w}:{h}:(ow-iw)/2:(oh-ih)/2:eval=frame")
+STRETCH = "scale={w}:{h}:eval=frame"  # for odd sides, which `pad` cannot make where colour is subsampled
 SHAPE = "if(between(sar,1/8,8),dar,a)"  # width over height as it is shown; `probe` also takes other pixel aspects for 1
 # What lies behind transparent parts; copied from the frame itself, so that it has its size, format and moment.
 OVER_BLACK = "split[front][behind];[behind]drawbox=color=black:replace=1:t=fill[black];[black][front]overlay=format=auto"
@@ -101,7 +102,7 @@ def _fit(video: VideoInfo) -> str:
     """Filters that bring pictures of any shape to the probed size in square pixels."""
     w, h = video.width, video.height
     same = f"lt(min(abs({h}*{SHAPE}-{w}),abs({w}/{SHAPE}-{h})),1)"
-    return FIT.format(w=w, h=h, same=same, shape=SHAPE)
+    return (STRETCH if w % 2 or h % 2 else FIT).format(w=w, h=h, same=same, shape=SHAPE)
 
 
 def _over_black(info: MediaInfo) -> list[str]:
