@@ -170,7 +170,8 @@ def test_the_command_line_signs_and_reads(tiny: dict[str, str], tmp_path: Path) 
     assert (unmarked.returncode, json.loads(unmarked.stdout)["marked"]) == (3, False)
 
 
-@pytest.mark.parametrize("door", [["-m", "pipeline.server"], ["-m", "pipeline", "samples/presenter.mp4", "samples/speech.wav", "-o", "OUT"]])
+@pytest.mark.parametrize("door", [
+    ["-m", "pipeline.server"], ["-m", "pipeline", "samples/presenter.mp4", "samples/speech.wav", "-o", "OUT"]])
 def test_no_door_opens_with_an_expired_certificate(tmp_path: Path, door: list[str]) -> None:
     chain, key = make(tmp_path / "old", days=(-20, -1))
     said = run(*(word.replace("OUT", f"{tmp_path}/o.mp4") for word in door), C2PA_CERT=str(chain), C2PA_KEY=str(key))
