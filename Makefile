@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: install install-dev run page test test-full test-certificate gpu-report lock check lint types
+.PHONY: install install-dev run page test test-full test-certificate bench gpu-report lock check lint types
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -33,6 +33,13 @@ test-full: install-dev  ## published-size networks, fault harness, image build
 
 test-certificate: install  ## a certificate chain for trying out content credentials, in ./test-certificate
 	$(BIN)/python scripts/make_test_certificate.py test-certificate
+
+.venv/installed-bench: .venv/installed requirements-bench.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	touch $@
+
+bench: .venv/installed-bench  ## the short benchmarks, and one table beside the last release's figures
+	$(BIN)/python -m benchmarks
 
 gpu-report: install  ## what this machine's GPU does, PASS or FAIL, and gpu-report.json
 	$(BIN)/python -m benchmarks.gpu

@@ -6,7 +6,7 @@
 The clips are some of benchmarks.picture's, a few frames each and one of them darkened; the measures are its measures, and a
 cell of the table states the change of their means over the clips. The numbers are those of `musetalk.show.finish`, by which
 faces are pasted anew, and those of `musetalk.show.mask` and `musetalk.geometry.subpixel`, by which they are prepared anew.
-Needs libespeak-ng; --picture needs a font.
+Needs requirements-bench.txt; --picture needs a font.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import common
 from benchmarks.picture import CLIPS, SENTENCE, VOICE, Clip, Material, Picture, judge, material, prepared
 from musetalk import LipSync, Options
 from musetalk.avatar import Avatar
@@ -128,14 +129,13 @@ def table(lipsync: LipSync, names: list[str]) -> None:
     before = means(cases)
     print("chosen:", ", ".join(f"{MEASURES[n][0]} {v:.3f}" for n, v in before.items()), flush=True)
     print("| number | half | chosen | twice |\n| --- | --- | --- | --- |")
-    for module, known in NUMBERS.items():
-        for name in (n for n in known if not names or n in names):
-            cells = []
-            for factor in (0.5, 2):
-                with scaled(module, name, factor):
-                    again = cases if module is finish else [Case.of(lipsync, *each) for each in material_of]
-                    cells.append(changes(means(again), before))
-            print(f"| `{name}` | {cells[0]} | {getattr(module, name)} | {cells[1]} |", flush=True)
+    for module, name in common.progress("finish", [(m, n) for m in NUMBERS for n in NUMBERS[m] if not names or n in names]):
+        cells = []
+        for factor in (0.5, 2):
+            with scaled(module, name, factor):
+                again = cases if module is finish else [Case.of(lipsync, *each) for each in material_of]
+                cells.append(changes(means(again), before))
+        print(f"| `{name}` | {cells[0]} | {getattr(module, name)} | {cells[1]} |", flush=True)
 
 
 # -- picture ---------------------------------------------------------------------------------------------------------
@@ -208,6 +208,7 @@ def main() -> None:
     parser.add_argument("--font", default="/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf")
     parser.add_argument("--model-dir", default=str(REPOSITORY / "models" / "demo"))
     options = parser.parse_args()
+    common.needs("espeakng_loader")
     lipsync = LipSync.load(options.model_dir)
     if options.picture:
         draw(options.picture, tiles(lipsync), options.font)

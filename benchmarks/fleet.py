@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--kill-sec", type=float, default=600.0, help="for how long --measured kills workers")
     options = parser.parse_args()
     if options.measured:
+        common.needs("procrastinate")
         from benchmarks import fleet_measured
 
         fleet_measured.main(options.workers or 4, options.jobs or 200, options.service_sec, options.kill_sec)
@@ -113,7 +114,7 @@ def main() -> None:
 def simulated(most: int, jobs: int) -> None:
     """The sizing model against the simulation, for fleets up to this size."""
     rows = {}
-    for workers in (w for w in (10, 100, 1000, 10_000) if w <= most):
+    for workers in common.progress("fleet", [w for w in (10, 100, 1000, 10_000) if w <= most]):
         base = Load(workers=workers)
         # the rate at which `workers` is what square-root staffing asks for
         busy = (math.sqrt(workers + 2.25) - 1.5) ** 2

@@ -130,7 +130,7 @@ def measure(job: dict[str, str], folder: Path, rounds: int) -> dict[str, Any]:
     with counted_steps() as steps:
         fresh = run(service, job)
     cached, added, looked_up = [], [], _count_cache(service)
-    for _ in range(rounds):
+    for _ in common.progress("job", range(rounds)):
         spent[0] = 0.0
         began = time.perf_counter()
         cached.append(run(service, job))

@@ -4,8 +4,8 @@
     python -m benchmarks.judge --modules FOLDER/node_modules PICTURE_OR_CLIP... [--sheet DIRECTORY]
 
 Each file speaks a held-out sentence. The opening of the output's mouth is compared with the opening that the speech is
-known to have, and the colour of the skin around the mouth with the source's. Needs node and libespeak-ng; nothing of it is
-needed at run time. A still picture is a clip of one frame.
+known to have, and the colour of the skin around the mouth with the source's. Needs node and
+requirements-bench.txt; nothing of it is needed at run time. A still picture is a clip of one frame.
 """
 
 from __future__ import annotations
@@ -185,12 +185,13 @@ def main() -> None:
     parser.add_argument("--model-dir", default=str(REPOSITORY / "models" / "demo"))
     parser.add_argument("--sheet", type=Path, help="write contact sheets here")
     options = parser.parse_args()
+    common.needs("espeakng_loader", "node")
     if options.sheet:
         options.sheet.mkdir(parents=True, exist_ok=True)
     lipsync = LipSync.load(options.model_dir)
     spoken = speech.utter(speech.HELD_OUT["en"][2:3], "en-us")
     verdicts = []
-    for path in options.files:
+    for path in common.progress("judge", options.files):
         verdict = judge(lipsync, options.modules, path, spoken)
         verdicts.append(verdict.figures)
         print(json.dumps(verdict.figures), flush=True)

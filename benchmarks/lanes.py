@@ -3,7 +3,7 @@
     python -m benchmarks.lanes [--quick]
 
 The clips and measures are benchmarks.picture's, in the blended region and in its mouth; `fast_for_exact` takes the exact lane's
-film for the truth. Needs libespeak-ng, as the training does.
+film for the truth. Needs requirements-bench.txt.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="the two smallest clips")
     parser.add_argument("--model-dir", default=str(REPOSITORY / "models" / "demo"))
     options = parser.parse_args()
+    common.needs("espeakng_loader")
     lipsync, spoken = LipSync.load(options.model_dir), speech.utter([SENTENCE], VOICE)
-    every = [compare(lipsync, clip, spoken) for clip in (CLIPS[:2] if options.quick else CLIPS)]
+    every = [compare(lipsync, clip, spoken) for clip in common.progress("lanes", CLIPS[:2] if options.quick else CLIPS)]
     worst = {f"{name}_{what}": round(min(by[what][name] for by in every), 3) for what in every[0] for name in SHOWN}
     common.emit("lanes", **worst, clips=len(every), weights=lipsync.nets.identity[:12], dtype=str(lipsync.nets.dtype))
 

@@ -91,7 +91,7 @@ def measure(device: torch.device, batch: int, rounds: int) -> dict[str, float]:
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in pairs}
     for mine, other in pairs.values():
         mine(), other()
-    for _ in range(rounds):
+    for _ in common.progress("nets", range(rounds)):
         for name, (mine, other) in pairs.items():
             times[name][0].append(common.timed(mine))
             times[name][1].append(common.timed(other))
@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=0, help="default: 16 on a GPU, 4 on a CPU")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    common.needs("diffusers")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = options.batch or (16 if device.type == "cuda" else 4)
     figures = {k: round(v, 4) for k, v in measure(device, batch, options.rounds).items()}

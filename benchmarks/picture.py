@@ -6,7 +6,7 @@ A person is rendered twice, at rest (the source) and speaking (the truth), with 
 source is made to speak in both finishes, the true mouth is compared. Where the face is, is told by its known landmarks with a
 landmark network's errors, so that the picture is judged and not the search; --found lets the networks search. Identity is the
 distance that a face recognition network sees (0.6: another person), see benchmarks.judge for its packages. Needs
-libespeak-ng, as the training does.
+requirements-bench.txt.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ def report(lipsync: LipSync, clips: tuple[Clip, ...], found: bool, modules: Path
     """Figures by clip and finish; the rows of pictures; the clips in which no face was found."""
     spoken = speech.utter([SENTENCE], VOICE)
     figures, rows, faceless = {}, [], []
-    for clip in clips:
+    for clip in common.progress("picture", clips):
         made = material(clip, spoken)
         try:
             films = {finish: film(lipsync, clip, made, finish, found) for finish in FINISHES}
@@ -274,6 +274,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="write rows source | official | natural | truth here")
     parser.add_argument("--model-dir", default=str(REPOSITORY / "models" / "demo"))
     options = parser.parse_args()
+    common.needs("espeakng_loader", *(["node"] if options.identity else []))
     began, lipsync = time.perf_counter(), LipSync.load(options.model_dir)
     figures, rows, faceless = report(lipsync, CLIPS[:2] if options.quick else CLIPS, options.found, options.identity)
     if not options.json:

@@ -102,7 +102,7 @@ def measure(seconds: int) -> dict[str, float]:
                 job(engine, inputs, clip, folder / "o.mp4", finish)  # fills the avatar cache
             with _stubbed():
                 ours, theirs, official = [], [], []
-                for _ in range(ROUNDS):
+                for _ in common.progress(f"pipeline, {label}", range(ROUNDS)):
                     theirs.append(common.timed(lambda c=clip, s=sound: transcode(c, s, seconds, folder / "t.mp4")))
                     ours.append(common.timed(lambda c=clip, i=inputs: job(engine, i, c, folder / "o.mp4")))
                     official.append(common.timed(lambda c=clip, i=inputs: job(engine, i, c, folder / "o.mp4", "official")))

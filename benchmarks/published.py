@@ -185,7 +185,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_weights(folder)
-        figures = {**load(device, folder), **prepare(device, options.frames), **job(folder, options.seconds, options.batch)}
+        figures: dict[str, Any] = {}
+        for part in common.progress("published", [
+                lambda: load(device, folder), lambda: prepare(device, options.frames),
+                lambda: job(folder, options.seconds, options.batch)]):
+            figures |= part()
     common.emit("published", **{k: round(v, 3) if isinstance(v, float) else v for k, v in figures.items()},
                 dtype=str(default_dtype(device)), clip=f"{WIDTH}x{HEIGHT}")
 

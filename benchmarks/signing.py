@@ -88,7 +88,7 @@ def main() -> None:
         original = large_film(folder / "original.mp4", options.megabytes)
         marker = Marker(Settings.from_env({"C2PA_CERT": str(chain), "C2PA_KEY": str(key)}))
         wall, cpu, grown = [], [], []
-        for _ in range(options.rounds):
+        for _ in common.progress("signing", range(options.rounds)):
             film = Path(shutil.copy(original, folder / "film.mp4"))
             began, used = time.perf_counter(), _cpu_sec()
             with growth() as peak:

@@ -3,7 +3,7 @@
     python -m benchmarks.sync [--json] [--quick]
 
 The mouth is measured by looking each generated mouth up among drawings of the same face with known openings and widths.
-Needs libespeak-ng, as the training does.
+Needs requirements-bench.txt.
 """
 
 from __future__ import annotations
@@ -217,11 +217,13 @@ def report(lipsync: LipSync, quick: bool = False) -> dict[str, Any]:
     lags: dict[str, int] = {}  # by run
     r_open, r_width, r_new, shut, still, psnr, ssim = ([] for _ in range(7))  # type: ignore[var-annotated]
     extra: dict[str, Any] = {}
+    bar = common.progress("sync", total=len(identities) * (len(sentences) * len(rates) + len(new_voice)))
     for seed in identities:
         clip, ruler = make_clip(lipsync, seed), Ruler(Identity.random(seed))
         for k, spoken in enumerate(sentences):
             for fps in rates:
                 case = run_case(lipsync, clip, ruler, spoken, fps)
+                bar.update()
                 lags[f"face {seed}, sentence {k}, {fps} fps"] = peak_lag(case.measured[:, 0], case.truth[:, 0])
                 r_open.append(correlation(case.measured[:, 0], case.truth[:, 0]))
                 r_width.append(correlation(case.measured[:, 1], case.truth[:, 1]))
@@ -232,10 +234,12 @@ def report(lipsync: LipSync, quick: bool = False) -> dict[str, Any]:
                         mine += more
         for k, spoken in enumerate(new_voice):
             case = run_case(lipsync, clip, ruler, spoken, Fraction(25))
+            bar.update()
             r_new.append(correlation(case.measured[:, 0], case.truth[:, 0]))
             lags[f"face {seed}, new voice {k}, 25 fps"] = peak_lag(case.measured[:, 0], case.truth[:, 0])
         if seed == identities[0]:
             extra = controls(lipsync, clip, ruler, sentences)
+    bar.close()
     return {
         "max_abs_offset_frames": max(abs(lag) for lag in lags.values()),
         "runs_off": {run: lag for run, lag in lags.items() if lag}, "corr_mean": float(np.mean(r_open)),
@@ -279,6 +283,7 @@ def main() -> None:
     parser.add_argument("--finish", choices=("official", "natural"), default=Options().finish, help="how faces are pasted")
     parser.add_argument("--model-dir", default=str(REPOSITORY / "models" / "demo"))
     options = parser.parse_args()
+    common.needs("espeakng_loader")
     global LANE, FINISH
     LANE, FINISH = options.quality, options.finish
     lipsync = LipSync.load(options.model_dir, dtype=chosen_dtype(torch.device("cpu")))

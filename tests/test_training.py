@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import os
 import subprocess
@@ -16,14 +15,6 @@ from torch import nn
 from musetalk import checkpoints
 from pipeline.settings import REPOSITORY
 from training import common
-
-
-def espeak() -> bool:
-    try:
-        ctypes.CDLL("libespeak-ng.so.1")
-    except OSError:
-        return False
-    return True
 
 
 class Often(common.Training):
@@ -59,7 +50,6 @@ def test_an_interrupted_training_ends_in_the_same_weights(tmp_path: Path, monkey
 
 
 @pytest.mark.full
-@pytest.mark.skipif(not espeak(), reason="espeak-ng is not installed: no training speech can be spoken")
 def test_everything_trains_the_same_way_twice(tmp_path: Path) -> None:
     """`python -m training --smoke` from nothing, twice: the same bytes, and weights that load."""
     runs = {tmp_path / run: subprocess.Popen(

@@ -1,13 +1,14 @@
 """Synthetic speech with a viseme track: espeak-ng speaks, its phoneme events drive the mouth.
 
-A build-time tool: it needs Debian's libespeak-ng (GPL-3) through ctypes and is never imported by the worker. The
-audio it makes is free to use.
+A build-time tool: it takes libespeak-ng (GPL-3) from the package espeakng-loader through ctypes and is never imported by the
+worker. The audio it makes is free to use.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
+import importlib
 import itertools
 from dataclasses import dataclass
 from functools import lru_cache
@@ -160,9 +161,10 @@ def sample(track: NDArray[np.float64], t: float) -> NDArray[np.float64]:
 
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL:
-    lib = ctypes.CDLL("libespeak-ng.so.1")
-    if lib.espeak_Initialize(2, 200, None, 1) <= 0:  # synchronous, with phoneme events
-        raise RuntimeError("espeak-ng could not be initialised: apt-get install espeak-ng")
+    loader = importlib.import_module("espeakng_loader")  # a development dependency, here alone
+    lib = ctypes.CDLL(loader.get_library_path())
+    if lib.espeak_Initialize(2, 200, loader.get_data_path().encode(), 1) <= 0:  # synchronous, with phoneme events
+        raise RuntimeError("espeak-ng could not be initialised")
     return lib
 
 

@@ -1,0 +1,39 @@
+"""The benchmarks say in one line what is missing; the short ones' table names figures that a release has."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+
+import pytest
+
+from benchmarks import __main__ as bench
+
+
+@pytest.mark.parametrize(("name", "arguments", "missing"), [
+    ("sync", (), "espeakng_loader"), ("picture", (), "espeakng_loader"), ("lanes", (), "espeakng_loader"),
+    ("finish", (), "espeakng_loader"), ("judge", ("--modules", "x", "y.mp4"), "espeakng_loader"), ("nets", (), "diffusers")])
+def test_what_is_missing_is_one_line(name: str, arguments: tuple[str, ...], missing: str,
+                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module, *rest: None if module == missing else found(module, *rest))
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module(f"benchmarks.{name}").main()
+    assert ended.value.code == f"{missing} is missing: pip install -r requirements-bench.txt"
+
+
+def test_the_table_has_each_figure_beside_the_releases() -> None:
+    release = json.loads(bench.KEPT.read_text())
+    now = {name: dict.fromkeys(figures, 12345.0) for name, (_, figures) in bench.SHORT.items()}
+    now["job"] = {}  # it failed
+    header, *rows = (line.split() for line in bench.table(now, release).splitlines())
+    assert header == ["benchmark", "figure", "here", release["version"]]
+    shown = {(name, figure): (here, before) for name, figure, here, before in rows}
+    assert {here for (name, _), (here, _) in shown.items() if name != "job"} == {"1.234e+04"}
+    assert {here for (name, _), (here, _) in shown.items() if name == "job"} == {"-"}
+    for name, figures in release["figures"].items():
+        for figure, value in figures.items():
+            assert float(shown[name, figure][1]) == pytest.approx(value, rel=1e-3), (name, figure)
