@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import threading
 import wave
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.errors import BadMedia
-from pipeline.film.length import at_length, clip_frames
+from pipeline.errors import BadMedia, Cancelled, DeadlineExceeded
+from pipeline.film.length import clip_frames, lasting
+from pipeline.film.validate import Inputs, with_room
+from pipeline.job.control import Control
 from pipeline.media import Speech, ffmpeg, probe, read_speech, with_background
 from pipeline.run import Service
+from pipeline.schema import Params
 from tests.conftest import SAMPLES, encoded
 
 Samples = np.ndarray
@@ -97,20 +103,52 @@ def test_frames_are_counted_by_decoding(
 ) -> None:
     whole = media("whole.mkv", "-i", str(short_clip), "-an", "-c", "copy").read_bytes()
     cut = tmp_path / "cut.mkv"
-    cut.write_bytes(whole[: len(whole) // 2])
+    cut.write_bytes(whole[: len(whole) * 4 // 5])
     lies = media("longer-sound.mp4", "-i", str(short_clip), "-i", str(SAMPLES / "speech.wav"), "-map", "0:v", "-map", "1:a",
                  "-c:v", "copy", "-c:a", "aac")
     assert (probe(lies, LIMIT).duration or 0) > 2, "its header states the sound's length"
-    assert clip_frames(probe(lies, LIMIT), fps, LIMIT) == round(fps)
+    assert clip_frames(probe(lies, LIMIT), fps, LIMIT, lambda: None) == round(fps)
     assert probe(cut, LIMIT).duration == pytest.approx(1, abs=0.1)
-    assert clip_frames(probe(cut, LIMIT), fps, LIMIT) < 0.9 * fps
+    assert 0 < clip_frames(probe(cut, LIMIT), fps, LIMIT, lambda: None) < 0.9 * fps
 
 
-def test_a_speech_longer_than_the_clip_is_refused(tmp_path: Path, short_clip: Path) -> None:
-    speech, clip = spoken(tmp_path, np.ones(int(1.2 * RATE))), probe(short_clip, LIMIT)
-    assert at_length(speech, "speech", clip, Fraction(25), LIMIT) is speech
+@pytest.mark.parametrize("stop", ["cancel", "deadline"])
+def test_counting_ends_with_its_job(
+    service: Service, media: Callable[..., Path], short_clip: Path, tmp_path: Path, stop: str,
+) -> None:
+    """Of a clip whose end does not come: the decoder waits for it at a pipe."""
+    whole = media("whole.mkv", "-i", str(short_clip), "-an", "-c", "copy")
+    pipe, raised, outlived = tmp_path / "pipe.mkv", threading.Event(), threading.Event()
+    os.mkfifo(pipe)
+    control = Control(60 if stop == "cancel" else 1.5)
+
+    def feed() -> None:
+        with pipe.open("wb", buffering=0) as out:
+            out.write(whole.read_bytes()[:50_000])
+            if stop == "cancel":
+                control.cancel()
+            raised.wait(20)
+            try:
+                out.write(b"more")
+                outlived.set()
+            except BrokenPipeError:
+                pass
+
+    feeding = threading.Thread(target=feed)
+    feeding.start()
+    inputs = Inputs(replace(probe(whole, LIMIT), path=pipe), spoken(tmp_path, np.ones(RATE)), ())
+    with pytest.raises(Cancelled if stop == "cancel" else DeadlineExceeded):
+        with_room(inputs, Params(length="clip"), tmp_path, service.settings, control)
+    raised.set()
+    feeding.join(20)
+    assert not outlived.is_set(), "the decoder is ended"
+
+
+def test_a_speech_longer_than_the_clip_is_refused(tmp_path: Path) -> None:
+    speech = spoken(tmp_path, np.ones(int(1.2 * RATE)))
+    assert len(lasting(speech, 50, Fraction(25)).pcm) == 32_000
     with pytest.raises(BadMedia, match=r"1\.20 s long, the clip 1\.00 s") as caught:
-        at_length(speech, "clip", clip, Fraction(25), LIMIT)
+        lasting(speech, 25, Fraction(25))
     assert caught.value.details == {"field": "params.length", "reason": "speech_longer_than_clip", "size": 1.2, "limit": 1.0}
 
 

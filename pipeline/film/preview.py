@@ -23,11 +23,12 @@ from pipeline.errors import ProcessingError
 from pipeline.film.cast import Picture as Shape
 from pipeline.film.cast import Role, cast
 from pipeline.film.engine import Engine
+from pipeline.film.length import clip_frames, lasting
 from pipeline.film.stages import Decode
-from pipeline.film.stream import film_buffers, no_face_named, options_of, picture_of, speech_of
+from pipeline.film.stream import film_buffers, no_face_named, options_of, picture_of
 from pipeline.film.validate import Inputs
 from pipeline.media import FrameReader, FrameSource
-from pipeline.schema import JobRequest
+from pipeline.schema import JobRequest, Length
 
 Picture = NDArray[np.uint8]
 GREEN = np.array([70, 220, 90], np.uint8)
@@ -59,6 +60,7 @@ class Preview:
         self.engine, self.inputs, self.content = engine, inputs, content
         self._prompts = lru_cache(4)(self._heard)
         self._pixels = lru_cache(4)(self._decoded)
+        self._counts: dict[Fraction, int] = {}  # the clip's frames, by rate
         self._prepared: dict[str, tuple[int, Avatar]] = {}  # the newest avatars by key: how many frames they were made for
 
     def frame(self, request: JobRequest, second: float, waiting: Callable[[], None] = lambda: None) -> Shown:
@@ -71,7 +73,7 @@ class Preview:
             options = options_of(self.engine, state, request)
             shape = picture_of(self.engine, state, request, self.inputs.clip, self.content)
             source, form, roles = shape.source, shape.form, cast(state, shape, self.inputs.voices, options)
-            samples = len(speech_of(self.engine, request, self.inputs, source.fps).pcm)
+            samples = self._samples(request.params.length, source.fps, waiting)
             prompts = [self._prompts(role.voices, samples, source.fps, options.audio_padding_left, options.audio_padding_right,
                                      options.finish, options.silence) for role in roles]
             outputs = len(prompts[0])
@@ -90,6 +92,14 @@ class Preview:
             before, region = frame.rgb().numpy(), frame.painted[0].region if frame.painted else None
             (frame,) = steps.blend([frame])
             return Shown(before, frame.rgb().numpy(), region)
+
+    def _samples(self, length: Length, fps: Fraction, check: Callable[[], None]) -> int:
+        """Of the film's sound, at 16 kHz."""
+        if length == "speech":
+            return len(self.inputs.speech.pcm)
+        if fps not in self._counts:
+            self._counts[fps] = clip_frames(self.inputs.clip, fps, self.engine.settings.max_pixels, check)
+        return len(lasting(self.inputs.speech, self._counts[fps], fps).pcm)
 
     def _heard(
         self, voices: tuple[int, ...], samples: int, fps: Fraction, left: int, right: int, finish: Finish, silence: Silence,

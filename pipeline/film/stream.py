@@ -29,13 +29,12 @@ from pipeline.errors import NoFaceFound
 from pipeline.film import runner
 from pipeline.film.cast import Picture, Role, cast
 from pipeline.film.engine import Engine
-from pipeline.film.length import at_length
 from pipeline.film.runner import ROOM, Buffers, Stage, Together
 from pipeline.film.stages import Decode, Encode, Pixels, Step
 from pipeline.film.validate import Inputs
 from pipeline.job.control import Control
 from pipeline.mark.marker import tags
-from pipeline.media import FrameSource, MediaInfo, Mp4Writer, Speech, plan
+from pipeline.media import FrameSource, MediaInfo, Mp4Writer, plan
 from pipeline.schema import JobRequest, SpeakerMetrics
 from pipeline.transfer.interruptible import in_thread
 
@@ -66,8 +65,7 @@ def speak(
         options = options_of(engine, state, request)
         picture = picture_of(engine, state, request, inputs.clip, content)
         source, roles = picture.source, cast(state, picture, inputs.voices, options)
-        speech = speech_of(engine, request, inputs, source.fps)
-        samples = len(speech.pcm)
+        samples = len(inputs.speech.pcm)
         prompts = [_heard(engine, state, role.pcm(inputs.voices, samples), source.fps, options, control) for role in roles]
         outputs, keys = len(prompts[0]), [picture.key(role.options, role.pointed) for role in roles]
         cached = [cache.get(key, outputs) for key in keys]
@@ -78,7 +76,7 @@ def speak(
         buffers, report = film_buffers(source, options.batch_size), Report(control, options.batch_size, outputs)
         first = min(outputs, *map(len, avatars)) if all(cached) else steps.frames_to_read(outputs)
         decode = Decode(source, picture.form, outputs, options.loop, first, buffers)
-        encode = Encode(partial(Mp4Writer, target, source, speech, outputs / float(source.fps),
+        encode = Encode(partial(Mp4Writer, target, source, inputs.speech, outputs / float(source.fps),
                                 tags=tags(engine.settings)), buffers, lambda: min(ENCODER_SEC, control.remaining + 1))
         with no_face_named(roles):
             runner.run([decode, *_steps(engine, speakers, state, report), encode], control, buffers, engine.thread)
@@ -121,16 +119,11 @@ def planned(engine: Engine, request: JobRequest, inputs: Inputs, content: str, c
         options = options_of(engine, state, request)
         picture = picture_of(engine, state, request, inputs.clip, content)
         roles, fps = cast(state, picture, inputs.voices, options), picture.source.fps
-        frames = frame_count(len(speech_of(engine, request, inputs, fps).pcm), fps)
+        frames = frame_count(len(inputs.speech.pcm), fps)
         cached = [engine.cache.get(picture.key(role.options, role.pointed), frames) for role in roles]
         for avatar in filter(None, cached):
             avatar.close()
     return frames, all(cached), options.quality
-
-
-def speech_of(engine: Engine, request: JobRequest, inputs: Inputs, fps: Fraction) -> Speech:
-    """The film's sound, as long as the film. Raises BadMedia where it is longer than the film may be."""
-    return at_length(inputs.speech, request.params.length, inputs.clip, fps, engine.settings.max_pixels)
 
 
 def _steps(engine: Engine, speakers: Sequence[Speaker], state: State, told: Callable[[Frame], None]) -> list[Stage]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline import media
 from pipeline.errors import BadMedia, JobError
-from pipeline.film.length import at_length
+from pipeline.film.length import clip_frames, lasting
 from pipeline.job.control import Control
 from pipeline.media import MediaInfo, Speech
 from pipeline.media.formats import ACCEPTED
@@ -114,14 +114,15 @@ def _known_whole(info: MediaInfo, source: Source) -> MediaInfo:
 
 
 def with_room(inputs: Inputs, params: Params, folder: Path, settings: Settings, control: Control) -> Inputs:
-    """The same with the clip's own sound under the speech, as long as the film, where that is asked for; raises BadMedia."""
-    if not params.background:
-        return inputs
-    pixels = settings.max_pixels
-    speech = at_length(inputs.speech, params.length, inputs.clip, params.rate, pixels)
-    mixed = media.with_background(speech, inputs.clip, params.background, folder / "mixed.wav", DECODE_SEC, pixels,
-                                  control.check)
-    return replace(inputs, speech=replace(inputs.speech, path=mixed.path))
+    """The same with a sound as long as the clip, and with the clip's own sound under it, where that is asked for; raises
+    BadMedia.
+    """
+    speech, clip, pixels = inputs.speech, inputs.clip, settings.max_pixels
+    if params.length == "clip":
+        speech = lasting(speech, clip_frames(clip, params.rate, pixels, control.check), params.rate)
+    if params.background:
+        speech = media.with_background(speech, clip, params.background, folder / "mixed.wav", DECODE_SEC, pixels, control.check)
+    return replace(inputs, speech=speech)
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -136,6 +138,15 @@ def _colour(video: VideoInfo) -> list[str]:
         ordered = ["format=rgb24"] if video.pix_fmt == "bgr24" else []
         return [*ordered, "scale=out_color_matrix=bt709:out_range=tv"]
     return ["scale=in_range=pc:out_range=pc"] if video.full_range else []
+
+
+def count_frames(source: FrameSource, check: Callable[[], None]) -> int:
+    """How many frames a source gives, by decoding all of it: headers are not believed.
+
+    Takes as long as `check`, which is called several times a second, lets it. Raises what it raises, and as FrameReader does.
+    """
+    _, out, _ = child.run(source.command(0, 1 << 30)[0], math.inf, check=check)
+    return len(out.partition(b"\n")[2]) // (len(FRAME) + source.frame_bytes)
 
 
 class FrameReader(Child):
