@@ -50,7 +50,7 @@ def model_works() -> None:
 def reporter(job: dict[str, Any]) -> Callable[[str, float], None] | None:
     """Sends a job's progress to the platform in steps of ten per cent; of a local run, to the person at the terminal."""
     if job.get("id") in (None, "local_test"):
-        return bar.draw if bar.shown() else None
+        return bar.draw if bar.on_terminal() else None
     reported = -1
 
     def report(stage: str, share: float) -> None:
@@ -79,7 +79,7 @@ def answer(body: dict[str, Any]) -> dict[str, Any]:
 
 async def handler(job: dict[str, Any]) -> dict[str, Any]:
     """Run one job in a thread; when the platform cancels it, stop the work before giving way to the next."""
-    if job.get("id") == "local_test" and bar.shown():
+    if job.get("id") == "local_test" and bar.on_terminal():
         logs.setup("CRITICAL")  # no lines between: the body says it all
     control = Control(settings.job_deadline_sec, reporter(job))
     loop = asyncio.get_running_loop()

@@ -252,7 +252,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _film(service: Service, film: Film, arguments: argparse.Namespace, written: list[Path]) -> int:
-    progress: Callable[[str, float], None] | None = bar.draw if bar.shown() and not arguments.quiet else None
+    progress: Callable[[str, float], None] | None = bar.draw if bar.on_terminal() and not arguments.quiet else None
     control = Control(service.settings.job_deadline_sec, progress)
     body = service.run_job(job_of(film, arguments), control=control, preview=arguments.preview)
     if body["status"] == "success" and not arguments.estimate:

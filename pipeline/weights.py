@@ -27,7 +27,7 @@ from musetalk.checkpoints import PARTS, find, read_state, sha256, write_manifest
 from musetalk.errors import BadCheckpoint
 
 HUB = "https://huggingface.co"
-CHUNK = 1 << 20
+CHUNK_BYTES = 1 << 20
 TRIES = 5
 WORKERS = 4
 
@@ -136,7 +136,7 @@ def _resume(file: Published, partial: Path, tell: Callable[[int], None]) -> None
         response.raise_for_status()
         appending = response.status_code == 206
         with partial.open("ab" if appending else "wb") as out:
-            while chunk := response.raw.read1(CHUNK):  # what has come, so that nothing is lost when it breaks off
+            while chunk := response.raw.read1(CHUNK_BYTES):  # what has come, so that nothing is lost when it breaks off
                 out.write(chunk)
                 tell(len(chunk))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from musetalk.avatar import CHUNK, Avatar, AvatarCache, Face, cache_key
+from musetalk.avatar import CHUNK_FRAMES, Avatar, AvatarCache, Face, cache_key
 from musetalk.geometry.box import Box, Region
 from musetalk.geometry.place import Place
 
@@ -41,7 +41,7 @@ def same(avatar: Avatar, count: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("count", [1, CHUNK - 1, CHUNK, 5 * CHUNK + 3])
+@pytest.mark.parametrize("count", [1, CHUNK_FRAMES - 1, CHUNK_FRAMES, 5 * CHUNK_FRAMES + 3])
 def test_what_goes_in_comes_out(count: int, tmp_path: Path) -> None:
     avatar = filled(count)
     assert len(avatar) == count
@@ -55,14 +55,14 @@ def test_what_goes_in_comes_out(count: int, tmp_path: Path) -> None:
 
 def test_entries_can_be_read_while_more_are_added() -> None:
     avatar = Avatar.new()
-    for i in range(3 * CHUNK):
+    for i in range(3 * CHUNK_FRAMES):
         avatar.append(face(i))
         for j in (0, i // 2, i):
             entry = avatar[j]
             assert entry
             assert entry.place == face(j).place
     with pytest.raises(IndexError):
-        avatar[3 * CHUNK]
+        avatar[3 * CHUNK_FRAMES]
 
 
 def test_the_latest_stay_in_memory(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_one_thread_may_add_while_another_reads() -> None:
     threads = [threading.Thread(target=read) for _ in range(2)]
     for thread in threads:
         thread.start()
-    for i in range(40 * CHUNK):
+    for i in range(40 * CHUNK_FRAMES):
         avatar.append(face(i))
     stop.set()
     for thread in threads:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from musetalk import Avatar, LipSync, NoFace, Options
-from musetalk.steps import GROUP, HELD, RGB, Frame, Speaker, State, blend, follow, frames_to_read, generate, prepare
+from musetalk.steps import FRAMES_HELD, GROUP, RGB, Frame, Speaker, State, blend, follow, frames_to_read, generate, prepare
 from pipeline.media import ffmpeg
 from pipeline.run import Service
 
@@ -99,4 +99,4 @@ def test_preparing_holds_no_more_frames_than_it_says(lipsync: LipSync, clip: lis
 
     for handed_on, _ in enumerate(follow(frames(), [(Avatar.new(), OPTIONS.face)], OPTIONS, State.of(lipsync.nets))):
         most = max(most, taken - handed_on)
-    assert GROUP < most <= HELD
+    assert GROUP < most <= FRAMES_HELD

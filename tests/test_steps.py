@@ -126,7 +126,7 @@ def test_crops() -> None:
         if f"crop{i}" not in g:
             break
         frame = t(g[f"frame_{g[f'crop{i}_frame']}"])
-        box = Box(*g[f"crop{i}_box"].tolist()).lowered(10, frame.shape[0])
+        box = Box(*g[f"crop{i}_box"].tolist()).extended_down(10, frame.shape[0])
         got = upstream.crop(frame, Place.of(box), 256).numpy()
         got = got if g[f"crop{i}"].shape[0] == 256 else got[::4, ::4]
         difference = np.abs(got.astype(int) - g[f"crop{i}"].astype(int))

@@ -162,7 +162,8 @@ def test_official_boxes_are_the_trackers_own(service: Service) -> None:
     lipsync: LipSync = service.engine.load()
     clip = [picture(160 + 6 * i, 170 + 10 * np.sin(i / 4)) for i in range(13)]
     with torch.inference_mode():
-        own = [f.box.lowered(10, 360) for _, f in Tracker(Search(lipsync.nets.detector), lipsync.nets.pose).run(clip) if f]
+        found = Tracker(Search(lipsync.nets.detector), lipsync.nets.pose).run(clip)
+        own = [face.box.extended_down(10, 360) for _, face in found if face]
     assert [face.place for face in lipsync.prepare(clip, Options(finish="official")) if face] == [Place.of(box) for box in own]
     natural = [face.place for face in lipsync.prepare(clip, Options(finish="natural")) if face]
     assert natural != [Place.of(box) for box in own]

@@ -61,7 +61,7 @@ def scene(r: np.random.Generator, who: Identity, rest: Mouth, jitter: float = 0.
     pose = random_pose(r)
     points = Canvas(2, 2, pose).to_pixels(Head(who, rest, pose).landmarks())
     points = points + r.normal(0, jitter * pose.scale, points.shape)
-    box = face_box(torch.from_numpy(points).long(), Box(0, 0, 1280, 720)).lowered(MARGIN, 720)
+    box = face_box(torch.from_numpy(points).long(), Box(0, 0, 1280, 720)).extended_down(MARGIN, 720)
     return Scene(who, pose, box)
 
 

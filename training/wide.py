@@ -47,7 +47,7 @@ class Scene:
     def box(self, pose: Pose, rest: Mouth, errors: NDArray[np.float64]) -> Box:
         """The worker's face box, from landmarks with errors (68, 2)."""
         found = render.landmarks(self.who, pose, rest) + errors
-        return face_box(torch.from_numpy(found).long(), Box(0, 0, 4096, 4096)).lowered(data.MARGIN // 2, 4096)
+        return face_box(torch.from_numpy(found).long(), Box(0, 0, 4096, 4096)).extended_down(data.MARGIN // 2, 4096)
 
     def crops(self, pose: Pose, box: Box, mouths: list[Mouth]) -> list[NDArray[np.uint8]]:
         """The box's pixels (CROP, CROP, 3) with each mouth."""

@@ -29,8 +29,8 @@ from torch import Tensor
 from musetalk.geometry.box import Box, Region
 from musetalk.geometry.place import Place
 
-CHUNK = 32  # source frames
-CHUNKS_HELD = 4  # chunks kept in memory while reading
+CHUNK_FRAMES = 32  # source frames
+CHUNKS_IN_MEMORY = 4  # chunks kept in memory while reading
 FORMAT = 11
 
 
@@ -50,7 +50,7 @@ class Face:
 class Avatar:
     """The entries of one clip: append while preparing, index at any time, close when done.
 
-    The file is a run of safetensors blobs, one per CHUNK frames, then a JSON index with their lengths and sha256, and
+    The file is a run of safetensors blobs, one per CHUNK_FRAMES frames, then a JSON index with their lengths and sha256, and
     the index's own sha256 (32 bytes) and length (8).
     """
 
@@ -85,7 +85,7 @@ class Avatar:
         with self._lock:
             self._pending.append(face)
             self.present.append(face is not None)
-            if len(self._pending) == CHUNK:
+            if len(self._pending) == CHUNK_FRAMES:
                 self._flush()
 
     def finish(self, complete: bool = True) -> None:
@@ -99,7 +99,7 @@ class Avatar:
         """Source frame i."""
         if not 0 <= i < len(self):
             raise IndexError(i)
-        chunk, at = divmod(i, CHUNK)
+        chunk, at = divmod(i, CHUNK_FRAMES)
         with self._lock:
             return self._pending[at] if chunk == len(self._index) else self._read_chunk(chunk)[at]
 
@@ -125,7 +125,7 @@ class Avatar:
         if chunk not in self._chunks:
             start, length, _ = self._index[chunk]
             self._chunks[chunk] = _unpack(_read(self._file, start, length))
-            while len(self._chunks) > CHUNKS_HELD:
+            while len(self._chunks) > CHUNKS_IN_MEMORY:
                 self._chunks.popitem(last=False)
         self._chunks.move_to_end(chunk)
         return self._chunks[chunk]

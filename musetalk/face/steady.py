@@ -16,7 +16,7 @@ from musetalk.geometry.place import Place
 REACH = 6  # frames that a steady place looks back and ahead
 DEVIATION = 2.5  # of the steady track's mean in time, frames
 GIVES_WAY = 0.015  # face widths from the smooth way at which a movement counts as real
-PARTS, TURNS = 64, 8192  # of a pixel and of a radian: what a steady place is rounded to
+PIXEL_STEPS, TURN_STEPS = 64, 8192  # of a pixel and of a radian: what a steady place is rounded to
 ONE_FACE = 0.375  # overlap of a face's boxes in two frames on end, under which there was a cut
 LONE = 3  # frames; a face seen in fewer on end is not painted: it would be a flash of an open mouth
 RAMP = 3  # frames in which a mouth comes and goes
@@ -86,8 +86,8 @@ def _place(places: list[Place], at: int) -> Place:
     rolls = np.unwrap([p.roll for p in places])  # a head that is upside down
     track = [[*p.edges, float(roll) * p.width] for p, roll in zip(places, rolls, strict=True)]
     x1, y1, x2, y2, turn = steady(track, at)  # the roll as far as the ears go
-    left, top, right, bottom = (round(v * PARTS) / PARTS for v in (x1, y1, x2, y2))
-    return Place.turned(left, top, right, bottom, round(turn / (x2 - x1) * TURNS) / TURNS)
+    left, top, right, bottom = (round(v * PIXEL_STEPS) / PIXEL_STEPS for v in (x1, y1, x2, y2))
+    return Place.turned(left, top, right, bottom, round(turn / (x2 - x1) * TURN_STEPS) / TURN_STEPS)
 
 
 def steady(corners: list[list[float]], at: int) -> list[float]:

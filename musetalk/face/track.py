@@ -30,7 +30,7 @@ from musetalk.nets.rtmpose import RtmPose
 from musetalk.nets.s3fd import S3fd
 
 WINDOW = 12  # frames, about half a second
-HELD = WINDOW + REACH  # frames that preparation holds at most
+FRAMES_HELD = WINDOW + REACH  # frames that preparation holds at most
 SMOOTH_IOU = 0.75  # consecutive landmark boxes of one face overlap at least this much
 SCORE_DROP = 0.6  # share of a person's best landmark score under which the face is doubted
 SCORE_LEAST = 0.35  # share under which landmarks are no face

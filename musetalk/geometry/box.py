@@ -34,7 +34,7 @@ class Box:
         x1, y1 = (min(max(first, 0), length - 1) for first, length in ((self.x1, width), (self.y1, height)))
         return Box(x1, y1, max(min(self.x2, width), x1 + 1), max(min(self.y2, height), y1 + 1))
 
-    def lowered(self, margin: int, height: int) -> Box:
+    def extended_down(self, margin: int, height: int) -> Box:
         """The box with its bottom `margin` pixels lower, not below a picture of `height` rows."""
         return Box(self.x1, self.y1, self.x2, min(self.y2 + margin, height))
 

@@ -42,7 +42,7 @@ def with_chin(place: Place, margin: int, size: tuple[int, int]) -> Place:
 
     Landmarks end at the closed chin, which drops when the mouth opens.
     """
-    return Place.of(place.box().lowered(margin, size[1]))
+    return Place.of(place.box().extended_down(margin, size[1]))
 
 
 def crop(frame: Tensor, place: Place, size: int) -> Tensor:

@@ -32,7 +32,7 @@ from musetalk.steps.state import State
 GROUP = 8  # source frames that are encoded together: fewer leave cores idle, more delay a film's first frame
 SETTLES = 6  # frames in which a mouth that closed counts more and more as still
 # Frames that this step holds at most: when it has so many it can hand on the first GROUP of them.
-HELD = max(frames_needed(first + GROUP) - first for first in range(0, 100 * GROUP, GROUP))
+FRAMES_HELD = max(frames_needed(first + GROUP) - first for first in range(0, 100 * GROUP, GROUP))
 
 
 def frames_to_read(outputs: int) -> int:

@@ -192,7 +192,7 @@ def buffers_needed(batch_size: int) -> int:
     entry (what it only looks at beyond the film's end is among them, and passes the other stages at once); a batch in
     `generate` and two waiting before `blend`; one frame each in `decode`, `blend` and `encode`.
     """
-    return 3 * ROOM + steps.HELD + 3 * batch_size + 3
+    return 3 * ROOM + steps.FRAMES_HELD + 3 * batch_size + 3
 
 
 def picture_of(engine: Engine, state: State, request: JobRequest, clip: MediaInfo, content: str) -> Picture:

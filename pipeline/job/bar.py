@@ -10,7 +10,7 @@ BESIDE = 19  # of the stage's name, the brackets and the share, and one that sta
 USUAL = 80  # columns of a terminal that does not tell
 
 
-def shown() -> bool:
+def on_terminal() -> bool:
     """Whether somebody looks: standard error is a terminal."""
     return sys.stderr.isatty()
 

@@ -93,7 +93,7 @@ def _atom(head: bytes) -> tuple[bytes, int]:
 
 ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
-PARTS = 1_000_000  # that are looked at: ten minutes of FLV have less than a tenth
+MOST_PARTS = 1_000_000  # that are looked at: ten minutes of FLV have less than a tenth
 STREAMED = 0x7FFF_F000  # bytes; sizes from here on are what programs write who did not know the size
 MISSING, MISSING_BYTES = 0.02, 512  # share and bytes of what a header states that may be missing without a word
 OGG_PAGE = 27 + 255 + 255 * 255  # bytes of the largest
@@ -135,7 +135,7 @@ def _picture(head: bytes) -> Opener | None:
 def _is_animated(file: BinaryIO) -> bool:
     """Whether a PNG says before its first picture that there are more (APNG)."""
     at = 8
-    for _ in range(PARTS):
+    for _ in range(MOST_PARTS):
         file.seek(at)
         head = file.read(8)
         if len(head) < 8 or head[4:] == b"IDAT":
@@ -149,7 +149,7 @@ def _is_animated(file: BinaryIO) -> bool:
 def _by_chain(file: BinaryIO, chain: Chain) -> Opener:
     """How to open a file that may end inside its chain of parts or go on after it."""
     end, at = file.seek(0, os.SEEK_END), chain.begin
-    for _ in range(PARTS):
+    for _ in range(MOST_PARTS):
         if end - at < 12:
             break
         file.seek(at)
