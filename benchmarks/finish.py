@@ -1,6 +1,7 @@
 """What each number of the natural finish does, and a picture of its maps: the source of docs/picture.md.
 
     python -m benchmarks.finish [NAME...]                                  a table row for each number: half, chosen, twice
+    python -m benchmarks.finish --dark                                     the same for brightness in a dark picture
     python -m benchmarks.finish --picture docs/picture-maps.png            the maps of one frame
 
 The clips are some of benchmarks.picture's, a few frames each and one of them darkened; the measures are its measures, and a
@@ -46,6 +47,7 @@ NUMBERS: dict[ModuleType, tuple[str, ...]] = {
     mask: ("LIPS", "LIPS_WITHIN", "LIPS_GROW"),
     subpixel: ("MARGIN_UNIT", "MARGIN_MOST"),
 }
+LIGHT, BRIGHT = 0.25, 200  # share of the light in the dark picture, and pixels of the mouth that are looked at
 MEASURES = {  # name in the table, the least change worth a word
     "psnr_mouth": ("mouth dB", 0.05), "psnr_skin": ("skin dB", 0.05), "sharpness_mouth": ("mouth sharpness", 0.01),
     "sharpness_skin": ("skin sharpness", 0.01), "texture_skin": ("skin texture", 0.005), "colour_delta": ("colour", 0.02),
@@ -138,6 +140,37 @@ def table(lipsync: LipSync, names: list[str]) -> None:
         print(f"| `{name}` | {cells[0]} | {getattr(module, name)} | {cells[1]} |", flush=True)
 
 
+def in_the_dark(lipsync: LipSync) -> None:
+    """Print the rows of the numbers that dim a mouth: the mean level of its brightest pixels in a dark frame of the sample."""
+    width, height, options = 854, 480, Options()
+    command = [ffmpeg(), "-v", "error", "-i", str(REPOSITORY / "samples" / "presenter.mp4"), "-frames:v", "24", "-vf",
+               f"scale={width}:{height}", "-pix_fmt", "rgb24", "-f", "rawvideo", "-"]
+    raw = subprocess.run(command, capture_output=True, check=True).stdout
+    clip = (np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3) * LIGHT).astype(np.uint8)
+    avatar = lipsync.prepare([torch.from_numpy(picture) for picture in clip], options)
+    prompts = lipsync.prompts(speech.utter([SENTENCE], VOICE).pcm, Fraction(25), options)
+    faces = [entry for entry in avatar if entry is not None]
+    made = FaceGenerator(lipsync.nets)(torch.stack([face.latents for face in faces]), prompts.batch(range(len(faces))))[0]
+
+    def level() -> float:
+        most = 0.0
+        for picture, face, drawn in zip(clip, faces, made, strict=True):
+            frame, box = torch.from_numpy(picture.copy()), face.region.box
+            finish.natural(frame.unbind(-1), drawn.permute(2, 0, 1), face.place, face.region, face.lips)
+            luma = frame[box.y1 : box.y2, box.x1 : box.x2].float().mean(-1)[face.region.mask > 127]
+            most = max(most, float(luma.topk(BRIGHT).values.mean()))
+        return most
+
+    chosen = level()
+    print("| number | half | chosen | twice |\n| --- | --- | --- | --- |")
+    for name in ("AROUND", "BRIGHTEST", "DARK", "BRIGHTER"):
+        cells = []
+        for factor in (0.5, 2):
+            with scaled(finish, name, factor):
+                cells.append(level())
+        print(f"| `{name}` | {cells[0]:.0f} | {getattr(finish, name)}: {chosen:.0f} | {cells[1]:.0f} |", flush=True)
+
+
 # -- picture ---------------------------------------------------------------------------------------------------------
 
 
@@ -204,13 +237,16 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="numbers; all by default")
+    parser.add_argument("--dark", action="store_true", help="the numbers that say how bright a mouth may be in a dark picture")
     parser.add_argument("--picture", type=Path, help="write the maps of one frame here")
     parser.add_argument("--font", default="/usr/share/fonts/truetype/dejavu/DejaVuSans.ttf")
     parser.add_argument("--model-dir", default=str(REPOSITORY / "models" / "demo"))
     options = parser.parse_args()
     common.needs("espeakng_loader")
     lipsync = LipSync.load(options.model_dir)
-    if options.picture:
+    if options.dark:
+        in_the_dark(lipsync)
+    elif options.picture:
         draw(options.picture, tiles(lipsync), options.font)
     else:
         table(lipsync, options.names)
