@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from musetalk.avatar import Avatar, AvatarCache
-    from musetalk.errors import BadAudio, BadCheckpoint, MuseTalkError, NoFace, NonFiniteOutput
+    from musetalk.errors import BadAudio, BadCheckpoint, MuseTalkError, NoFace, NonFiniteOutput, NoRoom
     from musetalk.lipsync import LipSync
+    from musetalk.live import LiveSpeaker, Stage
     from musetalk.options import Options
 
-__all__ = ["Avatar", "AvatarCache", "BadAudio", "BadCheckpoint", "LipSync", "MuseTalkError", "NoFace",
-           "NonFiniteOutput", "Options"]
-HOMES = {"Avatar": "avatar", "AvatarCache": "avatar", "LipSync": "lipsync", "Options": "options"}
+__all__ = ["Avatar", "AvatarCache", "BadAudio", "BadCheckpoint", "LipSync", "LiveSpeaker", "MuseTalkError", "NoFace", "NoRoom",
+           "NonFiniteOutput", "Options", "Stage"]
+HOMES = {"Avatar": "avatar", "AvatarCache": "avatar", "LipSync": "lipsync", "LiveSpeaker": "live", "Options": "options",
+         "Stage": "live"}
 
 
 def __getattr__(name: str) -> Any:

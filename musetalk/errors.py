@@ -47,5 +47,13 @@ class NoFastLane(MuseTalkError):
     """The weights have no tiny decoder."""
 
 
+class NoRoom(MuseTalkError):
+    """A live session is refused: the machine carries `capacity` of them, and all are taken."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(f"all {capacity} live sessions that this machine carries are taken; close one, or add a machine")
+        self.capacity = capacity
+
+
 class Interrupted(MuseTalkError):
     """`interruption.interrupt` was called while a network ran."""

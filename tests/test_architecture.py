@@ -19,6 +19,7 @@ MUSETALK = {
     "sound": "errors nets", "avatar": "geometry", "face": "errors geometry nets pixels",
     "draw": "checkpoints errors nets", "show": "geometry nets options pixels",
     "steps": "avatar checkpoints draw errors face geometry options pixels show sound",
+    "live": "avatar checkpoints draw errors options order sound steps",
     "lipsync": "avatar checkpoints draw errors options order sound steps",
 }
 PIPELINE = {
@@ -31,12 +32,13 @@ PIPELINE = {
     "queue": "errors http job run settings",
     "shell": "errors job run schema settings", "__main__": "job shell",
     "page": "errors film job run schema settings", "handler": "job run settings",
+    "live": "job settings",
 }
-USES_MUSETALK = {"film", "weights"}  # schema: its options alone
+USES_MUSETALK = {"film", "live", "weights"}  # schema: its options alone
 OUTSIDE = {"subprocess": "media transfer", "requests": "transfer weights", "runpod": "handler", "b2sdk": "transfer",
-           "boto3": "transfer", "botocore": "transfer", "fastapi": "http page server", "uvicorn": "http server",
+           "boto3": "transfer", "botocore": "transfer", "fastapi": "http live page server", "uvicorn": "http live server",
            "c2pa": "mark provenance", "nicegui": "page", "PIL": "page",
-           "procrastinate": "queue", "psycopg": "queue"}
+           "aiortc": "live", "av": "live", "livekit": "live", "procrastinate": "queue", "psycopg": "queue"}
 
 
 def room_of(path: Path) -> str:

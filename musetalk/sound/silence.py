@@ -63,9 +63,14 @@ def resting(pcm: NDArray[np.float32], fps: Fraction, count: int) -> list[float]:
 
     None at the speech's beginning and end, where nothing was said before or is said after.
     """
-    out, seconds = np.zeros(count), np.arange(count) / float(fps)
+    return [float(share) for share in resting_at(pcm, np.arange(count) / float(fps))]
+
+
+def resting_at(pcm: NDArray[np.float32], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The same at some moments of PCM (S,), seconds (N,) -> (N,)."""
+    out = np.zeros(len(seconds))
     for begin, end in silences(pcm):
         since = np.inf if begin == 0 else seconds - begin
         until = np.inf if end * RATE >= len(pcm) else end - seconds
-        out = np.maximum(out, np.clip(np.minimum(since, until) / RAMP, 0, 1) * np.ones(count))
-    return [float(share) for share in out]
+        out = np.maximum(out, np.clip(np.minimum(since, until) / RAMP, 0, 1) * np.ones(len(seconds)))
+    return out

@@ -8,10 +8,11 @@ The networks never change. What does while a film is made is in its `State`, so 
 """
 
 from musetalk.steps.blending import blend
-from musetalk.steps.frame import RGB, Form, Frame, Painted, Speaker, Yuv420, speech_weights
-from musetalk.steps.generating import generate
+from musetalk.steps.frame import RGB, Form, Frame, Painted, Speaker, Tokens, Yuv420, speech_weights
+from musetalk.steps.generating import Shown, generate, paint
 from musetalk.steps.preparing import FRAMES_HELD, GROUP, add_entries, entries_needed, follow, frames_to_read, prepare
 from musetalk.steps.state import Clock, State
 
-__all__ = ["FRAMES_HELD", "GROUP", "RGB", "Clock", "Form", "Frame", "Painted", "Speaker", "State", "Yuv420", "add_entries",
-           "blend", "entries_needed", "follow", "frames_to_read", "generate", "prepare", "speech_weights"]
+__all__ = ["FRAMES_HELD", "GROUP", "RGB", "Clock", "Form", "Frame", "Painted", "Shown", "Speaker", "State", "Tokens", "Yuv420",
+           "add_entries", "blend", "entries_needed", "follow", "frames_to_read", "generate", "paint", "prepare",
+           "speech_weights"]

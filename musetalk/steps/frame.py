@@ -18,7 +18,7 @@ from musetalk.geometry.box import Region
 from musetalk.options import Finish, Options
 from musetalk.pixels.colour import Colour, Planes, from_rgb, to_rgb
 from musetalk.show import blend, finish
-from musetalk.sound.features import SAMPLE_RATE, Prompts, silent_frames
+from musetalk.sound.features import SAMPLE_RATE, silent_frames
 
 
 class Form(Protocol):
@@ -106,12 +106,26 @@ class Frame:
         return self.form.rgb(self.buffer.to(device))
 
 
+class Tokens(Protocol):
+    """What a speaker says: audio tokens of his output frames, `features.Prompts` or what is heard live."""
+
+    @property
+    def resting(self) -> Sequence[float]:
+        """How much the mouth rests in each frame (0..1)."""
+
+    def __len__(self) -> int:
+        """Output frames."""
+
+    def batch(self, frames: Sequence[int]) -> Tensor:
+        """Tokens (len(frames), T, C) of some frames, position code added."""
+
+
 @dataclass(frozen=True, eq=False)
 class Speaker:
     """A face that speaks: what is known of it, what it says, and how strongly each frame shows that (0..1)."""
 
     avatar: Avatar
-    prompts: Prompts
+    prompts: Tokens
     weights: Sequence[float]
     options: Options
     pointed: Pointed | None = None  # whose face it is, where `options.face` does not say it

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
-from operator import itemgetter
+from operator import attrgetter
 
 import torch
 
@@ -41,22 +42,46 @@ def generate(frames: Iterable[Frame], speakers: Sequence[Speaker], state: State)
             batch = []
 
 
-@torch.inference_mode()
 def _paint(batch: Sequence[Frame], speakers: Sequence[Speaker], state: State, shared: dict[tuple[int, int], int]) -> None:
     """Generate what is painted into some frames."""
     faces = [_shown(frame, speakers, shared) for frame in batch]
-    shown = [(k, frame, frame.output, face) for k in range(len(speakers))
-             for frame, its in zip(batch, faces, strict=True) if frame.output is not None and (face := its.get(k))]
+    paint([Shown(frame, speaker, face, k) for k, speaker in enumerate(speakers)
+           for frame, its in zip(batch, faces, strict=True) if (face := its.get(k))], state)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A face that a frame will show, and whose it is; `place`: his in the list of the frame's speakers."""
+
+    frame: Frame
+    speaker: Speaker
+    face: Face
+    place: int = 0
+
+    @property
+    def output(self) -> int:
+        """The frame's number."""
+        assert self.frame.output is not None
+        return self.frame.output
+
+
+@torch.inference_mode()
+def paint(shown: Sequence[Shown], state: State) -> None:
+    """Generate faces at once, whatever frames they are for, and hand them to their frames. A speaker's stand together.
+
+    All frames have one form, all speakers one lane. Raises NonFiniteOutput, NoFastLane.
+    """
     if not shown:
         return
-    latents = torch.stack([face.latents for _, _, _, face in shown])
-    tokens = torch.cat([speakers[k].prompts.batch([output for _, _, output, _ in its])
-                        for k, its in groupby(shown, itemgetter(0))])
-    made, finite = state.generator(latents, tokens, _first_row([face for *_, face in shown], speakers[0], state))
+    latents = torch.stack([one.face.latents for one in shown])
+    tokens = torch.cat([speaker.prompts.batch([one.output for one in its])
+                        for speaker, its in groupby(shown, attrgetter("speaker"))])
+    made, finite = state.generator(latents, tokens, _first_row([one.face for one in shown], shown[0].speaker, state))
     if not bool(finite.all()):
-        raise NonFiniteOutput(shown[int((~finite).nonzero()[0])][2])
-    for (k, frame, output, face), levels in zip(shown, batch[0].form.levels(made), strict=True):
-        frame.painted.append(Painted(levels, face, speakers[k].region(face, output), speakers[k].options.finish, k))
+        raise NonFiniteOutput(shown[int((~finite).nonzero()[0])].output)
+    for one, levels in zip(shown, shown[0].frame.form.levels(made), strict=True):
+        region, finish = one.speaker.region(one.face, one.output), one.speaker.options.finish
+        one.frame.painted.append(Painted(levels, one.face, region, finish, one.place))
 
 
 def _shown(frame: Frame, speakers: Sequence[Speaker], shared: dict[tuple[int, int], int]) -> dict[int, Face]:

@@ -1,0 +1,174 @@
+"""One presenter who speaks live: what he shall say goes in, moments come out at a constant rate."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from musetalk.avatar import Avatar
+from musetalk.errors import BadAudio
+from musetalk.live.speech import Speech, Taken
+from musetalk.options import Loop
+from musetalk.order import source_index
+from musetalk.sound.features import SAMPLE_RATE
+from musetalk.sound.rolling import Sound
+
+FADE = 160  # samples over which interrupted sound falls silent: 10 ms
+
+
+class Clock(Protocol):
+    """Time, real or simulated."""
+
+    def now(self) -> float:
+        """Seconds since some moment."""
+
+    def sleep(self, seconds: float) -> None:
+        """Return that much later."""
+
+
+class Moment(NamedTuple):
+    """One frame and its sound. A frame that is held is the same array again: do not write into it."""
+
+    image: NDArray[np.uint8]  # (H, W, 3) RGB
+    sound: Sound  # of 1 / fps: (S,) float32 mono at 16 kHz
+    time: float  # seconds since the first moment
+    ends: bool  # an utterance ends here
+    latency: float | None  # seconds since the sound's first sample was pushed; None: nothing is said
+
+
+@dataclass(eq=False)
+class Planned:
+    """A frame whose sound is settled: what is made for it, and how its mouth was."""
+
+    output: int
+    taken: Taken
+    begun: bool = False
+    image: NDArray[np.uint8] | None = None
+
+
+class LiveSpeaker:
+    """A session of a stage; any thread may push, one may iterate. Close it when done."""
+
+    def __init__(self, avatar: Avatar, clock: Clock, fps: Fraction, lead: float, stride: int, loop: Loop) -> None:
+        self.avatar, self.clock, self.fps, self.lead, self.stride, self.loop = avatar, clock, fps, lead, stride, loop
+        self.speech = Speech()
+        self.planned: dict[int, Planned] = {}
+        self.next = self.next_plan = 0  # outputs: the one that is shown next, the one that is planned next
+        self.began: float | None = None  # when output 0 is due
+        self.frames = self.dropped = 0  # shown so far; of them, those whose picture was not ready: the one before is held
+        self.image = avatar.frames[0].numpy()  # the last one that was shown
+        self.share = 1.0  # of the last picture that was made: how much the mouth rests, and what was heard last
+        self.tokens: Tensor | None = None
+        self.error: BaseException | None = None
+        self.closed = False
+        self.lock = threading.Lock()
+
+    # -- what he shall say --
+
+    def push(self, pcm: Sound) -> None:
+        """More speech, (S,) float32 mono at 16 kHz in [-1, 1]. Raises BadAudio where it is not finite."""
+        pcm = np.array(pcm, np.float32).ravel()
+        if not np.isfinite(pcm).all():
+            raise BadAudio("the speech holds NaN or infinite samples")
+        with self.lock:
+            self.speech.push(pcm, self.clock.now())
+
+    def end(self) -> None:
+        """The utterance is complete: its end is said without waiting for more."""
+        with self.lock:
+            self.speech.end()
+
+    def clear(self) -> None:
+        """Interrupt: what was not said is forgotten, the sound ends within a frame, the mouth rests after a film's ramp."""
+        with self.lock:
+            self.speech.utterances.clear()
+            first = self.planned.get(self.next)  # its time has almost come; it stays, so that no frame is missed
+            if first is not None and first.taken.heard is not None:
+                fade = np.clip(1 - np.arange(len(first.taken.sound)) / FADE, 0, 1).astype(np.float32)
+                first.taken = first.taken._replace(sound=first.taken.sound * fade, came=None, ends=True)
+            self.planned = {self.next: first} if first is not None else {}
+            self.next_plan = self.next + (first is not None)
+
+    def close(self) -> None:
+        """The session is over; its iterator ends."""
+        self.closed = True
+
+    @property
+    def backlog(self) -> float:
+        """Seconds of speech that wait."""
+        with self.lock:
+            return self.speech.backlog / SAMPLE_RATE
+
+    # -- what is seen and heard --
+
+    def __iter__(self) -> Iterator[Moment]:
+        return self
+
+    def __next__(self) -> Moment:
+        """The next moment, once its time has come. Raises what ended the stage."""
+        with self.lock:
+            if self.began is None:
+                self.began = self.clock.now() + self.lead
+            wait = self.due(self.next) - self.clock.now()
+        if wait > 0:
+            self.clock.sleep(wait)
+        if self.error is not None:
+            raise self.error
+        if self.closed:
+            raise StopIteration
+        with self.lock:
+            return self._show()
+
+    def _show(self) -> Moment:
+        n = self.next
+        self.plan(n)
+        one = self.planned.pop(n)
+        if one.image is not None:
+            self.image = one.image
+        elif n % self.stride == 0:
+            self.dropped += 1
+        self.frames, self.next = self.frames + 1, n + 1
+        latency = None if one.taken.came is None else self.clock.now() - one.taken.came
+        return Moment(self.image, one.taken.sound, float(n / self.fps), one.taken.ends, latency)
+
+    # -- for the stage --
+
+    def due(self, output: int) -> float:
+        """When an output is shown."""
+        assert self.began is not None
+        return self.began + output / float(self.fps)
+
+    def plan(self, last: int) -> None:
+        """Settle the sound of all outputs up to `last`. With the lock held."""
+        while self.next_plan <= last:
+            n = self.next_plan
+            first, end = (math.floor(i * SAMPLE_RATE / self.fps) for i in (n, n + 1))
+            self.planned[n] = Planned(n, self.speech.take(end - first))
+            self.next_plan += 1
+
+    def wanted(self) -> list[Planned]:
+        """Outputs that are to be made now: planned `lead` before they are due, given up once they are."""
+        with self.lock:
+            if self.began is None or self.closed:
+                return []
+            now = self.clock.now()
+            self.plan(math.floor((now + self.lead - self.began) * self.fps))
+            return [one for n, one in self.planned.items() if not one.begun and n % self.stride == 0 and self.due(n) > now]
+
+    def source(self, output: int) -> int:
+        """The source frame of an output."""
+        return source_index(output, len(self.avatar), self.loop)
+
+    def made(self, one: Planned, image: NDArray[np.uint8], share: float, tokens: Tensor | None) -> None:
+        """A picture is ready; it is thrown away where it was interrupted."""
+        with self.lock:
+            if self.planned.get(one.output) is one:
+                one.image, self.share, self.tokens = image, share, tokens
