@@ -6,7 +6,7 @@ Held-out speeches are pushed as they are said. On a simulated clock, on which co
 against the known ones and against the film's (`silence: auto`, the same lane): `corr_loss`, `closure_loss` in points,
 `latency_algorithmic_ms` from a sample's arrival to its frame. `drift_frames` is an hour's. Then N sessions run on the machine's
 clock, 480 x 480 (as many pixels as 360p): pictures made a second in the slowest one, `dropped` in all, `latency_ms`, and
-`interruption_ms` from `clear` to a closed mouth. Needs libespeak-ng, as the training does.
+`interruption_ms` from `clear` to a closed mouth. Needs requirements-bench.txt.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def likeness(lipsync: LipSync, options: Options, quick: bool) -> dict[str, float
     """Film and live session against the known mouths."""
     rows: dict[str, tuple[list[float], list[bool]]] = {"film": ([], []), "live": ([], [])}
     late = []
-    for seed in sync.IDENTITIES[: 1 if quick else 3]:
+    for seed in common.progress("faces", sync.IDENTITIES[: 1 if quick else 3]):
         clip, ruler = make_clip(lipsync, seed), Ruler(Identity.random(seed))
         for spoken in held_out(quick):
             frames = list(lipsync.speak(clip.avatar, spoken.pcm, FPS, options, State.of(lipsync.nets)))
@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("likeness", "drift", "running"), help="one of the parts")
     parser.add_argument("--model-dir", default=str(REPOSITORY / "models" / "demo"))
     given = parser.parse_args()
+    common.needs("espeakng_loader")
     lipsync = LipSync.load(given.model_dir, "cuda" if torch.cuda.is_available() else "cpu")
     options = Options.for_version(lipsync.nets.version, quality=given.quality, silence="auto")
     parts: dict[str, Callable[[], dict[str, Any]]] = {
