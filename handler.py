@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import json
 import logging
 import os
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, cast
@@ -47,20 +47,26 @@ def model_works() -> None:
     log.info("ready", extra={"device": str(service.engine.device)})
 
 
-def reporter(job: dict[str, Any]) -> Callable[[str, float], None] | None:
-    """Sends a job's progress to the platform in steps of ten per cent; of a local run, to the person at the terminal."""
+def control_of(job: dict[str, Any]) -> Control:
+    """The job's control, which sends its progress to the platform: each ten per cent, and each segment of its stream. Of a
+    local run, to the person at the terminal.
+    """
     if job.get("id") in (None, "local_test"):
-        return bar.draw if bar.on_terminal() else None
-    reported = -1
+        return Control(settings.job_deadline_sec, bar.draw if bar.on_terminal() else None)
+    reported, numbers = (-1, 0.0), itertools.count(1)
 
     def report(stage: str, share: float) -> None:
         nonlocal reported
-        tenth = int(share * 10)
-        if stage == "inference" and tenth != reported and share < LAST_PROGRESS:
-            reported = tenth
-            runpod.serverless.progress_update(job, {"stage": stage, "progress": tenth / 10})
+        now = int(share * 10), control.ready_sec
+        if stage != "inference" or now == reported or share >= LAST_PROGRESS:
+            return
+        reported, update = now, {"stage": stage, "progress": now[0] / 10}
+        if control.playlist_url:  # numbered, since an older one may arrive later
+            update |= {"number": next(numbers), "playlist_url": control.playlist_url, "seconds_ready": round(now[1], 3)}
+        runpod.serverless.progress_update(job, update)
 
-    return report
+    control = Control(settings.job_deadline_sec, report)
+    return control
 
 
 def answer(body: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +87,7 @@ async def handler(job: dict[str, Any]) -> dict[str, Any]:
     """Run one job in a thread; when the platform cancels it, stop the work before giving way to the next."""
     if job.get("id") == "local_test" and bar.on_terminal():
         logs.setup("CRITICAL")  # no lines between: the body says it all
-    control = Control(settings.job_deadline_sec, reporter(job))
+    control = control_of(job)
     loop = asyncio.get_running_loop()
     work = loop.run_in_executor(executor, lambda: service.run_job(
         job.get("input"), job_id=job.get("id"), control=control))

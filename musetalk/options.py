@@ -32,14 +32,14 @@ class Options:
     parsing_mode: ParsingMode = _option("jaw", "which parsed parts are replaced", avatar=True)
     left_cheek_width: int = _option(90, "columns of the 512-pixel parse map, mode jaw", ge=0, le=256, avatar=True)
     right_cheek_width: int = _option(90, "columns of the 512-pixel parse map, mode jaw", ge=0, le=256, avatar=True)
-    bbox_shift: int = _option(0, "MuseTalk 1.0 only: lowers the mask's middle, in pixels", ge=-200, le=200,
+    bbox_shift: int = _option(0, "MuseTalk 1.0 only: lowers the mask's middle, pixels", ge=-200, le=200,
                               avatar=True)
     audio_padding_left: int = _option(2, "video frames heard before the own one", ge=0, le=10)
     audio_padding_right: int = _option(2, "video frames heard after the own one", ge=0, le=10)
     face: Literal["largest", "leftmost", "rightmost"] | int = _option(
-        "largest", "which of several faces speaks; a number counts from the left", ge=0, le=99, avatar=True)
+        "largest", "which face speaks; a number counts from the left", ge=0, le=99, avatar=True)
     loop: Loop = _option("pingpong", "what follows the clip's end")
-    silence: Silence = _option("model", "in silences; auto: closed and still; rest: the source's mouth")
+    silence: Silence = _option("model", "silences; auto: closed and still; rest: the source's")
     seed: int | None = _option(None, "sample the posterior of the VAE with this seed; default: its mean",
                                ge=0, le=2**63 - 1, avatar=True)
     batch_size: int = _option(8, "frames generated at once", ge=1, le=64)

@@ -20,13 +20,26 @@ from pipeline.film.engine import Engine
 from pipeline.film.faces import find_faces
 from pipeline.film.pace import Pace
 from pipeline.film.preview import Preview
+from pipeline.film.rendition import Rendition
 from pipeline.film.stream import Result
 from pipeline.film.validate import Inputs, validate, validate_clip, with_room
 from pipeline.job import redact
 from pipeline.job.control import Control
 from pipeline.job.metrics import PeakMemory, StageTimer, give_back_memory, gpu_class, versions
-from pipeline.mark.marker import Making, Mark, Marker
-from pipeline.schema import Estimate, Failure, FindFaces, JobRequest, Metrics, Part, SelfTest, StageTimes, Success, parse
+from pipeline.mark.marker import Making, Marker
+from pipeline.schema import (
+    Estimate,
+    Failure,
+    FindFaces,
+    JobRequest,
+    Metrics,
+    Part,
+    SelfTest,
+    StageTimes,
+    StreamMetrics,
+    Success,
+    parse,
+)
 from pipeline.settings import Settings, asset
 from pipeline.transfer.download import Downloader, Source
 from pipeline.transfer.storage import storage_of
@@ -111,15 +124,19 @@ class Service:
         if isinstance(request, Estimate):
             return self._estimated(request, inputs, video, folder, timer, control, memory)
         with self._stage("inference", request, timer, control):
+            making = self._making(request, video, speeches)
+            rendition = self._rendition(request, making, folder, control, cleanup) if request.params.stream else None
             result = stream.speak(self.engine, request, inputs, video.sha256, folder / "output.mp4", control,
-                                  use_cache=test is None)  # a self-test runs every network, and leaves nothing behind
-            mark = self._mark(folder / "output.mp4", request, video, speeches, control)
+                                  use_cache=test is None,  # a self-test runs every network, and leaves nothing behind
+                                  hls=rendition.folder if rendition else None)
+            mark = self.marker.finish(folder / "output.mp4", making, control)  # which ends its making: timed with inference
         with self._stage("upload", request, timer, control):
+            streamed = rendition.finish() if rendition else None
             url = self.storage.upload(folder / "output.mp4", f"{request.musetalk_job_id}.mp4", control, digest=mark.digest)
             report = {"worker": self.settings.revision, **versions(), **self.engine.report()} if test else None
             cleanup.close()
         self.pace.add(result)
-        return self._success(request, url, result, mark.written, timer, memory, selftest=report)
+        return self._success(request, url, result, mark.written, timer, memory, selftest=report, stream=streamed)
 
     def _estimated(
         self, request: JobRequest, inputs: Inputs, video: Source, folder: Path, timer: StageTimer, control: Control,
@@ -174,18 +191,22 @@ class Service:
         log.info("stage done", extra={"job_id": request.musetalk_job_id, "stage": name, "seconds": timer.times[name]})
         control.progress(name, 1)
 
-    def _mark(
-        self, film: Path, request: JobRequest, video: Source, speeches: Sequence[tuple[Part, Source]], control: Control,
-    ) -> Mark:
-        """Mark the film, which ends its making: timed with inference."""
+    def _making(self, request: JobRequest, video: Source, speeches: Sequence[tuple[Part, Source]]) -> Making:
         nets = self.engine.load().nets
-        making = Making(request.musetalk_job_id, nets.version, nets.identity,
-                        video.path, video.sha256, tuple((source.path, source.sha256) for _, source in speeches))
-        return self.marker.finish(film, making, control)
+        return Making(request.musetalk_job_id, nets.version, nets.identity,
+                      video.path, video.sha256, tuple((source.path, source.sha256) for _, source in speeches))
+
+    def _rendition(self, request: JobRequest, making: Making, folder: Path, control: Control,
+                   cleanup: contextlib.ExitStack) -> Rendition:
+        """The film's HLS rendition, at the storage beside the film."""
+        (hls := folder / "hls").mkdir()
+        return cleanup.enter_context(Rendition(
+            hls, self.storage, f"{request.musetalk_job_id}.hls", request.params.rate, control,
+            lambda init: self.marker.label(init, making)))
 
     def _success(
         self, request: JobRequest, url: str, result: Result, provenance: str, timer: StageTimer, memory: PeakMemory,
-        **told: dict[str, Any] | None,
+        **told: dict[str, Any] | StreamMetrics | None,
     ) -> dict[str, Any]:
         metrics = Metrics(
             GENERATION_TIME_SEC=round(result.generation_sec, 3), SCRIPT_WALL_TIME_SEC=round(result.wall_sec, 3),

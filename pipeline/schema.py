@@ -86,6 +86,7 @@ class Params(_Options):
     fit: Annotated[Literal["pad", "crop"], Field(description="how the source meets another aspect ratio")] = "pad"
     upscale: Annotated[bool, Field(description="allow an output larger than the source")] = False
     length: Annotated[Length, Field(description="clip: as long as the clip, not as the speech")] = "speech"
+    stream: Annotated[bool, Field(description="also an HLS stream, to be played while the film is made")] = False
     background: Annotated[float, Field(ge=0, le=1, description="how loud the clip's own sound is under the speech")] = 0.0
 
     @property
@@ -341,6 +342,15 @@ class SpeakerMetrics(BaseModel):
     seconds: float = Field(description="of speech")
 
 
+class StreamMetrics(BaseModel):
+    """What became of a film's HLS stream."""
+
+    playlist_url: str | None = Field(description="null where nothing of it could be stored")
+    segments: int = Field(description="that the playlist lists")
+    first_segment_sec: float | None = Field(description="from the job's arrival until the first segment could be played")
+    incomplete: str | None = Field(description="why the stream ends before the film; null where it is whole")
+
+
 class FoundFace(BaseModel):
     """A person of a clip."""
 
@@ -374,6 +384,7 @@ class Metrics(BaseModel):
     faces: list[FoundFace] | None = Field(None, description="only of a job that finds faces: the people of the clip")
     estimate: dict[str, Any] | None = Field(None, description="of an estimate only: seconds that the job would take, and of "
                                                               "which films that was learnt: jobs or selftest")
+    stream: StreamMetrics | None = Field(None, description="only of a job with params.stream")
 
 
 class Success(BaseModel):
@@ -385,9 +396,9 @@ class Success(BaseModel):
     metrics: Metrics
 
     def body(self) -> dict[str, Any]:
-        """The JSON body: `selftest`, `damaged`, `speakers`, `faces` and `estimate` only where there is something to say."""
+        """The JSON body: `selftest`, `damaged`, `speakers`, `faces`, `estimate` and `stream` only where there is something to say."""
         body = self.model_dump()
-        for name in ("selftest", "damaged", "speakers", "faces", "estimate"):
+        for name in ("selftest", "damaged", "speakers", "faces", "estimate", "stream"):
             if body["metrics"][name] is None:
                 del body["metrics"][name]
         return body

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from pipeline import __version__
 from pipeline.errors import BadRequest
 from pipeline.job import bar, logs
 from pipeline.job.control import Control
-from pipeline.schema import FindFaces, Params, parse
+from pipeline.schema import JOB_ID, FindFaces, Params, parse
 from pipeline.settings import BadSetting, Settings
 
 if TYPE_CHECKING:
@@ -154,6 +154,8 @@ def check(film: Film, arguments: argparse.Namespace) -> None:
     for name, text in (("VIDEO", film.video), *(("AUDIO", speech) for speech in speeches)):
         if "://" not in text and not Path(text).is_file():
             raise BadUse(f"{name}: {'a folder, not a file' if Path(text).is_dir() else 'no such file'}: {text}")
+    if arguments.stream and not re.fullmatch(JOB_ID, film.output.stem):
+        raise BadUse(f"-o {film.output}: with --stream the name may hold A-Z a-z 0-9 . _ - only")
     try:
         job = job_of(film, arguments)
         _ = FindFaces.asked(job) or parse(job)
@@ -171,7 +173,8 @@ def job_of(film: Film, arguments: argparse.Namespace) -> dict[str, Any]:
     speech: dict[str, Any] = {"audio_url": _source(film.audio)}
     if film.speakers:
         speech = {"speakers": [{**each, "audio_url": _source(each["audio_url"])} for each in film.speakers]}
-    return {"musetalk_job_id": "cli", "video_url": _source(film.video), **speech,
+    name = film.output.stem if arguments.stream else "cli"  # a stream lies beside the film from the first, under its name
+    return {"musetalk_job_id": name, "video_url": _source(film.video), **speech,
             "aspect_ratio": arguments.aspect_ratio, "resolution": arguments.resolution, "params": params,
             **({"estimate": True} if arguments.estimate else {})}
 
@@ -243,7 +246,8 @@ def run(arguments: argparse.Namespace) -> int:
             from pipeline.run import Service  # torch takes its time: not before the command line is understood
 
             service = Service(settings.model_copy(update={
-                "storage": "local", "local_storage_dir": folder, "local_input_root": Path("/")}))
+                "storage": "local", "local_storage_dir": made[0].output.parent if arguments.stream else folder,
+                "local_input_root": Path("/")}))
             for film in made:
                 codes.append(_film(service, without_blanks(film, folder), arguments, written))
         except KeyboardInterrupt:
@@ -252,14 +256,23 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _film(service: Service, film: Film, arguments: argparse.Namespace, written: list[Path]) -> int:
-    progress: Callable[[str, float], None] | None = bar.draw if bar.on_terminal() and not arguments.quiet else None
+    drawn, told = bar.on_terminal() and not arguments.quiet, arguments.quiet
+
+    def progress(stage: str, share: float) -> None:
+        nonlocal told
+        if control.playlist_url and not told:
+            print(f"{chr(10) * drawn}can be played: {control.playlist_url}", file=sys.stderr)
+            told = True
+        if drawn:
+            bar.draw(stage, share)
+
     control = Control(service.settings.job_deadline_sec, progress)
     body = service.run_job(job_of(film, arguments), control=control, preview=arguments.preview)
     if body["status"] == "success" and not arguments.estimate:
         Path(unquote(urlsplit(body["output_url"]).path)).replace(film.output)
         written.append(film.output)
         body["output_url"] = film.output.resolve().as_uri()
-    elif progress:
+    elif drawn:
         print(file=sys.stderr)  # the bar's line is not at its end
     return _tell(body, film, arguments)
 

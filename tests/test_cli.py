@@ -46,6 +46,18 @@ def test_preview_is_the_first_second(
     assert [p.name for p in out.parent.iterdir()] == ["o.mp4"]
 
 
+def test_a_stream_lies_beside_the_film(
+    short_clip: Path, short_speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "o.mp4"
+    assert cli.main([str(short_clip), str(short_speech), "-o", str(out), "--preview", "--stream"]) == 0
+    assert capsys.readouterr().err == f"can be played: {(out.parent / 'o.hls' / 'playlist.m3u8').as_uri()}\n"
+    assert sorted(p.name for p in out.parent.iterdir()) == ["o.hls", "o.mp4"]
+    assert m.probe(out, 10**7).duration == pytest.approx(1.0, abs=0.1)
+    assert cli.main([str(short_clip), str(short_speech), "-o", str(tmp_path / "ü.mp4"), "--stream"]) == 2
+    assert "with --stream the name may hold" in capsys.readouterr().err
+
+
 def default_signals() -> None:
     """In a child: a background shell lets its children ignore SIGINT, and nohup SIGHUP."""
     for number in (signal.SIGINT, signal.SIGHUP):

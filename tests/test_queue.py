@@ -49,6 +49,22 @@ def test_success(worker: QueueWorker, samples_url: str) -> None:
     assert [p for p in worker.platform.progress if p[0] == "queue-ok"], "progress was reported"
 
 
+def test_a_stream_is_told_in_numbered_updates(worker: QueueWorker, samples_url: str) -> None:
+    worker.platform.submit("queue-stream", job(samples_url, params={"stream": True}))
+    body = worker.platform.wait("queue-stream")["output"]
+    playlist = f"{worker.b2.url}/file/talking-avatar/avatar/outputs/queue-stream.hls/playlist.m3u8"
+    assert body["metrics"]["stream"]["playlist_url"] == playlist
+    assert body["metrics"]["stream"]["segments"] == 3
+    assert worker.b2.types["avatar/outputs/queue-stream.hls/playlist.m3u8"] == "application/vnd.apple.mpegurl"
+    updates = [value["output"] for job_id, value, _ in worker.platform.progress if job_id == "queue-stream"]
+    told = sorted((u for u in updates if "number" in u), key=lambda u: u["number"])
+    assert [u["number"] for u in told] == list(range(1, len(told) + 1))
+    assert {u["playlist_url"] for u in told} == {playlist}
+    assert [u["seconds_ready"] for u in told] == sorted(u["seconds_ready"] for u in told)
+    assert told[0]["seconds_ready"] == 2
+    assert all(set(u) == {"stage", "progress"} for u in updates if u not in told), "without a stream they are as ever"
+
+
 def test_failure_keeps_its_body_and_is_marked(worker: QueueWorker, samples_url: str) -> None:
     worker.platform.submit("queue-404", job(samples_url, video_url=f"{samples_url}/none.mp4?sig=canary-signature"))
     posted = worker.platform.wait("queue-404")

@@ -57,9 +57,9 @@ class Result:
 
 def speak(
     engine: Engine, request: JobRequest, inputs: Inputs, content: str, target: Path, control: Control,
-    use_cache: bool = True,
+    use_cache: bool = True, hls: Path | None = None,
 ) -> Result:
-    """Write the lip-synced MP4 to `target`. `content` is the clip's sha256."""
+    """Write the lip-synced MP4 to `target`, and its HLS rendition to the folder `hls`. `content` is the clip's sha256."""
     began, cache = time.perf_counter(), engine.cache if use_cache else AvatarCache(None, 0)
     with engine.job(control.waiting) as state, ExitStack() as opened:
         options = options_of(engine, state, request)
@@ -77,7 +77,7 @@ def speak(
         first = min(outputs, *map(len, avatars)) if all(cached) else steps.frames_to_read(outputs)
         decode = Decode(source, picture.form, outputs, options.loop, first, buffers)
         encode = Encode(partial(Mp4Writer, target, source, inputs.speech, outputs / float(source.fps),
-                                tags=tags(engine.settings)), buffers, lambda: min(ENCODER_SEC, control.remaining + 1))
+                                tags=tags(engine.settings), hls=hls), buffers, lambda: min(ENCODER_SEC, control.remaining + 1))
         with no_face_named(roles):
             runner.run([decode, *_steps(engine, speakers, state, report), encode], control, buffers, engine.thread)
         for key, avatar, known in zip(keys, avatars, cached, strict=True):

@@ -23,7 +23,10 @@ class Control:
         self.limit = deadline_sec
         self.request_limit = request_limit_sec or math.inf
         self.arrived = self.started = time.monotonic()
+        self.playlist_url: str | None = None  # of the film's stream, once its first segment can be played
+        self.ready_sec = 0.0  # of the film that the playlist lists
         self._cancelled = threading.Event()
+        self._last = ("waiting", 0.0)
         self._progress = progress
 
     def start(self) -> None:
@@ -71,5 +74,11 @@ class Control:
 
     def progress(self, stage: str, share: float) -> None:
         """Tell whoever listens how far a stage is, 0..1."""
+        self._last = stage, min(max(share, 0.0), 1.0)
         if self._progress is not None:
-            self._progress(stage, min(max(share, 0.0), 1.0))
+            self._progress(*self._last)
+
+    def playable(self, playlist_url: str, seconds: float) -> None:
+        """Tell whoever listens that so much of the film can be played: the last progress once more, with the stream's state."""
+        self.playlist_url, self.ready_sec = playlist_url, seconds
+        self.progress(*self._last)

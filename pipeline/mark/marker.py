@@ -62,11 +62,16 @@ class Marker:
         self.settings = settings
         self.signer = check_signer(settings)
 
+    def label(self, film: Path, making: Making) -> None:
+        """Write the IPTC metadata to the end of an MP4, or of a stream's first part, unless the settings say no."""
+        if self.settings.ai_label != "off":
+            _append_xmp(film, self.settings.revision, making)
+
     def finish(self, film: Path, making: Making, control: Control) -> Mark:
         """Write the marks into a finished MP4, in place. Raises SigningFailed; the film is then not signed at all."""
         if self.settings.ai_label == "off":
             return Mark("none")
-        _append_xmp(film, self.settings.revision, making)
+        self.label(film, making)
         return Mark("IPTC") if self.signer is None else self._sign(self.signer, film, making, control)
 
     def _sign(self, signer: Signer, film: Path, making: Making, control: Control) -> Mark:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import re
 import subprocess
 from pathlib import Path
 
@@ -23,6 +24,10 @@ NVENC = ("-c:v", "h264_nvenc", "-preset", "p4", "-rc", "vbr", "-cq", "19", "-b:v
 NVENC_SIDES = (145, 4096)  # pixels of a side of H.264: the least and the most that every generation takes
 X264 = ("-c:v", "libx264", "-preset", "veryfast", "-crf", "18")
 NVIDIA = Path("/dev/nvidiactl")  # there where a driver is
+SEGMENT_SEC = 2  # of an HLS rendition, each with a key frame first
+PLAYLIST = "playlist.m3u8"
+HLS = (f"f=hls:hls_time={SEGMENT_SEC}:hls_list_size=0:hls_playlist_type=event:hls_flags=independent_segments+temp_file:"
+       "hls_segment_type=fmp4:hls_fmp4_init_filename=init.mp4:hls_segment_filename=%05d.m4s")
 
 
 @functools.lru_cache(64)
@@ -57,19 +62,22 @@ class Mp4Writer(Child):
 
     def __init__(
         self, path: Path, source: FrameSource, speech: Speech, seconds: float, encoder: tuple[str, ...] | None = None,
-        tags: tuple[str, ...] = (),
+        tags: tuple[str, ...] = (), hls: Path | None = None,
     ) -> None:
-        """`seconds` is the length of the sound at most, `tags` are options that write metadata."""
+        """`seconds` is the length of the sound at most, `tags` are options that write metadata. `hls` is a folder in which an
+        HLS rendition grows, of the same encoded packets: its playlist names a segment once that is whole.
+        """
+        encoder = encoder or video_encoder(size=(source.width, source.height))
         command = [
             child.ffmpeg(), "-nostdin", "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "yuv420p",
             "-s", f"{source.width}x{source.height}", "-r", f"{source.fps.numerator}/{source.fps.denominator}", "-i", "pipe:0",
             "-f", "wav", "-i", f"file:{speech.path}", "-map", "0:v", "-map", "1:a", "-map_metadata", "-1", *tags,
-            *(encoder or video_encoder(size=(source.width, source.height))), *colour_tags(source.info.picture),
+            *encoder, *colour_tags(source.info.picture),
             "-pix_fmt", "yuv420p",
-            "-af", f"atrim=end={seconds:.6f}", "-c:a", "aac", "-b:a", "160k", "-movflags", "+faststart", "-f", "mp4",
-            f"file:{path}",
+            "-af", f"atrim=end={seconds:.6f}", "-c:a", "aac", "-b:a", "160k",
+            *(["-movflags", "+faststart", "-f", "mp4", f"file:{path}"] if hls is None else _with_hls(path, encoder)),
         ]
-        super().__init__(command, path, None, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        super().__init__(command, path, None, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=hls)
 
     def write(self, frame: NDArray[np.uint8]) -> None:
         """Add one frame. Raises FfmpegFailed when the encoder died."""
@@ -104,6 +112,14 @@ class Mp4Writer(Child):
         except FfmpegFailed as e:
             return e
         return FfmpegFailed(f"the encoder stopped (exit {code}): {complaint[-200:]}", ffprobe_stderr=complaint)
+
+
+def _with_hls(path: Path, encoder: tuple[str, ...]) -> list[str]:
+    """Output options for the MP4 and, in the working directory, the HLS rendition."""
+    target = re.sub(r"[\\'|]", r"\\\g<0>", f"file:{path}")
+    return ["-force_key_frames", f"expr:gte(t,n_forced*{SEGMENT_SEC})",
+            *(["-forced-idr", "1"] if "h264_nvenc" in encoder else []), "-flags", "+global_header",
+            "-f", "tee", f"[f=mp4:movflags=+faststart]{target}|[{HLS}]{PLAYLIST}"]
 
 
 def colour_tags(video: VideoInfo) -> list[str]:

@@ -56,6 +56,7 @@ class Tab:
         self.closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tab")
         self._served: dict[str, Path] = {}
+        self._streams: list[Path] = []  # folders of films' streams
         self._control = Control(service.settings.job_deadline_sec)
         self._open = contextlib.ExitStack()
         self._preview: tuple[tuple[Path, Path], Preview] | None = None
@@ -102,12 +103,21 @@ class Tab:
 
     def film(self, request: dict[str, Any]) -> dict[str, Any]:
         """Run the job. The body of a success has the film's address as its output_url."""
-        body = self.service.run_job(self.job(request), control=self._begin())
+        control = self._begin()
+        body = self.service.run_job(self.job(request), control=control)
+        if control.playlist_url:
+            self._streams.append(Path(unquote(urlsplit(control.playlist_url).path)).parent)
         if body["status"] == "success":
             path = self.new_file(".mp4")
             shutil.move(unquote(urlsplit(body["output_url"]).path), path)
             body["output_url"] = self.serve(path)
         return body
+
+    @property
+    def playable(self) -> str:
+        """How much of the film that is made can be played, and where; empty while nothing can."""
+        control = self._control
+        return f"{control.ready_sec:.0f} s can be played: {control.playlist_url}" if control.playlist_url else ""
 
     def stop(self) -> None:
         """Ask what the thread is doing to end."""
@@ -152,4 +162,5 @@ class Tab:
     def _clean_up(self) -> None:
         self._open.close()
         self._served.clear()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for folder in (self.folder, *self._streams):
+            shutil.rmtree(folder, ignore_errors=True)

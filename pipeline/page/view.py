@@ -208,7 +208,8 @@ class View:
         if not (self.rendering or self.looking):
             return
         waits = "waiting for another job" if tab.service.engine.ready else "loading the model"
-        doing = f"making the film: {tab.share:.0%}" if tab.stage == "inference" else DOING.get(tab.stage, waits)
+        making = ", ".join(filter(None, (f"making the film: {tab.share:.0%}", tab.playable)))
+        doing = making if tab.stage == "inference" else DOING.get(tab.stage, waits)
         if self.rendering:
             self.progress.text, self.bar.value = doing, tab.share if tab.stage == "inference" else 0.0
             if self.looking:
