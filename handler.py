@@ -90,7 +90,7 @@ async def handler(job: dict[str, Any]) -> dict[str, Any]:
     control = control_of(job)
     loop = asyncio.get_running_loop()
     work = loop.run_in_executor(executor, lambda: service.run_job(
-        job.get("input"), job_id=job.get("id"), control=control))
+        job.get("input"), job_id=job.get("id"), control=control, s3_config=job.get("s3Config")))
     try:
         body = answer(await asyncio.shield(work))
     except asyncio.CancelledError:

@@ -39,11 +39,11 @@ class WaitingService(Service):
         self.log, self.mean_sec = log, mean_sec
 
     def run_job(self, job_input: Any, *, job_id: str | None = None, control: Control | None = None,
-                preview: bool = False) -> dict[str, Any]:
+                preview: bool = False, s3_config: Any = None) -> dict[str, Any]:
         """The job, or nothing of it."""
         began = time.time()
         body = dict(NOTHING) if self.mean_sec == 0 else super().run_job(
-            job_input, job_id=job_id, control=control, preview=preview)
+            job_input, job_id=job_id, control=control, preview=preview, s3_config=s3_config)
         with self.log.open("a") as file:
             file.write(json.dumps({"id": job_input["musetalk_job_id"], "begin": began, "end": time.time(),
                                    "status": body["status"]}) + "\n")

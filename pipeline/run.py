@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pipeline import errors
-from pipeline.errors import JobError, Stage, StageKey, Unfit
+from pipeline.errors import BadRequest, JobError, Stage, StageKey, Unfit
 from pipeline.film import stream
 from pipeline.film.engine import Engine
 from pipeline.film.faces import find_faces
@@ -34,6 +34,7 @@ from pipeline.schema import (
     JobRequest,
     Metrics,
     Part,
+    S3Config,
     SelfTest,
     StageTimes,
     StreamMetrics,
@@ -42,7 +43,7 @@ from pipeline.schema import (
 )
 from pipeline.settings import Settings, asset
 from pipeline.transfer.download import Downloader, Source
-from pipeline.transfer.storage import storage_of
+from pipeline.transfer.storage import PutStorage, Storage, s3_storage_of_job, storage_of
 
 log = logging.getLogger("musetalk.job")
 
@@ -76,8 +77,9 @@ class Service:
 
     def run_job(
         self, job_input: Any, *, job_id: str | None = None, control: Control | None = None, preview: bool = False,
+        s3_config: Any = None,
     ) -> dict[str, Any]:
-        """Run one job to a success or failure body; never raises for anything the job does."""
+        """Run one job to a success or failure body; never raises for anything the job does. `s3_config`: see `S3Config`."""
         timer = StageTimer()
         control = control or Control(self.settings.job_deadline_sec)
         with redact.job():
@@ -85,7 +87,7 @@ class Service:
                 if self.unfit:
                     raise Unfit(self.unfit, stage="inference")
                 with contextlib.ExitStack() as cleanup:
-                    return self._story(job_input, job_id, timer, control, preview, cleanup)
+                    return self._story(job_input, job_id, timer, control, preview, s3_config, cleanup)
             except Exception as e:
                 return failure(e, timer)
 
@@ -102,15 +104,16 @@ class Service:
 
     def _story(
         self, job_input: Any, job_id: str | None, timer: StageTimer, control: Control, preview: bool,
-        cleanup: contextlib.ExitStack,
+        s3_config: Any, cleanup: contextlib.ExitStack,
     ) -> dict[str, Any]:
         """The four stages; the last one ends when the job has cleaned up behind itself."""
         cleanup.callback(give_back_memory)
         memory = cleanup.enter_context(PeakMemory())
         if (search := FindFaces.asked(job_input, job_id)) is not None:
-            return self._faces(search, timer, control, memory, cleanup)
+            return self._faces(search, self._storage(None, s3_config, cleanup), timer, control, memory, cleanup)
         test = SelfTest.asked(job_input)
         request = parse(sample_job(test, job_id) if test else job_input, job_id)
+        storage = self._storage(request, s3_config, cleanup)
         if preview:  # which is of the speech's first second
             request = request.model_copy(update={"params": request.params.model_copy(update={"length": "speech"})})
         downloader = self.samples if test else self.downloader
@@ -125,14 +128,14 @@ class Service:
             return self._estimated(request, inputs, video, folder, timer, control, memory)
         with self._stage("inference", request, timer, control):
             making = self._making(request, video, speeches)
-            rendition = self._rendition(request, making, folder, control, cleanup) if request.params.stream else None
+            rendition = self._rendition(request, making, storage, folder, control, cleanup) if request.params.stream else None
             result = stream.speak(self.engine, request, inputs, video.sha256, folder / "output.mp4", control,
                                   use_cache=test is None,  # a self-test runs every network, and leaves nothing behind
                                   hls=rendition.folder if rendition else None)
             mark = self.marker.finish(folder / "output.mp4", making, control)  # which ends its making: timed with inference
         with self._stage("upload", request, timer, control):
             streamed = rendition.finish() if rendition else None
-            url = self.storage.upload(folder / "output.mp4", f"{request.musetalk_job_id}.mp4", control, digest=mark.digest)
+            url = storage.upload(folder / "output.mp4", f"{request.musetalk_job_id}.mp4", control, digest=mark.digest)
             report = {"worker": self.settings.revision, **versions(), **self.engine.report()} if test else None
             cleanup.close()
         self.pace.add(result)
@@ -165,7 +168,8 @@ class Service:
         return stream.speak(self.engine, request, inputs, video.sha256, work / "output.mp4", control, use_cache=False)
 
     def _faces(
-        self, search: FindFaces, timer: StageTimer, control: Control, memory: PeakMemory, cleanup: contextlib.ExitStack,
+        self, search: FindFaces, storage: Storage, timer: StageTimer, control: Control, memory: PeakMemory,
+        cleanup: contextlib.ExitStack,
     ) -> dict[str, Any]:
         """The four stages of a job that lists the people of a clip."""
         folder = cleanup.enter_context(job_folder())
@@ -176,13 +180,27 @@ class Service:
         with self._stage("inference", search, timer, control):
             found = find_faces(self.engine, clip, folder / "faces.jpg", control)
         with self._stage("upload", search, timer, control):
-            url = self.storage.upload(folder / "faces.jpg", f"{search.musetalk_job_id}.jpg", control, content_type="image/jpeg")
+            url = storage.upload(folder / "faces.jpg", f"{search.musetalk_job_id}.jpg", control, content_type="image/jpeg")
             cleanup.close()
         metrics = Metrics(
             GENERATION_TIME_SEC=0.0, SCRIPT_WALL_TIME_SEC=round(found.wall_sec, 3), PEAK_VRAM_MIB=memory.vram_mib,
             PEAK_RAM_KB=memory.peak_kb, gpu_class=self.gpu_class, stage_times=StageTimes(**timer.times),
             total_time=timer.total, frames=found.frames, avatar_cached=False, faces_found=found.with_face, faces=found.people)
         return Success(output_url=url, musetalk_job_id=search.musetalk_job_id, metrics=metrics).body()
+
+    def _storage(self, request: JobRequest | None, s3_config: Any, cleanup: contextlib.ExitStack) -> Storage:
+        """Where a job's result goes: where its request says, else where the platform does, else where this worker's go."""
+        given = S3Config.given(s3_config)
+        if request and request.output_put_url:
+            if request.params.stream:
+                raise BadRequest("params.stream: output_put_url takes one file, and a stream is many; leave one of them out",
+                                 stage="validation", field="params.stream")
+            return PutStorage(request.output_put_url, "output_put_url", self.downloader.addresses)
+        if given is None:
+            return self.storage
+        storage = s3_storage_of_job(given.accessId, given.accessSecret, given.bucketName, given.endpointUrl, self.settings)
+        cleanup.callback(storage.close)
+        return storage
 
     @contextlib.contextmanager
     def _stage(self, name: StageKey, request: JobRequest | FindFaces, timer: StageTimer, control: Control) -> Iterator[None]:
@@ -196,12 +214,12 @@ class Service:
         return Making(request.musetalk_job_id, nets.version, nets.identity,
                       video.path, video.sha256, tuple((source.path, source.sha256) for _, source in speeches))
 
-    def _rendition(self, request: JobRequest, making: Making, folder: Path, control: Control,
+    def _rendition(self, request: JobRequest, making: Making, storage: Storage, folder: Path, control: Control,
                    cleanup: contextlib.ExitStack) -> Rendition:
         """The film's HLS rendition, at the storage beside the film."""
         (hls := folder / "hls").mkdir()
         return cleanup.enter_context(Rendition(
-            hls, self.storage, f"{request.musetalk_job_id}.hls", request.params.rate, control,
+            hls, storage, f"{request.musetalk_job_id}.hls", request.params.rate, control,
             lambda init: self.marker.label(init, making)))
 
     def _success(

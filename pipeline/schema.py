@@ -195,6 +195,9 @@ class JobRequest(BaseModel):
     speakers: Annotated[list[SpeakerPart], Field(
         min_length=1, max_length=6, description="instead of audio_url: several speeches, each with its face and its start",
         json_schema_extra=lambda s: s.pop("default"))] = []
+    output_put_url: Annotated[str, URL, Field(
+        description="https URL with a signature that lets the film be PUT there, as video/mp4, in place of the worker's storage",
+        json_schema_extra=lambda s: s.pop("default"))] = ""
 
     @property
     def parts(self) -> list[Part]:
@@ -270,6 +273,35 @@ class FindFaces(OtherJob):
     musetalk_job_id: Annotated[str, Field(pattern=JOB_ID, description="names the output object")] = "faces"
 
 
+class Callback(BaseModel):
+    """What the HTTP door alone takes beside any request."""
+
+    callback_url: Annotated[str | None, Field(max_length=8192, description="https URL to which the job's body is POSTed when it "
+                                                                          "ends, signed with the worker's CALLBACK_KEY")] = None
+
+
+class S3Config(BaseModel):
+    """A bucket of the job's own, as RunPod hands it over beside the input."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    accessId: Annotated[str, StringConstraints(min_length=1, max_length=512)]
+    accessSecret: Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+    bucketName: Annotated[str, StringConstraints(min_length=1, max_length=255)]
+    endpointUrl: Annotated[str, URL]
+
+    @classmethod
+    def given(cls, value: Any) -> Self | None:
+        """What the platform hands over; None where that is nothing. Raises BadRequest."""
+        if not value:
+            return None
+        try:
+            return cls.model_validate(value)
+        except ValidationError as e:
+            field = ".".join(["s3Config", *map(str, e.errors()[0]["loc"])])
+            raise BadRequest(f"{field}: {e.errors()[0]['msg']}", stage="validation", field=field) from None
+
+
 def parse(job_input: Any, job_id: str | None = None) -> JobRequest:
     """The request of a job's input, an Estimate where it asks for one; `job_id` stands in for a missing musetalk_job_id.
 
@@ -280,7 +312,7 @@ def parse(job_input: Any, job_id: str | None = None) -> JobRequest:
     values = dict(job_input)
     if values.get("musetalk_job_id") is None and job_id is not None:
         values["musetalk_job_id"] = job_id
-    for name in ("aspect_ratio", "resolution", "params", "speakers", *(["audio_url"] if values.get("speakers") else [])):
+    for name in ("aspect_ratio", "resolution", "params", "speakers", "output_put_url", *(["audio_url"] if values.get("speakers") else [])):
         if values.get(name, ...) is None:
             del values[name]  # null means the default, as orchestrators send it
     _check_speeches(values)
@@ -293,6 +325,12 @@ def parse(job_input: Any, job_id: str | None = None) -> JobRequest:
     if missing:
         raise BadRequest("audio_url: Field required", stage="validation", field="audio_url")
     return request
+
+
+def id_of(job_input: Any, job_id: str) -> str:
+    """The id of a job of any kind; `job_id` stands in for a missing musetalk_job_id. Raises BadRequest as the job would."""
+    kinds = (kind.asked(job_input, job_id) for kind in (FindFaces, SelfTest))
+    return (next((request for request in kinds if request), None) or parse(job_input, job_id)).musetalk_job_id
 
 
 def _check_speeches(values: dict[str, Any]) -> None:
@@ -421,9 +459,20 @@ class Failure(BaseModel):
         return {k: v for k, v in self.model_dump().items() if k != "stack_trace" or v is not None}
 
 
+class JobState(BaseModel):
+    """What GET /jobs/{id} says of a job that was sent with `Prefer: respond-async`."""
+
+    musetalk_job_id: str
+    state: Literal["waiting", "running", "ended"]
+    progress: float = Field(description="share of the film that is made, 0 to 1")
+    playlist: str | None = Field(description="where the film can be watched already, if it is streamed")
+    body: Success | Failure | None = Field(description="the answer, once the job has ended")
+
+
 def schemas() -> dict[str, Any]:
     """JSON Schema of everything that crosses the wire."""
-    return {m.__name__: m.model_json_schema() for m in (JobRequest, Estimate, SelfTest, FindFaces, Success, Failure)}
+    return {m.__name__: m.model_json_schema() for m in (
+        JobRequest, Estimate, SelfTest, FindFaces, Success, Failure, Callback, JobState)}
 
 
 if __name__ == "__main__":

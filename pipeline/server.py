@@ -1,15 +1,20 @@
-"""The HTTP front door: POST /generate, GET /hc, GET /ping, GET /metrics, GET /errors. `python -m pipeline.server`.
+"""The HTTP front door: POST /generate, GET /jobs/ID, /hc, /ping, /metrics, /errors. `python -m pipeline.server`.
 
 One job runs at a time, a few may wait, the rest are told when to come back. The job runs in a thread, so health
-answers at once; a client that hangs up cancels its job. A worker that can run no job says so at /ping, and ends.
+answers at once; a client that hangs up cancels its job, but for one that said it would not wait for the answer. A worker that
+can run no job says so at /ping, and ends.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import sys
+import time
+import uuid
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -21,17 +26,20 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from pipeline.errors import BadRequest, Busy, Cancelled, catalogue
+from pipeline.http.callbacks import Callbacks, Tell
 from pipeline.http.figures import Figures
+from pipeline.http.followed import Followed, FollowedJobs, digest, prefers_async
 from pipeline.http.guard import Guard, answer_error, answer_http_error, read_json
-from pipeline.http.jobs import JobQueue
+from pipeline.http.jobs import Job, JobQueue
 from pipeline.http.protocol import BACKLOG, LimitedProtocol, connection_limit, listen
 from pipeline.job import logs
 from pipeline.run import Service, failure, status_of
-from pipeline.schema import Estimate, Failure, FindFaces, JobRequest, SelfTest, Success
+from pipeline.schema import Callback, Estimate, Failure, FindFaces, JobRequest, JobState, SelfTest, Success, id_of
 from pipeline.settings import BadSetting, Settings
 
 log = logging.getLogger("musetalk.server")
 
+LEAVE_SEC = 10.0  # for what is still under way when a worker's time to end is over
 UNFIT_SEC = 10.0  # for which /ping of a worker that can run no job says so, before the process ends
 
 
@@ -40,7 +48,9 @@ class Door:
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self.queue = JobQueue(service)
+        self.queue, self.followed, self.callbacks = JobQueue(service), FollowedJobs(), Callbacks(service.settings)
+        self.closing = self.leaving = False  # no more jobs are taken; those under way are stopped
+        self._tasks: set[asyncio.Task[None]] = set()
         self.figures = Figures(lambda: len(self.queue.inside), lambda: service.engine.ready)
 
     async def warm_up(self) -> None:
@@ -52,10 +62,17 @@ class Door:
             assert self.service.unfit
 
     async def generate(self, request: Request) -> Response:
-        """One job: 200, 422 or 500 with the contract's bodies; 503 when too many wait."""
-        job = self.queue.arrive()
+        """One job: 200, 422 or 500 with the contract's bodies; 202 where the client does not wait; 503 when too many do."""
+        job = self.queue.arrive(waits=not prefers_async(request))
+        tell: Tell = self.callbacks.nobody
         try:
-            body = await self.queue.run(job, await read_json(request), request.is_disconnected)
+            job_input = await read_json(request)
+            if self.closing:
+                raise Busy("this worker ends; send the job to another", stage="unknown", retry_after_seconds=1)
+            if prefers_async(request):
+                return self._follow(job, job_input)
+            tell = self.callbacks.taken_from(job_input)
+            body = await self.queue.outcome(job, self.queue.enter(job, job_input), request.is_disconnected)
         except BadRequest as e:
             body = failure(e)
         except Busy as e:
@@ -64,9 +81,53 @@ class Door:
         except (ClientDisconnect, Cancelled) as e:
             if isinstance(e, Cancelled):
                 self.figures.jobs.labels("cancelled").inc()
+                tell(failure(e))
             return Response(status_code=400)  # nobody is left to read it
         self.figures.count(body, job.hung_up)
+        tell(body)
         return JSONResponse(body, status_of(body))
+
+    def _follow(self, job: Job, job_input: Any) -> Response:
+        """Put a job into the queue whose client asks for it later; the same once more is the same job.
+
+        Raises BadRequest and Busy, and a 409 where its id is that of another job inside.
+        """
+        whole = dict(job_input) if isinstance(job_input, dict) else {}
+        tell = self.callbacks.taken_from(job_input)
+        job_id = id_of(job_input, uuid.uuid4().hex)
+        if (followed := self.followed.same(job_id, digest(whole))) is None:
+            future = self.queue.enter(job, job_input, job_id)
+            self.followed.add(followed := Followed(job_id, digest(whole), job))
+            task = asyncio.create_task(self._end(followed, future, tell))
+            self._tasks.add(task)  # asyncio itself holds them weakly
+            task.add_done_callback(self._tasks.discard)
+        return JSONResponse(followed.state(), 202, {"Location": f"/jobs/{job_id}", "Preference-Applied": "respond-async"})
+
+    async def _end(self, followed: Followed, future: Future[dict[str, Any]], tell: Tell) -> None:
+        """Keep and tell a job's body once it has ended."""
+        async def unwanted() -> bool:
+            return self.leaving
+
+        try:
+            body = await self.queue.outcome(followed.job, future, unwanted)
+        except Exception as e:
+            body = failure(e)
+        self.figures.count(body, followed.job.hung_up)
+        self.followed.end(followed, body)
+        tell(body)
+
+    @property
+    def owes(self) -> bool:
+        """Whether jobs that nobody waits for are inside, or answers are still to be fetched or delivered."""
+        return self.followed.owed or self.callbacks.pending > 0
+
+    async def leave(self) -> None:
+        """Stop what is still under way."""
+        self.leaving = True
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=LEAVE_SEC)
+        await asyncio.to_thread(self.callbacks.close, LEAVE_SEC)
+        self.queue.executor.shutdown(wait=False, cancel_futures=True)
 
 
 def create_app(service: Service) -> FastAPI:
@@ -78,7 +139,7 @@ def create_app(service: Service) -> FastAPI:
         loading = asyncio.create_task(door.warm_up())
         yield
         loading.cancel()
-        door.queue.executor.shutdown(wait=False, cancel_futures=True)
+        await door.leave()
 
     app = FastAPI(
         title="MuseTalk worker", version="1", lifespan=lifespan, docs_url=None, redoc_url=None,
@@ -89,6 +150,12 @@ def create_app(service: Service) -> FastAPI:
     async def generate(request: Request) -> Response:
         return await door.generate(request)
 
+    app.state.door = door
+
+    @app.get("/jobs/{job_id}", response_model=JobState, responses={404: {"model": Failure}})
+    async def state(job_id: str) -> Response:
+        return JSONResponse(door.followed.state(job_id))
+
     @app.head("/hc", include_in_schema=False)
     @app.get("/hc")
     async def health() -> dict[str, str]:
@@ -96,12 +163,12 @@ def create_app(service: Service) -> FastAPI:
 
     @app.head("/ping", include_in_schema=False)
     @app.get("/ping", response_class=Response, responses={
-        200: {"description": "ready"}, 204: {"description": "loading or warming up"},
+        200: {"description": "ready"}, 204: {"description": "loading, warming up, or about to end"},
         500: {"description": "this worker must be replaced", "content": {"text/plain": {}}}})
     async def ping() -> Response:
         if service.unfit:
             return PlainTextResponse(service.unfit, 500)
-        return Response(status_code=200 if service.engine.ready else 204)
+        return Response(status_code=200 if service.engine.ready and not door.closing else 204)
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
@@ -119,6 +186,8 @@ def _job_schema() -> dict[str, Any]:
     requests = [kind.model_json_schema() for kind in (JobRequest, Estimate)]
     requests = [_without_references(schema, schema.pop("$defs")) for schema in requests]
     either = {"anyOf": [*requests, SelfTest.model_json_schema(), FindFaces.model_json_schema()]}
+    for kind in either["anyOf"]:
+        kind["properties"].update(Callback.model_json_schema()["properties"])
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": either}}}}
 
 
@@ -136,8 +205,12 @@ def _without_references(schema: Any, definitions: dict[str, Any]) -> Any:
 def _failures() -> dict[int | str, dict[str, Any]]:
     meanings = {403: "sent by a web page of another site, or to another host name", 415: "the body is not said to be JSON",
             422: "the request or its media are at fault", 500: "the worker or its surroundings are at fault",
+            409: "with respond-async: the id is that of another job, which has not ended",
             503: "too many jobs are waiting, or this one would be answered too late; Retry-After says when to come back"}
-    return {status: {"model": Failure, "description": description} for status, description in meanings.items()}
+    taken: dict[int | str, dict[str, Any]] = {
+        202: {"model": JobState, "description": "with Prefer: respond-async; Location says where to ask for it"},
+    }
+    return taken | {status: {"model": Failure, "description": description} for status, description in meanings.items()}
 
 
 class Server(uvicorn.Server):
@@ -145,16 +218,23 @@ class Server(uvicorn.Server):
 
     def __init__(self, service: Service) -> None:
         super().__init__(server_config(service))
-        self.service = service
-        self._unfit_ticks = 0
+        assert isinstance(self.config.app, FastAPI)
+        self.service, self.door = service, self.config.app.state.door
+        self._unfit_ticks, self._ends_by = 0, math.inf
 
     async def on_tick(self, counter: int) -> bool:
-        """Called ten times a second; True ends the server, after the answers that it owes."""
+        """Called ten times a second; True ends the server, after the answers that it owes. To clients that do not wait it
+        owes them while it serves: it takes no more jobs, and goes on until they are fetched and told, or its time is over.
+        """
         if self.service.unfit:
             if not self._unfit_ticks:
                 log.error(self.service.unfit, extra={"ends_in_sec": UNFIT_SEC})
             self._unfit_ticks += 1
-        return await super().on_tick(counter) or self._unfit_ticks > UNFIT_SEC * 10
+        if not (await super().on_tick(counter) or self._unfit_ticks > UNFIT_SEC * 10):
+            return False
+        if not self.door.closing:
+            self.door.closing, self._ends_by = True, time.monotonic() + (self.config.timeout_graceful_shutdown or 0)
+        return self.force_exit or not self.door.owes or time.monotonic() > self._ends_by
 
 
 def server_config(service: Service) -> uvicorn.Config:

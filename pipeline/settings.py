@@ -89,6 +89,7 @@ class Settings(BaseModel):
     port: int = Field(8000, ge=0, le=65535, description="port of the HTTP door")
     port_health: int | None = Field(None, ge=0, le=65535, description="another port that answers the health path, as RunPod's load balancer asks; by default `PORT`")
     http_queue_max: int = Field(8, ge=0, le=100_000, description="jobs waiting at the HTTP door; beyond it 503 with Retry-After")
+    callback_key: str | None = Field(None, description="key that signs what the HTTP door POSTs to a request's `callback_url`; without it such requests are refused")
     database_url: str | None = Field(None, description="PostgreSQL that holds the queue of `python -m pipeline.queue`: `postgresql://user:password@host/name`")
     queue_name: str = Field("musetalk", pattern=r"^[\w.-]{1,40}$", description="the queue in it: workers of other weights or GPUs may have another")
     queue_tries: int = Field(3, ge=1, le=100, description="how often a queued job is run at most, while its failures say that another try may succeed or its worker dies")
@@ -223,7 +224,7 @@ class Settings(BaseModel):
             with contextlib.suppress(OSError):  # said when it is used
                 key = Path(key).read_text(errors="replace")
         return (self.b2_key_id, self.b2_app_key, self.s3_access_key_id, self.s3_secret_access_key, key, self.c2pa_tsa_url,
-                self.database_url)
+                self.callback_key, self.database_url)
 
     def _check_storage(self, on_runpod: bool) -> None:
         if self.storage == "local":

@@ -28,7 +28,7 @@ PIPELINE = {
     "provenance": "mark",
     "film": "errors job mark media schema settings transfer",
     "run": "errors film job mark schema settings transfer",
-    "http": "errors job run settings", "server": "errors http job run schema settings",
+    "http": "errors job run settings transfer", "server": "errors http job run schema settings",
     "queue": "errors http job run settings",
     "shell": "errors job run schema settings", "__main__": "job shell",
     "page": "errors film job run schema settings", "handler": "job run settings",

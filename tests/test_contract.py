@@ -235,7 +235,8 @@ def test_rates() -> None:
 
 def test_schema_is_printed() -> None:
     out = subprocess.run([sys.executable, "-m", "pipeline.schema"], capture_output=True, text=True, check=True).stdout
-    assert list(json.loads(out)) == ["JobRequest", "Estimate", "SelfTest", "FindFaces", "Success", "Failure"]
+    assert list(json.loads(out)) == ["JobRequest", "Estimate", "SelfTest", "FindFaces", "Success", "Failure",
+                                     "Callback", "JobState"]
 
 
 # -- geometry --------------------------------------------------------------------------------------------------------

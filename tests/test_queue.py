@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from pipeline.settings import REPOSITORY
 from tests.conftest import make_media, temporary_files
 from tests.fakes.b2 import B2
 from tests.fakes.platform import API_KEY, Platform
+from tests.fakes.s3 import S3
 from tests.fakes.workers import QueueWorker, broken_weights
 
 
@@ -63,6 +65,16 @@ def test_a_stream_is_told_in_numbered_updates(worker: QueueWorker, samples_url: 
     assert [u["seconds_ready"] for u in told] == sorted(u["seconds_ready"] for u in told)
     assert told[0]["seconds_ready"] == 2
     assert all(set(u) == {"stage", "progress"} for u in updates if u not in told), "without a stream they are as ever"
+
+
+def test_a_bucket_that_the_platform_hands_over(worker: QueueWorker, samples_url: str) -> None:
+    with closing(S3()) as s3:
+        worker.platform.submit("queue-s3", job(samples_url), s3Config={
+            "accessId": s3.key_id, "accessSecret": s3.key, "bucketName": s3.bucket, "endpointUrl": s3.url})
+        body = worker.platform.wait("queue-s3")["output"]
+        assert body["output_url"] == f"{s3.url}/films/avatar/outputs/queue-s3.mp4"
+        assert s3.body("avatar/outputs/queue-s3.mp4")[4:8] == b"ftyp"
+    assert "avatar/outputs/queue-s3.mp4" not in worker.b2.objects
 
 
 def test_failure_keeps_its_body_and_is_marked(worker: QueueWorker, samples_url: str) -> None:

@@ -29,11 +29,11 @@ class Job:
         self.worst_sec = min(deadline_sec, request_limit_sec or math.inf)
         self.running = False
         self.hung_up = False  # its client has
-        self._share = 0.0
+        self.share = 0.0  # of its film that is made
 
     def _report(self, stage: str, share: float) -> None:
         if stage == "inference":
-            self._share = share
+            self.share = share
 
     @property
     def ran_sec(self) -> float:
@@ -43,7 +43,7 @@ class Job:
     @property
     def expected_sec(self) -> float | None:
         """Seconds it takes in all as far as its progress tells; None while it does not."""
-        return self.ran_sec / self._share if self.running and self._share > TELLING_SHARE else None
+        return self.ran_sec / self.share if self.running and self.share > TELLING_SHARE else None
 
 
 class JobQueue:
@@ -55,23 +55,27 @@ class JobQueue:
         self.inside: list[Job] = []
         self._recent: deque[float] = deque(maxlen=REMEMBERED)  # seconds
 
-    def arrive(self) -> Job:
-        """A job whose request has just begun to arrive."""
+    def arrive(self, waits: bool = True) -> Job:
+        """A job whose request has just begun to arrive; `waits`: whether its client waits for the answer."""
         settings = self.service.settings
-        return Job(settings.job_deadline_sec, settings.request_limit_sec)
+        return Job(settings.job_deadline_sec, settings.request_limit_sec if waits else None)
 
-    async def run(self, job: Job, job_input: Any, gone: Callable[[], Awaitable[bool]]) -> dict[str, Any]:
-        """The job's body. `gone` tells whether its client has hung up, which stops the job.
-
-        Raises Busy when too many wait or when it would be answered too late, Cancelled when its client has gone before it
-        was begun.
-        """
+    def enter(self, job: Job, job_input: Any, job_id: str | None = None) -> Future[dict[str, Any]]:
+        """Put a job into the queue. Raises Busy when too many wait, or when it would be answered too late."""
         limit = self.service.settings.http_queue_max
         if len(self.inside) > limit:
             raise self._busy("too many jobs are waiting; come back later", limit=limit)
         self._check_prospects(job, self.inside)
         self.inside.append(job)
-        future = self.executor.submit(self._work, job, job_input)
+        return self.executor.submit(self._work, job, job_input, job_id)
+
+    async def outcome(
+        self, job: Job, future: Future[dict[str, Any]], gone: Callable[[], Awaitable[bool]],
+    ) -> dict[str, Any]:
+        """The body of a job in the queue. `gone` tells whether nobody wants it any more, which stops the job.
+
+        Raises Busy when it would be answered too late after all, Cancelled when it is stopped before it was begun.
+        """
         try:
             return await self._outcome(job, future, gone)
         finally:
@@ -85,7 +89,7 @@ class JobQueue:
                 job.hung_up = True
                 job.control.cancel()
                 if future.cancel():
-                    raise Cancelled("the client hung up before its job began")
+                    raise Cancelled("the job was stopped before it began: its client hung up, or the worker ends")
             elif not job.running:
                 try:
                     self._check_prospects(job, self.inside[:self.inside.index(job)])
@@ -94,10 +98,10 @@ class JobQueue:
                         raise
         return work.result()
 
-    def _work(self, job: Job, job_input: Any) -> dict[str, Any]:
+    def _work(self, job: Job, job_input: Any, job_id: str | None) -> dict[str, Any]:
         job.control.start()
         job.running = True
-        body = self.service.run_job(job_input, control=job.control)
+        body = self.service.run_job(job_input, job_id=job_id, control=job.control)
         if body["status"] == "success" and "estimate" not in body["metrics"]:
             self._recent.append(job.ran_sec)
         return body

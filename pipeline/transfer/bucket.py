@@ -10,6 +10,9 @@ from pipeline.transfer.serve import serve
 
 CONNECT_SEC, READ_SEC = 10.0, 30.0  # of one call
 ABANDONED_SEC = 3600.0  # after which nobody works at an upload in parts any more: an upload takes minutes
+# of S3's refusals, those after which another try may succeed
+PASSING = {"RequestTimeout", "SlowDown", "RequestTimeTooSkewed", "NoSuchUpload", "ExpiredToken", "OperationAborted"}
+PASSING_STATUS = {408, 409, 425, 429}
 NO_LOOK = "the key may not read: a job that is sent again is stored again"
 NO_LIST = ("the key may not list: uploads in parts that a killed worker left unfinished are not cancelled at start; give the "
            "bucket a lifecycle rule for them")

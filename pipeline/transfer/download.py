@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import ipaddress
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 import requests
-from requests_hardened import Config, HTTPSession
 from requests_hardened.ip_filter import InvalidIPAddress
 from tenacity import (
     RetryCallState,
@@ -31,10 +29,10 @@ from pipeline.errors import BadMedia, BadRequest, DiskFull, MediaError, SourceRe
 from pipeline.job import redact
 from pipeline.job.control import Control
 from pipeline.settings import Settings
+from pipeline.transfer.addresses import IDLE_SEC, Addresses, BadAddress, host_of
 from pipeline.transfer.interruptible import Connections, in_thread
 
 TRIES = 3
-CONNECT_SEC, IDLE_SEC = 10.0, 20.0
 ANSWER_SEC = 30.0  # from a request to the end of the answer's headers, whatever comes before it
 FETCH_SEC = 60.0  # of one input with all tries; longer where a third of the job's time is
 SLOWEST = 1000  # bytes a second of a body, once IDLE_SEC have passed
@@ -95,8 +93,7 @@ class Downloader:
         self.answer_sec = answer_sec
         self.limit = int(settings.max_download_mb * 1_000_000)
         self.root = settings.local_input_root
-        self.names = {h for h in settings.download_allow_hosts if "/" not in h}
-        self.networks = [ipaddress.ip_network(h, strict=False) for h in settings.download_allow_hosts if "/" in h]
+        self.addresses = Addresses(settings)
 
     def fetch(self, url: str, target: Path, field: str, control: Control) -> Source:
         """Bring `url` (or a path under LOCAL_INPUT_ROOT) to a local file; raises a MediaError naming `field`."""
@@ -126,24 +123,6 @@ class Downloader:
         with file.open("rb") as f:
             return Source(file, hashlib.file_digest(f, "sha256").hexdigest(), path)
 
-    def _allowed(self, host: str) -> bool:
-        """Whether the operator vouches for this host, by name or literal address."""
-        host = host.lower().rstrip(".")
-        if host in self.names:
-            return True
-        try:
-            address = ipaddress.ip_address(host)
-        except ValueError:
-            return False
-        return any(address in network for network in self.networks)
-
-    def _session(self, host: str, connections: Connections) -> HTTPSession:
-        guarded = not self._allowed(host)
-        session = HTTPSession(Config(guarded, False, True, (CONNECT_SEC, IDLE_SEC), "musetalk-worker"))
-        session.trust_env = False  # a proxy from the environment would resolve names itself
-        connections.register(session)
-        return session
-
     def _try(self, url: str, target: Path, field: str, patience: Patience) -> Source:
         """One try, ended within a moment when the job has to stop or the source takes too long."""
         connections = Connections()
@@ -156,7 +135,8 @@ class Downloader:
             redact.hide_in_job(url)
             here = {**where, "url": redact.url(url)}
             host = _host(url, here, hop > 0)
-            with _translated(here, True), self._session(host, connections) as session, contextlib.ExitStack() as opened:
+            with _translated(here, True), contextlib.ExitStack() as opened:
+                session = opened.enter_context(self.addresses.session(host, connections))
                 with patience.answer():
                     response = opened.enter_context(
                         session.get(url, stream=True, headers={"Accept-Encoding": "identity"}))
@@ -232,20 +212,10 @@ def _check_status(response: requests.Response, where: dict[str, Any]) -> None:
 
 def _host(url: str, where: dict[str, Any], redirected: bool) -> str:
     """The host of an http(s) URL; raises the 422 of one that cannot be asked."""
-    with _translated(where, redirected):
-        parts = urlsplit(url)
-        port = parts.port
-        if parts.scheme not in ("http", "https"):
-            what = "not http or https, and only those are fetched"
-        elif not parts.hostname:
-            what = "the URL names no host"
-        elif port == 0:
-            what = "the URL's port is 0"
-        else:
-            parts.hostname.encode("idna")
-            requests.Request("GET", url).prepare()  # from here on, what cannot be parsed is what the source answers
-            return parts.hostname
-    raise _bad_url(what, where, redirected)
+    try:
+        return host_of(url)
+    except BadAddress as e:
+        raise _bad_url(str(e), where, redirected) from e
 
 
 def _bad_url(what: str, where: dict[str, Any], redirected: bool) -> MediaError:

@@ -120,6 +120,13 @@ class Helpers:
             raise
         self._give_back(helper)
 
+    def close(self) -> None:
+        """End those that are idle."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for helper in idle:
+            helper.close()
+
     def _give_back(self, helper: Helper) -> None:
         with self._lock:
             self._idle.append(helper)

@@ -20,9 +20,18 @@ from urllib.parse import quote
 import boto3
 from boto3.s3.transfer import TransferConfig, create_transfer_manager
 from botocore.config import Config
-from botocore.exceptions import ClientError, NoCredentialsError, ParamValidationError
+from botocore.exceptions import ClientError, HTTPClientError, NoCredentialsError, ParamValidationError
 
-from pipeline.transfer.bucket import ABANDONED_SEC, CONNECT_SEC, NO_LIST, NO_LOOK, READ_SEC, serve_bucket
+from pipeline.transfer.bucket import (
+    ABANDONED_SEC,
+    CONNECT_SEC,
+    NO_LIST,
+    NO_LOOK,
+    PASSING,
+    PASSING_STATUS,
+    READ_SEC,
+    serve_bucket,
+)
 from pipeline.transfer.serve import Failed
 
 # an object's metadata, in names without "_", which some proxies drop: what the file holds, and what was signed where signatures
@@ -30,9 +39,11 @@ from pipeline.transfer.serve import Failed
 SHA1, DIGEST = "content-sha1", "content-digest"
 PART_BYTES = 16 << 20  # of files larger than that; four at a time
 TRIES = 2  # of one call, within the SDK; the parent waits longer between its own
-PASSING = {"RequestTimeout", "SlowDown", "RequestTimeTooSkewed", "NoSuchUpload", "ExpiredToken", "OperationAborted"}
-PASSING_STATUS = {408, 409, 425, 429}
 PARTS = ("CreateMultipartUpload", "CompleteMultipartUpload", "AbortMultipartUpload")
+
+
+class PrivateAddress(Exception):
+    """A guarded client was to connect to an address that is not public."""
 
 
 class Client:
@@ -44,10 +55,13 @@ class Client:
             connect_timeout=CONNECT_SEC, read_timeout=READ_SEC, retries={"mode": "standard", "total_max_attempts": TRIES},
             # what other stores than AWS's understand: checksums only where the API asks for them, and the bucket in the path
             request_checksum_calculation="when_required", response_checksum_validation="when_required",
-            s3={"addressing_style": "path" if account["endpoint"] else "auto"})
+            s3={"addressing_style": "path" if account["endpoint"] else "auto"},
+            proxies={} if account.get("guarded") else None)  # a proxy would resolve names itself
         self._client = boto3.client(
             "s3", endpoint_url=account["endpoint"], region_name=account["region"] or "us-east-1", config=config,
             aws_access_key_id=account["key_id"], aws_secret_access_key=account["app_key"])
+        if account.get("guarded"):
+            _guard(self._client)
         self._open: dict[str, str] = {}  # uploads in parts that were started and neither completed nor aborted: id -> key
         for operation in PARTS:
             self._client.meta.events.register(f"provide-client-params.s3.{operation}", _noted)
@@ -143,6 +157,30 @@ class Client:
             self._open.pop(upload_id, None)
 
 
+def _guard(client: Any) -> None:
+    """Let a client, whose endpoint a stranger chose, connect to public addresses only: what is checked is what is used."""
+    from requests_hardened.ip_filter import InvalidIPAddress, filter_host
+
+    def guarded(pool: Any) -> Any:
+        class Guarded(pool.ConnectionCls):  # type: ignore[misc]
+            _dns_host: str
+
+            def _new_conn(self) -> Any:
+                name = self._dns_host
+                try:
+                    self._dns_host = filter_host(name.strip("[]"), self.port, allow_loopback=False).strip("[]")
+                    return super()._new_conn()
+                except InvalidIPAddress as e:
+                    raise PrivateAddress(name) from e  # which boto does not take for a lost connection
+                finally:
+                    self._dns_host = name  # by which TLS knows the host
+
+        return type(pool.__name__, (pool,), {"ConnectionCls": Guarded})
+
+    manager = client._endpoint.http_session._manager
+    manager.pool_classes_by_scheme = {scheme: guarded(pool) for scheme, pool in manager.pool_classes_by_scheme.items()}
+
+
 def _noted(params: dict[str, Any], context: dict[str, Any], **_: Any) -> None:
     """boto's event: keep the id for `_note`, which is not given the parameters."""
     context["musetalk_upload_id"] = params.get("UploadId", "")
@@ -157,6 +195,8 @@ def _translated(client: Client) -> Iterator[None]:
         with contextlib.suppress(Exception):  # as unreachable as the rest; tried again with the next request
             client.cancel_open()
         text = f"{type(e).__name__}: {e}"[:300]
+        if isinstance(e, HTTPClientError) and isinstance(e.kwargs.get("error"), PrivateAddress):
+            raise Failed("rejected", "the host has no public address", reason="private_address") from e
         if isinstance(e, NoCredentialsError | ParamValidationError):
             raise Failed("rejected", text, reason=type(e).__name__) from e
         if not isinstance(e, ClientError):

@@ -7,19 +7,23 @@ import fcntl
 import logging
 import os
 import random
+import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 from urllib.parse import quote
 
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_before_delay
 
-from pipeline.errors import DeadlineExceeded, DiskFull, StorageRejected, StorageUnavailable, disk_is_full
+from pipeline.errors import BadRequest, DeadlineExceeded, DiskFull, StorageRejected, StorageUnavailable, disk_is_full
+from pipeline.job import redact
 from pipeline.job.control import Control
 from pipeline.settings import BadSetting, Settings
+from pipeline.transfer.addresses import Addresses, BadAddress, host_of
 from pipeline.transfer.helper import HelperFailed, Helpers
+from pipeline.transfer.send import SendFailed, send
 
 log = logging.getLogger("musetalk.storage")
 
@@ -29,6 +33,7 @@ COPY_BYTES = 4 << 20
 STALE_SEC = 60.0  # after which a partial file that nobody holds is a dead worker's
 PARTIAL = ".musetalk-{}.part"  # names of files that are being written
 MP4 = "video/mp4"
+_REGION = re.compile(r"(?:^|\.)s3[.-]((?:[a-z]{2,3}-)+[a-z]+-\d+|[a-z]{2}-[a-z]{3})\.")  # in an endpoint's host: s3.REGION.
 
 
 class Storage(Protocol):
@@ -155,6 +160,10 @@ class BucketStorage:
         except (TimeoutError, DeadlineExceeded):
             log.warning("the storage could not be tried: no answer within %g s", CHECK_SEC)
 
+    def close(self) -> None:
+        """End the helper processes."""
+        self._helpers.close()
+
     def upload(self, path: Path, key: str, control: Control, *, content_type: str = MP4, cache_control: str | None = None,
                digest: str = "") -> str:
         """Upload with waits between tries until it is there, it is refused for good, or UPLOAD_SEC or the job is over."""
@@ -163,9 +172,7 @@ class BucketStorage:
         limit = Control(min(UPLOAD_SEC, control.remaining))
         wanted = {"path": str(path.resolve()), "key": name, "content_type": content_type, "cache_control": cache_control,
                   "digest": digest}
-        tries = Retrying(sleep=control.sleep, retry=retry_if_exception_type(StorageUnavailable), wait=_wait, reraise=True,
-                         stop=stop_before_delay(limit.limit))
-        url: str = tries(self._try, wanted, control, limit)
+        url = _until_stored(lambda: self._try(wanted, control, limit), control, limit)
         return f"{self.base.rstrip('/')}/{quote(name)}" if self.base else url
 
     def _try(self, wanted: dict[str, Any], control: Control, limit: Control) -> str:
@@ -180,6 +187,49 @@ class BucketStorage:
             raise StorageUnavailable(f"Upload failed: {e.message}", reason=reason, **where) from e
         except TimeoutError as e:
             raise StorageUnavailable(f"Upload failed: {e}", reason="TimeoutError", **where) from e
+
+
+class PutStorage:
+    """One address that takes one result: a presigned PUT. Its answer is the address without the signature."""
+
+    def __init__(self, url: str, field: str, addresses: Addresses) -> None:
+        """Raises BadRequest naming `field`."""
+        self.url, self.field, self.addresses = url, field, addresses
+        redact.hide_in_job(url)
+        try:
+            addresses.check_target(url)
+        except BadAddress as e:
+            raise BadRequest(f"{field}: {e}", stage="validation", field=field) from e
+
+    def check(self) -> None:
+        """What a presigned URL can do shows when it is used."""
+
+    def upload(  # only what every signature covers is sent
+        self, path: Path, key: str, control: Control, *, content_type: str = MP4,  # noqa: ARG002
+        cache_control: str | None = None, digest: str = "",  # noqa: ARG002
+    ) -> str:
+        """PUT the file with waits between tries until it is taken, it is refused for good, or UPLOAD_SEC or the job is over."""
+        control.check()
+        limit = Control(min(UPLOAD_SEC, control.remaining))
+        return _until_stored(lambda: self._try(path, content_type, control, limit), control, limit)
+
+    def _try(self, path: Path, content_type: str, control: Control, limit: Control) -> str:
+        where: dict[str, Any] = {"stage": "upload", "field": self.field, "url": redact.url(self.url)}
+        try:
+            send("PUT", self.url, path, {"Content-Type": content_type}, self.addresses, control, limit.remaining)
+        except SendFailed as e:
+            error = StorageUnavailable if e.passing else StorageRejected
+            raise error(f"{self.field}: {e.message}", reason=e.details["reason"], **where) from e
+        except TimeoutError as e:
+            raise StorageUnavailable(f"{self.field}: {e}", reason="TimeoutError", **where) from e
+        return redact.url(self.url)
+
+
+def _until_stored(attempt: Callable[[], str], control: Control, limit: Control) -> str:
+    """The URL that a try gives, with waits between tries while the storage fails for now."""
+    tries = Retrying(sleep=control.sleep, retry=retry_if_exception_type(StorageUnavailable), wait=_wait, reraise=True,
+                     stop=stop_before_delay(limit.limit))
+    return tries(attempt)
 
 
 def b2_storage(settings: Settings) -> BucketStorage:
@@ -197,11 +247,26 @@ def s3_storage(settings: Settings) -> BucketStorage:
     return BucketStorage("pipeline.transfer.s3", account, settings.s3_prefix, settings.s3_public_url_base)
 
 
+def s3_storage_of_job(key_id: str, secret: str, bucket: str, endpoint: str, settings: Settings) -> BucketStorage:
+    """A bucket that a job brings, at an address under the rules for downloads. Raises BadRequest; `close` it after the job."""
+    redact.hide_in_job(key_id, secret, endpoint)
+    field = "s3Config.endpointUrl"
+    try:
+        host = host_of(endpoint)
+    except BadAddress as e:
+        raise BadRequest(f"{field}: {e}", stage="validation", field=field) from e
+    region = _REGION.search(host)
+    account = {"key_id": key_id, "app_key": secret, "bucket": bucket, "names": "s3Config",
+               "endpoint": endpoint.replace(f"://{bucket}.", "://", 1),  # some name the bucket in it, too
+               "region": region[1] if region else None, "guarded": "" if Addresses(settings).vouched(host) else "yes"}
+    return BucketStorage("pipeline.transfer.s3", account, settings.s3_prefix, None)
+
+
 def _wait(state: RetryCallState) -> float:
     """Seconds until the next try: doubling, with jitter, and not before the storage asks for it."""
     error = state.outcome.exception() if state.outcome else None
     cause = error.__cause__ if error else None
-    asked = float(cause.details.get("retry_after", 0)) if isinstance(cause, HelperFailed) else 0.0
+    asked = float(cause.details.get("retry_after", 0)) if isinstance(cause, HelperFailed | SendFailed) else 0.0
     return max(asked, min(0.5 * 2 ** (state.attempt_number - 1), 20.0) * random.uniform(0.7, 1.3))
 
 

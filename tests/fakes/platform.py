@@ -53,9 +53,9 @@ class Platform:
             return {"id": job_id, "status": "IN_PROGRESS" if job_id in self.taken else "IN_QUEUE"}
         return {"id": job_id, "status": "FAILED" if posted.get("error") else "COMPLETED", **posted}
 
-    def submit(self, job_id: str, job_input: Any) -> None:
-        """Queue a job."""
-        self.jobs.put({"id": job_id, "input": job_input})
+    def submit(self, job_id: str, job_input: Any, **beside: Any) -> None:
+        """Queue a job, with what the platform hands over beside its input."""
+        self.jobs.put({"id": job_id, "input": job_input, **beside})
 
     def stop(self, job_id: str) -> None:
         """Cancel a job."""

@@ -18,6 +18,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
         "test_media.py::test_the_readme_names_what_is_accepted"),
     "speech": ("test_sound.py::",),
     "storage": (
+        "test_delivery.py::",
         "test_storage.py::test_cancel", "test_storage.py::test_deadline", "test_storage.py::test_another_job_goes_on",
         "test_storage.py::test_the_same_large_file", "test_storage.py::test_a_rejected_key",
         "test_storage.py::test_a_key_that"),

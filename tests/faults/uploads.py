@@ -12,8 +12,9 @@ from pipeline.settings import BadSetting, Settings
 from pipeline.transfer.storage import UPLOAD_SEC
 from tests.fakes import b2 as fakes
 from tests.fakes import tsa
+from tests.fakes.receiver import Receiver
 from tests.fakes.s3 import S3
-from tests.faults.world import SUCCESS, Body, Expect, Row, World, processing
+from tests.faults.world import CANARY, SUCCESS, Body, Expect, Row, World, processing
 
 DOWN, REFUSED = processing("upload", True), processing("upload", False)
 UNSTAMPED = processing("postprocessing", True, "C2PA_TSA_URL")
@@ -114,6 +115,17 @@ def s3_job(fault: tuple[int, str] | None = None, count: int = 1) -> Callable[[Wo
     return act
 
 
+def put_job(path: str) -> Callable[[World], Body]:
+    """A job whose film is PUT to a signed address that behaves so."""
+    def act(w: World) -> Body:
+        with closing(Receiver()) as receiver:
+            body = w.job(output_put_url=f"{receiver.url}/{path}?X-Amz-Signature={CANARY}")
+            taken = receiver.taken[f"/{path}"]
+            assert (len(set(taken)) == 1) == (body["status"] == "success"), f"{len(taken)} bodies were taken"
+            return body
+    return act
+
+
 def again(part_size: int, signed: bool = False) -> Callable[[World], None]:
     """The same job sent to a second worker after the first one's answer was lost: one object, one URL."""
     def act(w: World) -> None:
@@ -172,6 +184,16 @@ ROWS = [
     Row("storage", "S3", s3_job()),
     Row("storage", "S3: 503 four times", s3_job((503, "SlowDown"), 4)),
     Row("storage", "S3: access denied", s3_job((403, "AccessDenied"), 50), REFUSED),
+    Row("storage", "a presigned PUT", put_job("ok/x")),
+    Row("storage", "a presigned PUT: 503 twice", put_job("flaky/2")),
+    Row("storage", "a presigned PUT: reset within the body", put_job("dies/1")),
+    Row("storage", "a presigned PUT: stored, but the answer is lost", put_job("lost/x")),
+    Row("storage", "a presigned PUT that has expired", put_job("expired/x"), REFUSED),
+    Row("storage", "a presigned PUT that redirects", put_job("redirects/x"), REFUSED),
+    Row("storage", "a presigned PUT at a private address", lambda w: w.job(
+        w.another(download_allow_hosts=("127.0.0.1",)), output_put_url="https://10.0.0.1/x"), REFUSED),
+    Row("storage", "a presigned PUT that is never answered", put_job("hangs/x"), processing("upload", True),
+        limit_sec=40, aside=True),
     Row("storage", "the same job sent again", again(10**8)),
     Row("storage", "the same job sent again, stored in parts", again(10_000)),
     Row("storage", "two workers with the same job at once", at_once),
