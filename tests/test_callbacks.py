@@ -82,7 +82,7 @@ def signed(headers: dict[str, str], body: bytes) -> bool:
 
 
 def test_a_job_that_nobody_waits_for(door: str, folder: Path, receiver: Receiver, samples_url: str) -> None:
-    request = job(samples_url, musetalk_job_id="async-1", callback_url=f"{receiver.url}/ok/x?{QUERY}")
+    request = job(samples_url, musetalk_job_id="async-1", callback_url=f"{receiver.url}/ok/x?{QUERY}", params={"stream": True})
     began = time.monotonic()
     answer = requests.post(f"{door}/generate", json=request, headers=ASYNC, timeout=60)
     assert time.monotonic() - began < 5
@@ -90,9 +90,10 @@ def test_a_job_that_nobody_waits_for(door: str, folder: Path, receiver: Receiver
     assert (answer.headers["Location"], answer.headers["Preference-Applied"]) == ("/jobs/async-1", "respond-async")
     assert answer.json() == {"musetalk_job_id": "async-1", "state": answer.json()["state"], "progress": 0.0, "playlist": None,
                              "body": None}
-    states = []
+    states, playlists = [], set[str | None]()
     while (state := requests.get(f"{door}{answer.headers['Location']}", timeout=5).json())["state"] != "ended":
         states.append((state["state"], state["progress"], state["body"]))
+        playlists.add(state["playlist"])
         time.sleep(0.02)
     assert {name for name, _, _ in states} <= {"waiting", "running"}
     assert "running" in {name for name, _, _ in states}
@@ -100,6 +101,8 @@ def test_a_job_that_nobody_waits_for(door: str, folder: Path, receiver: Receiver
     assert all(body is None for _, _, body in states)
     assert (state["progress"], state["body"]["status"]) == (1.0, "success")
     assert state["body"]["output_url"].endswith("/async-1.mp4")
+    assert state["playlist"] == state["body"]["metrics"]["stream"]["playlist_url"]
+    assert playlists == {None, state["playlist"]}, "it was told while the film was made"
     (told,) = until(lambda: receiver.taken["/ok/x"])
     assert json.loads(told) == state["body"]
     assert signed(receiver.headers[0], told)
@@ -153,7 +156,8 @@ def test_clients_that_vanish(door: str, receiver: Receiver, samples_url: str) ->
     request = json.dumps(job(samples_url, musetalk_job_id="gone-1", callback_url=f"{receiver.url}/ok/async")).encode()
     host, port = door.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as client:
-        client.sendall(b"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nPrefer: respond-async\r\nContent-Length: %d\r\n\r\n%s" % (
+        head = b"POST /generate HTTP/1.1\r\nHost: 127.0.0.1\r\nPrefer: respond-async\r\nContent-Length: %d\r\n\r\n%s"
+        client.sendall(head % (
             len(request), request))
     assert json.loads(until(lambda: receiver.taken["/ok/async"])[0])["status"] == "success"
     sources = Sources()
@@ -193,7 +197,7 @@ def test_sigterm_ends_the_jobs_that_nobody_waits_for_first(tmp_path: Path, recei
 # -- deliveries ------------------------------------------------------------------------------------------------------
 
 
-def deliver(path: str, receiver: Receiver, body: dict[str, Any] | None = None, seconds: float = 30, **changes: Any) -> Callbacks:
+def deliver(path: str, receiver: Receiver, body: dict[str, Any] | None = None, seconds: float = 30, **changes: Any) -> None:
     """Tell a body to a path of the receiver, and wait for the end of it."""
     settings = Settings(callback_key=KEY, **{"download_allow_hosts": ("127.0.0.0/8",), **changes})
     callbacks = Callbacks(settings)
@@ -204,7 +208,6 @@ def deliver(path: str, receiver: Receiver, body: dict[str, Any] | None = None, s
     callbacks.close(seconds)
     assert callbacks.pending == 0
     assert not [t for t in threading.enumerate() if t.name in ("callback", "send")]
-    return callbacks
 
 
 @pytest.fixture

@@ -145,6 +145,12 @@ def test_an_address_that_cannot_be_is_refused_before_any_work(service: Service, 
     assert "canary" not in str(body)
 
 
+def test_a_stream_is_more_than_one_address_takes(service: Service) -> None:
+    body = service.run_job({"musetalk_job_id": "j", "video_url": "http://127.0.0.1:9/v", "audio_url": "http://127.0.0.1:9/a",
+                            "output_put_url": "https://h.example/x", "params": {"stream": True}})
+    assert (body["stage"], body["details"]["field"]) == ("validation", "params.stream")
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1", "10.0.0.1", "169.254.169.254", "::1", "fd00::1", "::ffff:10.0.0.1"])
 def test_private_addresses_are_not_sent_to(movie: Path, address: str) -> None:
     with Network({"evil.example": [[address]]}) as network, pytest.raises(StorageRejected) as e:

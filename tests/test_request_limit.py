@@ -34,9 +34,14 @@ def balancer(tmp_path: Path) -> Iterator[Balancer]:
 @pytest.fixture
 def sources(short_speech: Path) -> Iterator[Sources]:
     sources = Sources()
-    sources.folder = short_speech.parent
+    sources.folder = short_speech.parent.parent  # each file has a folder of its own
     yield sources
     sources.close()
+
+
+def served(path: Path) -> str:
+    """A file's name on the sources' host."""
+    return f"{path.parent.name}/{path.name}"
 
 
 def ask(balancer: Balancer, **job: Any) -> tuple[requests.Response, float]:
@@ -50,8 +55,8 @@ def test_every_answer_comes_before_the_cut(balancer: Balancer, sources: Sources,
                                            short_clip: Path) -> None:
     speech = media("brief.wav", "-f", "lavfi", "-i", "sine=220:d=0.2")
     slow = {"musetalk_job_id": "slow", "video_url": f"{sources.url}/silent/30", "audio_url": f"{samples_url}/speech.wav"}
-    short = {"musetalk_job_id": "short", "video_url": f"{sources.url}/file/{short_clip.name}",
-             "audio_url": f"{sources.url}/file/{speech.name}"}
+    short = {"musetalk_job_id": "short", "video_url": f"{sources.url}/file/{served(short_clip)}",
+             "audio_url": f"{sources.url}/file/{served(speech)}"}
     with concurrent.futures.ThreadPoolExecutor() as pool:
         # nothing is known of how long jobs take: the running one may take all the time there is
         running = pool.submit(ask, balancer, **slow)
@@ -69,7 +74,7 @@ def test_every_answer_comes_before_the_cut(balancer: Balancer, sources: Sources,
         # jobs are known to be short: one waits for its turn, until the one ahead takes longer than they do
         done, typical = ask(balancer, **short)
         assert done.status_code == 200, done.text
-        late = {**short, "musetalk_job_id": "late", "video_url": f"{sources.url}/late/5/{short_clip.name}"}
+        late = {**short, "musetalk_job_id": "late", "video_url": f"{sources.url}/late/5/{served(short_clip)}"}
         running = pool.submit(ask, balancer, **late)
         time.sleep(0.2)
         refused, seconds = ask(balancer, **short)
@@ -102,7 +107,7 @@ def test_a_job_that_is_too_long_for_runpods_balancer_is_answered(tmp_path: Path,
     with serving(tmp_path, RUNPOD_ENDPOINT_ID="x", DEVICE="cpu") as base:
         balancer = Balancer(base, RUNPOD_CUT_SEC)
         answer, seconds = ask(balancer, musetalk_job_id="long", video_url=f"{samples_url}/presenter.mp4",
-                              audio_url=f"{sources.url}/file/{speech.name}")
+                              audio_url=f"{sources.url}/file/{served(speech)}")
         balancer.close()
     assert answer.status_code == 500, answer.text
     assert f"REQUEST_LIMIT_SEC={RUNPOD_REQUEST_SEC}" in answer.json()["error_message"]
