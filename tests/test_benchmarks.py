@@ -10,10 +10,12 @@ import sys
 import pytest
 
 from benchmarks import __main__ as bench
+from training.speech import visemes_of
 
 
 @pytest.mark.parametrize(("name", "arguments", "missing"), [
     ("sync", (), "espeakng_loader"), ("picture", (), "espeakng_loader"), ("lanes", (), "espeakng_loader"),
+    ("live", (), "espeakng_loader"),
     ("finish", (), "espeakng_loader"), ("judge", ("--modules", "x", "y.mp4"), "espeakng_loader"), ("nets", (), "diffusers")])
 def test_what_is_missing_is_one_line(name: str, arguments: tuple[str, ...], missing: str,
                                      monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,3 +39,9 @@ def test_the_table_has_each_figure_beside_the_releases() -> None:
     for name, figures in release["figures"].items():
         for figure, value in figures.items():
             assert float(shown[name, figure][1]) == pytest.approx(value, rel=1e-3), (name, figure)
+
+
+def test_a_stressed_vowel_opens_the_mouth() -> None:
+    """espeak-ng 1.52 writes the stress before the vowel; 1.51 did not."""
+    assert visemes_of("'oU") == visemes_of(",oU") == visemes_of("oU") != ["sil"]
+    assert visemes_of("'") == visemes_of("_:") == ["sil"]

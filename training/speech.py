@@ -209,6 +209,7 @@ def resample(wave: NDArray[Any], old: int, new: int) -> NDArray[np.float32]:
 
 def visemes_of(name: str) -> list[str]:
     """Visemes of an espeak mnemonic, in order; pauses (names starting with _) are silence."""
+    name = name.lstrip("',")  # stress, which espeak-ng 1.52 writes before the vowel
     if not name or name[0] in "_|:%'":
         return ["sil"]
     for length in (2, 1):
