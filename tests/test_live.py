@@ -201,6 +201,24 @@ def test_a_late_machine_drops_frames_and_nothing_else(lipsync: LipSync, clip: Cl
     assert times[-1] - times[0] <= 24 / 25 + 0.3, "late by what the machine took at most, not by its sum"
 
 
+def test_a_slow_machine_makes_what_it_can(lipsync: LipSync, clip: Clip, words: Floats) -> None:  # noqa: F811
+    """A tenth of a second a frame: not everything too late, but each frame that there is time for."""
+    clock = Simulated()
+    stage = staged(lipsync, clock)
+    speaker = stage.open(clip.avatar)
+    speaker.push(words[6400 : 6400 + 2 * RATE])
+
+    def takes(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        clock.time += 0.1 * len(inputs[0])
+
+    hook = lipsync.nets.unet.register_forward_pre_hook(takes)
+    try:
+        moments = list(islice(speaker, 50))
+    finally:
+        hook.remove()
+    assert len({id(m.image) for m in moments[10:]}) >= 12
+
+
 def test_sessions_share_batches_and_are_refused_by_number(lipsync: LipSync, clip: Clip, words: Floats) -> None:  # noqa: F811
     clock = Simulated()
     stage = staged(lipsync, clock, capacity=2)

@@ -34,6 +34,7 @@ from musetalk.steps import RGB, Frame, Shown, Speaker, State, blend, paint
 
 LEAD = 0.16  # seconds
 SHARE = 0.7  # of the frames that the generator makes: the rest is hearing, painting, and a reserve
+EASE, FORGET = 0.2, 0.97  # how fast the machine's pace is learned, and that of other batches is forgotten
 BATCH = 4  # frames by which it is measured
 
 
@@ -47,6 +48,23 @@ class Real:
     def sleep(self, seconds: float) -> None:
         """Return that much later."""
         time.sleep(seconds)
+
+
+class Pace:
+    """How long batches take on this machine of late; what was not tried is hoped for."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[int, float] = {}
+
+    def took(self, count: int, seconds: float) -> None:
+        """A batch of so many frames took so long."""
+        self.seconds = {k: s * FORGET for k, s in self.seconds.items()}
+        before = self.seconds.get(count, seconds)
+        self.seconds[count] = before + EASE * (seconds - before)
+
+    def of(self, count: int) -> float:
+        """What a batch will take: no less than a smaller one."""
+        return max((s for k, s in self.seconds.items() if k <= count), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -112,6 +130,7 @@ class Stage:
         self.capacity = capacity
         self.sessions: list[LiveSpeaker] = []
         self.lock = threading.Lock()
+        self.pace = Pace()
         self.thread: threading.Thread | None = None
         self.ending = threading.Event()
 
@@ -150,12 +169,25 @@ class Stage:
         with self.lock:
             sessions = list(self._open())
         wanted = [(one, planned) for one in sessions for planned in one.wanted()]
-        wanted = sorted(wanted, key=lambda w: w[0].due(w[1].output))[: self.options.batch_size]
+        wanted = self._in_time(sorted(wanted, key=lambda w: w[0].due(w[1].output))[: self.options.batch_size])
         for _, planned in wanted:
             planned.begun = True
         works = [Work(one, its, {}) for one in sessions if (its := [planned for session, planned in wanted if session is one])]
+        began = self.clock.now()
         self._make(works)
+        if works:
+            self.pace.took(len(wanted), self.clock.now() - began)
         return bool(works)
+
+    def _in_time(self, wanted: list[tuple[LiveSpeaker, Planned]]) -> list[tuple[LiveSpeaker, Planned]]:
+        """Of what is wanted, by its time, what can be made before the first of it is due; the last one is tried in any case.
+
+        What is late is shown by nobody: a machine that tried everything would show nothing.
+        """
+        now = self.clock.now()
+        while len(wanted) > 1 and wanted[0][0].due(wanted[0][1].output) < now + self.pace.of(len(wanted)):
+            wanted = wanted[1:]
+        return wanted
 
     def _make(self, works: list[Work]) -> None:
         """Hear, generate and paint the frames of some sessions."""
