@@ -29,9 +29,15 @@ from pipeline.settings import REPOSITORY
 from tests.conftest import make_media
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("shell") / "cache"
+
+
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CACHE_DIR", str(tmp_path / "cache"))
+def own_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is prepared for one film is there for the next."""
+    monkeypatch.setenv("CACHE_DIR", str(cache))
 
 
 def test_preview_is_the_first_second(
@@ -114,8 +120,9 @@ def test_a_folder_reports_its_file_and_quiet_says_nothing(
 ])
 def test_outputs_that_cannot_be_are_noticed_before_any_work(
     short_clip: Path, short_speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], output: str, more: list[str],
-    words: str,
+    words: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "there.mp4").write_bytes(b"precious")
     names = {"EXISTS": str(tmp_path / "there.mp4"), "CLIP": str(short_clip), "SPEECH": str(short_speech)}
     target = names.get(output) or (output if output.startswith("/") else f"{tmp_path}/{output}")
@@ -202,7 +209,7 @@ def test_a_terminal_sees_the_bar(short_clip: Path, short_speech: Path, tmp_path:
     """The command line's, and that of `make run`; in a narrow one it stays on its line."""
     arguments = (str(short_clip), str(short_speech), "--preview", "-o", str(tmp_path / "o.mp4"))
     job = {"input": {"musetalk_job_id": "tty", "video_url": str(short_clip), "audio_url": str(short_speech)}}
-    bare = {"LOCAL_INPUT_ROOT": "/", "LOCAL_STORAGE_DIR": str(tmp_path), "CACHE_DIR": str(tmp_path / "cache")}
+    bare = {"LOCAL_INPUT_ROOT": "/", "LOCAL_STORAGE_DIR": str(tmp_path)}
     narrow = on_a_terminal("-m", "pipeline", *arguments, columns=40)
     assert "inference  [#####################] 100%" in narrow
     assert max(map(len, re.split(r"[\r\n]+", narrow))) < 40

@@ -15,7 +15,8 @@ import torch
 from benchmarks.sync import Clip, Ruler, correlation, make_clip, source
 from musetalk import LipSync, Options
 from musetalk.sound.features import PIECE, SAMPLE_RATE, Prompts, whisper_states
-from tests.conftest import DEMO, SAMPLES
+from pipeline.run import Service
+from tests.conftest import SAMPLES
 from training.speech import sample
 
 FPS = Fraction(25)
@@ -23,8 +24,8 @@ Floats = np.ndarray
 
 
 @pytest.fixture(scope="module")
-def lipsync() -> LipSync:
-    return LipSync.load(DEMO)
+def lipsync(service: Service) -> LipSync:
+    return service.engine.load()
 
 
 @pytest.fixture(scope="module")

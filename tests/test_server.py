@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import os
 import socket
 import statistics
 import subprocess
@@ -26,7 +25,7 @@ from pipeline.settings import REPOSITORY
 from tests.conftest import DEMO
 from tests.fakes.postgres import database
 from tests.fakes.sources import Sources
-from tests.fakes.workers import free_port, serving
+from tests.fakes.workers import INHERITED, free_port, serving
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +180,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
 def broken(folder: Path, **changes: str) -> Iterator[tuple[int, subprocess.Popen[str]]]:
     """A door that cannot work: its port, and the process."""
     port = free_port()
-    environment = {"PATH": os.environ["PATH"], "MODEL_DIR": str(DEMO), "PORT": str(port), "TMPDIR": str(folder),
+    environment = {**INHERITED, "MODEL_DIR": str(DEMO), "PORT": str(port), "TMPDIR": str(folder),
                    "CACHE_DIR": str(folder), **changes}
     process = subprocess.Popen([sys.executable, "-m", "pipeline.server"], cwd=REPOSITORY, env=environment, text=True,
                                stderr=subprocess.PIPE)

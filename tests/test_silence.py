@@ -14,7 +14,8 @@ from musetalk import LipSync, Options
 from musetalk.avatar import Avatar
 from musetalk.show import mask
 from musetalk.sound.silence import SHORTEST, resting, silences
-from tests.conftest import DEMO, SAMPLES
+from pipeline.run import Service
+from tests.conftest import SAMPLES
 from training.presenter import Identity, Mouth, Pose, draw
 
 Floats = np.ndarray
@@ -106,8 +107,8 @@ def test_the_mouth_rests_by_ramps_within_the_silence(spaced: Floats, fps: Fracti
 
 
 @pytest.fixture(scope="module")
-def lipsync() -> LipSync:
-    return LipSync.load(DEMO)
+def lipsync(service: Service) -> LipSync:
+    return service.engine.load()
 
 
 def clip(opened: list[float]) -> list[Floats]:

@@ -23,6 +23,8 @@ from tests.conftest import DEMO
 from tests.fakes.b2 import B2
 from tests.fakes.platform import Platform
 
+INHERITED = {name: os.environ[name] for name in ("PATH", "OMP_WAIT_POLICY")}  # all that a worker has of the tests' environment
+
 
 class QueueWorker:
     """handler.py talking to the fakes."""
@@ -32,7 +34,7 @@ class QueueWorker:
         self.platform, self.b2 = platform, b2
         self.log = (folder / "log").open("w+")
         environment = {
-            "PATH": os.environ["PATH"], "HOME": str(folder), "TMPDIR": str(folder), "MODEL_DIR": str(DEMO),
+            **INHERITED, "HOME": str(folder), "TMPDIR": str(folder), "MODEL_DIR": str(DEMO),
             "DOWNLOAD_ALLOW_HOSTS": "127.0.0.0/8", "CACHE_DIR": str(folder / "cache"), **platform.environment,
             **b2.environment(), **changes,
         }
@@ -57,10 +59,10 @@ class DatabaseWorker:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.environment = {
-            "PATH": os.environ["PATH"], "TMPDIR": str(folder), "MODEL_DIR": str(DEMO), "STORAGE": "local",
+            **INHERITED, "TMPDIR": str(folder), "MODEL_DIR": str(DEMO), "STORAGE": "local",
             "LOCAL_STORAGE_DIR": str(folder.parent / "outputs"), "CACHE_DIR": str(folder / "cache"),
             "DOWNLOAD_ALLOW_HOSTS": "127.0.0.0/8", "DATABASE_URL": url, "QUEUE_NAME": queue, "QUEUE_STALLED_SEC": "4",
-            "QUEUE_RETRY_SEC": "0.5", "OMP_WAIT_POLICY": "PASSIVE", **changes}
+            "QUEUE_RETRY_SEC": "0.5", **changes}
         with (folder / "log").open("w") as log:
             self.process = subprocess.Popen([sys.executable, *(command or ("-m", "pipeline.queue"))], cwd=REPOSITORY,
                                             env=self.environment, stdout=log, stderr=log)
@@ -100,7 +102,7 @@ def free_port() -> int:
 def started(folder: Path, descriptors: int | None = None, **changes: str) -> subprocess.Popen[bytes]:
     """`python -m pipeline.server` with its own folders; it logs into `folder`/log."""
     environment = {
-        "PATH": os.environ["PATH"], "MODEL_DIR": str(DEMO), "STORAGE": "local", "TMPDIR": str(folder),
+        **INHERITED, "MODEL_DIR": str(DEMO), "STORAGE": "local", "TMPDIR": str(folder),
         "LOCAL_STORAGE_DIR": str(folder / "outputs"), "CACHE_DIR": str(folder / "cache"),
         "DOWNLOAD_ALLOW_HOSTS": "127.0.0.0/8", **changes,
     }
