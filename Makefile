@@ -26,10 +26,10 @@ page: .venv/installed-page  ## a local page to try and tune the worker: http://1
 	$(BIN)/python -m pipeline.page
 
 test: install-dev
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 test-full: install-dev  ## published-size networks, fault harness, image build
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "full or not full"
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "full or not full"
 
 test-certificate: install  ## a certificate chain for trying out content credentials, in ./test-certificate
 	$(BIN)/python scripts/make_test_certificate.py test-certificate

@@ -31,12 +31,22 @@ DEMO = REPOSITORY / "models" / "demo"
 torch.set_num_threads(2)
 
 
-LONG = ("test_training.py", "test_image.py")
+LONG = ("test_request_limit.py", "test_image.py", "test_training.py", "test_package.py")
 
 
+@pytest.hookimpl(trylast=True)  # of what -m leaves
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes minutes begins first: at the end it would run alone."""
-    items.sort(key=lambda item: item.path.name not in LONG)
+    """What takes minutes begins first, at the head of the workers' shares in turn: at the end it would run alone.
+
+    `--dist worksteal` gives each worker as long a stretch of the tests as the others, so that most files stay in one process.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    rest, ordered = [item for item in items if item.path.name not in LONG], list[pytest.Item]()
+    for worker in range(workers):
+        ordered += [item for name in LONG[worker::workers] for item in items if item.path.name == name]
+        share = max(len(items) * (worker + 1) // workers - len(ordered), 0)
+        ordered, rest = ordered + rest[:share], rest[share:]
+    items[:] = ordered + rest
 
 
 def make_media(path: Path, *arguments: str) -> Path:

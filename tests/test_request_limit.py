@@ -104,7 +104,7 @@ def test_a_job_that_is_too_long_for_runpods_balancer_is_answered(tmp_path: Path,
                                                                  sources: Sources) -> None:
     """With the limits as they are there: ten minutes of speech on a CPU."""
     speech = media("ten-minutes.m4a", "-f", "lavfi", "-i", "sine=220:d=590")
-    with serving(tmp_path, RUNPOD_ENDPOINT_ID="x", DEVICE="cpu") as base:
+    with serving(tmp_path, RUNPOD_ENDPOINT_ID="x", DEVICE="cpu", OMP_NUM_THREADS="1") as base:
         balancer = Balancer(base, RUNPOD_CUT_SEC)
         answer, seconds = ask(balancer, musetalk_job_id="long", video_url=f"{samples_url}/presenter.mp4",
                               audio_url=f"{sources.url}/file/{served(speech)}")
