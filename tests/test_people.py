@@ -18,7 +18,7 @@ from musetalk.face.track import WINDOW, Tracker, _together, follow, frames_neede
 from musetalk.geometry.box import Box
 from musetalk.geometry.place import Place
 from pipeline.run import Service
-from tests.people import Where, background, cut_out, picture
+from training.scenes import Where, background, cut_out, picture
 
 Spot = tuple[float, float] | None  # where a person's face is, None while it is not seen
 Scene = tuple[list[Where], Spot, Spot]  # a frame's people, and where the followed one and the other are

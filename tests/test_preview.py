@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from musetalk.pixels.colour import Colour, Planes, to_rgb
 from pipeline.film import preview as module
 from pipeline.run import Service
 from pipeline.schema import parse
-from tests.conftest import encoded, failing
+from tests.conftest import SAMPLES, encoded, failing
+from tests.test_media import frames as frames_of
+from tests.test_media import source as source_of
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +36,13 @@ def fresh(service: Service, tmp_path: Path) -> Service:
     return other
 
 
-def film(service: Service, job: dict[str, Any]) -> tuple[list[np.ndarray], bool]:
+def film(service: Service, job: dict[str, Any], matrix: str = "bt709") -> tuple[list[np.ndarray], bool]:
     """RGB frames of a job's film, and whether its avatar was cached."""
     with encoded() as written:
         body = service.run_job(job)
     assert body["status"] == "success", body
     planes = (Planes.of(torch.from_numpy(frame), 640, 360) for frame in written)
-    return [to_rgb(each, Colour("bt709")).numpy() for each in planes], body["metrics"]["avatar_cached"]
+    return [to_rgb(each, Colour(matrix)).numpy() for each in planes], body["metrics"]["avatar_cached"]
 
 
 @pytest.mark.parametrize("params", [
@@ -79,3 +82,24 @@ def test_only_what_changes_the_avatar_prepares_anew(service: Service, fresh: Ser
                 preview.frame(parse({**job, "params": params}), 0.3 if "batch_size" in params else 0.1)
         with failing(service.engine.load().nets.detector, KeyError("prepared")), pytest.raises(KeyError, match="prepared"):
             preview.frame(parse({**job, "params": {"extra_margin": 30}}), 0.1)
+
+
+def test_a_frame_of_a_damaged_clip_is_the_films(fresh: Service, media: Callable[..., Path], tmp_path: Path) -> None:
+    """Where seeking finds another frame of that number; prepared by the preview, and found in the cache."""
+    whole = media("groups.avi", "-i", str(SAMPLES / "presenter.mp4"), "-t", "2.6", "-vf", "scale=640:360", "-c:v", "mpeg4",
+                  "-g", "12")
+    data, r = bytearray(whole.read_bytes()), random.Random(0)
+    for _ in range(6):
+        at, size = r.randrange(len(data) // 5, len(data) * 4 // 5), r.randrange(20, 400)
+        data[at : at + size] = r.randbytes(size)
+    (clip := tmp_path / "damaged.avi").write_bytes(data)
+    source = source_of(clip)
+    assert not np.array_equal(frames_of(source, 52, 1)[0], frames_of(source)[52])
+    speech = media("long.wav", "-i", str(SAMPLES / "speech.wav"), "-t", "2.16")
+    asked = {"musetalk_job_id": "damaged", "video_url": str(clip), "audio_url": str(speech)}
+    for _ in range(2):
+        with fresh.preview(asked) as preview:
+            shown = preview.frame(parse(asked), 52 / 25)
+    frames, cached = film(fresh, asked, source.info.picture.matrix)
+    assert cached
+    assert np.array_equal(shown.film, frames[52])

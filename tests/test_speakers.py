@@ -18,7 +18,7 @@ from pipeline.media import FrameReader, FrameSource, probe
 from pipeline.run import Service
 from pipeline.schema import JobRequest, parse
 from tests.conftest import SAMPLES, encoded, make_media
-from tests.people import HEIGHT, WIDTH, cut_out, picture
+from training.scenes import HEIGHT, WIDTH, cut_out, picture
 
 ANNA, BELA = (160, 170), (480, 172)  # where their faces are
 FRAMES = 16

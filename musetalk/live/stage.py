@@ -104,8 +104,8 @@ class Work:
         speaker = Speaker(avatar, said, [1.0] * len(said), options)
         sources = [session.source(one.output) for one in self.planned]
         frames = [Frame(k, source, avatar.frames[source].clone(), RGB) for k, source in enumerate(sources)]
-        shown = [Shown(frame, speaker, face) for frame in frames
-                 if (face := avatar[frame.source]) is not None and speaker.weight(face, frame.output or 0) > 0]
+        shown = [Shown(frame, speaker, face, weight) for frame in frames if (face := avatar[frame.source]) is not None
+                 and (weight := speaker.weight(face, frame.output or 0)) > 0]
         return frames, shown, ways
 
 

@@ -149,11 +149,13 @@ class Speaker:
         """
         return self.weights[output] * face.weight * (1 - self.prompts.resting[output] * face.rests)
 
-    def region(self, face: Face, output: int) -> Region:
-        """A face's blended region in an output frame: its mask, as strong as the mouth is shown."""
-        if (weight := self.weight(face, output)) == 1:
-            return face.region
-        return Region(face.region.box, (face.region.mask.float() * weight).round().to(torch.uint8))
+
+
+def region_of(face: Face, weight: float) -> Region:
+    """A face's blended region: its mask, as strong as the mouth is shown."""
+    if weight == 1:
+        return face.region
+    return Region(face.region.box, (face.region.mask.float() * weight).round().to(torch.uint8))
 
 
 def speech_weights(

@@ -13,7 +13,7 @@ from musetalk.avatar import Face
 from musetalk.errors import NonFiniteOutput, SameFace
 from musetalk.face.people import SAME_BOX
 from musetalk.show.blend import first_row
-from musetalk.steps.frame import Frame, Painted, Speaker
+from musetalk.steps.frame import Frame, Painted, Speaker, region_of
 from musetalk.steps.state import State
 
 SAME_FACE = 12  # frames on end, after which two speakers with one face are no doubt but a mistake
@@ -45,17 +45,19 @@ def generate(frames: Iterable[Frame], speakers: Sequence[Speaker], state: State)
 def _paint(batch: Sequence[Frame], speakers: Sequence[Speaker], state: State, shared: dict[tuple[int, int], int]) -> None:
     """Generate what is painted into some frames."""
     faces = [_shown(frame, speakers, shared) for frame in batch]
-    paint([Shown(frame, speaker, face, k) for k, speaker in enumerate(speakers)
-           for frame, its in zip(batch, faces, strict=True) if (face := its.get(k))], state)
+    paint([Shown(frame, speaker, *its[k], k) for k, speaker in enumerate(speakers)
+           for frame, its in zip(batch, faces, strict=True) if k in its], state)
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A face that a frame will show, and whose it is; `place`: his in the list of the frame's speakers."""
+    """A face that a frame will show, whose it is, and how strongly it shows (0..1); `place`: the speaker's in the frame's list.
+    """
 
     frame: Frame
     speaker: Speaker
     face: Face
+    weight: float
     place: int = 0
 
     @property
@@ -80,28 +82,31 @@ def paint(shown: Sequence[Shown], state: State) -> None:
     if not bool(finite.all()):
         raise NonFiniteOutput(shown[int((~finite).nonzero()[0])].output)
     for one, levels in zip(shown, shown[0].frame.form.levels(made), strict=True):
-        region, finish = one.speaker.region(one.face, one.output), one.speaker.options.finish
-        one.frame.painted.append(Painted(levels, one.face, region, finish, one.place))
+        region = region_of(one.face, one.weight)
+        one.frame.painted.append(Painted(levels, one.face, region, one.speaker.options.finish, one.place))
 
 
-def _shown(frame: Frame, speakers: Sequence[Speaker], shared: dict[tuple[int, int], int]) -> dict[int, Face]:
-    """The entries of the faces that are generated for a frame, by their speakers' places in the list.
+def _shown(
+    frame: Frame, speakers: Sequence[Speaker], shared: dict[tuple[int, int], int],
+) -> dict[int, tuple[Face, float]]:
+    """The entries of the faces that are generated for a frame, and how strongly each shows, by their speakers' places in the
+    list.
 
     Where two speakers have one face, nobody can tell whose it is, and neither has it; `shared` counts for how many frames on
     end that has been so.
     """
     assert frame.output is not None
-    faces = {k: face for k, speaker in enumerate(speakers)
+    faces = {k: (face, weight) for k, speaker in enumerate(speakers)
              if (face := speaker.face(frame.source, alone=len(speakers) == 1)) is not None
-             and speaker.weight(face, frame.output) > 0}
-    one = [(a, b) for a in faces for b in faces if a < b and _same(faces[a], faces[b])]
+             and (weight := speaker.weight(face, frame.output)) > 0}
+    one = [(a, b) for a in faces for b in faces if a < b and _same(faces[a][0], faces[b][0])]
     for pair in one:
         if shared.get(pair, 0) + 1 >= (most := min(SAME_FACE, len(speakers[0].prompts))):
             raise SameFace(*pair, frame.output - most + 1)
     counts = {pair: shared.get(pair, 0) + 1 for pair in one}
     shared.clear()
     shared.update(counts)
-    return {k: face for k, face in faces.items() if not any(k in pair for pair in one)}
+    return {k: its for k, its in faces.items() if not any(k in pair for pair in one)}
 
 
 def _same(a: Face, b: Face) -> bool:

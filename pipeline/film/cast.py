@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from musetalk import Options
-from musetalk.avatar import cache_key
+from musetalk.avatar import Avatar, cache_key
 from musetalk.face import detect
 from musetalk.face.people import Pointed
 from musetalk.geometry.box import Box
-from musetalk.steps import State, Yuv420, speech_weights
+from musetalk.sound.features import Prompts
+from musetalk.steps import Speaker, State, Yuv420, speech_weights
 from pipeline.errors import BadRequest
 from pipeline.film.validate import Voice
 from pipeline.media import FrameReader, FrameSource
@@ -64,10 +66,11 @@ class Role:
         sounds = [place(voices[i].speech.pcm, voices[i].part.start, samples) for i in self.voices]
         return sounds[0] if len(sounds) == 1 else np.sum(sounds, axis=0, dtype=np.float32)
 
-    def weights(self, voices: Sequence[Voice], samples: int, fps: Any, outputs: int) -> list[float]:
-        """How strongly each frame of the film shows what it says: of several speakers, not outside of its own speeches."""
+    def speaker(self, avatar: Avatar, said: Prompts, voices: Sequence[Voice], samples: int, fps: Fraction) -> Speaker:
+        """As musetalk's steps take it, with its avatar and what it says; of several, it speaks in its own speeches alone."""
         spans = None if voices[0].part.face is None else [voices[i].span for i in self.voices]
-        return speech_weights(self.pcm(voices, samples), fps, outputs, self.options, spans)
+        shown = speech_weights(self.pcm(voices, samples), fps, len(said), self.options, spans)
+        return Speaker(avatar, said, shown, self.options, self.pointed)
 
     def seconds(self, voices: Sequence[Voice]) -> float:
         """Of its speeches."""

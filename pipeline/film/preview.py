@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 
@@ -18,7 +18,7 @@ from musetalk.geometry.box import Region
 from musetalk.options import Finish, Silence
 from musetalk.order import source_index
 from musetalk.sound.features import Prompts
-from musetalk.steps import Frame, Speaker, State
+from musetalk.steps import Frame, State
 from pipeline.errors import ProcessingError
 from pipeline.film.cast import Picture as Shape
 from pipeline.film.cast import Role, cast
@@ -62,6 +62,7 @@ class Preview:
         self._pixels = lru_cache(4)(self._decoded)
         self._counts: dict[Fraction, int] = {}  # the clip's frames, by rate
         self._prepared: dict[str, tuple[int, Avatar]] = {}  # the newest avatars by key: how many frames they were made for
+        self._sound = set[FrameSource]()  # those in which decoding found no damage: their frames may be sought
 
     def frame(self, request: JobRequest, second: float, waiting: Callable[[], None] = lambda: None) -> Shown:
         """What the film shows at a moment, bit for bit. Raises what a job would, and what `waiting` does, which is called
@@ -81,11 +82,11 @@ class Preview:
             first = output - output % options.batch_size
             batch = range(first, min(first + options.batch_size, outputs))
             avatars = self._avatars(roles, batch.stop, shape, options, state)
-            weights = [role.weights(self.inputs.voices, samples, source.fps, outputs) for role in roles]
-            speakers = [Speaker(avatar, said, shown, role.options, role.pointed)
-                        for avatar, said, shown, role in zip(avatars, prompts, weights, roles, strict=True)]
+            speakers = [role.speaker(avatar, said, self.inputs.voices, samples, source.fps)
+                        for role, avatar, said in zip(roles, avatars, prompts, strict=True)]
             sources = {i: source_index(i, min(map(len, avatars)), options.loop) for i in batch}
-            pixels = torch.from_numpy(self._pixels(source, sources[output]).copy())
+            sound = source in self._sound or any(avatar.complete for avatar in avatars)
+            pixels = torch.from_numpy(self._pixels(replace(source, from_start=not sound), sources[output]).copy())
             # generating reads no pixels, so all frames of the batch may have the one's that is looked at
             frames = steps.generate((Frame(i, sources[i], pixels, form) for i in batch), speakers, state)
             frame = next(frame for frame in frames if frame.output == output)
@@ -146,6 +147,8 @@ class Preview:
         with closing(decode.first_pass()) as clip, no_face_named(roles):
             for frame in steps.follow(clip, wanted, options, state, steps.entries_needed(outputs)):
                 buffers.give_back(frame.buffer.numpy())
+        if not decode.complaint:
+            self._sound.add(shape.source)
         for avatar in avatars:
             avatar.complete = avatar.complete and not decode.complaint
         return avatars

@@ -70,9 +70,8 @@ def speak(
         outputs, keys = len(prompts[0]), [picture.key(role.options, role.pointed) for role in roles]
         cached = [cache.get(key, outputs) for key in keys]
         avatars = [opened.enter_context(closing(avatar or Avatar.new())) for avatar in cached]
-        weights = [role.weights(inputs.voices, samples, source.fps, outputs) for role in roles]
-        speakers = [Speaker(avatar, said, shown, role.options, role.pointed)
-                    for avatar, said, shown, role in zip(avatars, prompts, weights, roles, strict=True)]
+        speakers = [role.speaker(avatar, said, inputs.voices, samples, source.fps)
+                    for role, avatar, said in zip(roles, avatars, prompts, strict=True)]
         buffers, report = film_buffers(source, options.batch_size), Report(control, options.batch_size, outputs)
         first = min(outputs, *map(len, avatars)) if all(cached) else steps.frames_to_read(outputs)
         decode = Decode(source, picture.form, outputs, options.loop, first, buffers)
