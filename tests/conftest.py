@@ -9,7 +9,7 @@ import os
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from pipeline.media import Mp4Writer, ffmpeg
 from pipeline.run import Service
 from pipeline.settings import REPOSITORY, Settings
 from tests.fakes.b2 import B2
+from training.scenes import cut_out, picture
 
 SAMPLES = REPOSITORY / "samples"
 DEMO = REPOSITORY / "models" / "demo"
@@ -165,6 +166,27 @@ def short_clip(media: Callable[..., Path]) -> Path:
 def short_speech(media: Callable[..., Path]) -> Path:
     """The first 1.6 s of the sample speech."""
     return media("short.wav", "-i", str(SAMPLES / "speech.wav"), "-t", "1.6")
+
+
+def make_film(path: Path, frames: Sequence[torch.Tensor]) -> Path:
+    """Frames (H, W, 3) uint8 as a clip of 25 frames a second."""
+    height, width = frames[0].shape[:2]
+    path.with_suffix(".raw").write_bytes(b"".join(frame.numpy().tobytes() for frame in frames))
+    return make_media(path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", "25", "-i",
+                      str(path.with_suffix(".raw")), "-c:v", "libx264", "-crf", "12", "-pix_fmt", "yuv420p")
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clip of 16 frames, 640 x 360, of two people beside each other, their faces at (160, 170) and (480, 172)."""
+    frames = [picture([(cut_out(7), 160 + i % 3, 170), (cut_out(23), 480 - i % 3, 172)], i) for i in range(16)]
+    return make_film(tmp_path_factory.mktemp("pair") / "pair.mp4", frames)
+
+
+@pytest.fixture(scope="session")
+def word(media: Callable[..., Path]) -> Path:
+    """0.32 s of speech."""
+    return media("word.wav", "-ss", "0.5", "-i", str(SAMPLES / "speech.wav"), "-t", "0.32")
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import pytest
 import requests
 
 from pipeline.media import ffmpeg
+from pipeline.page.controls import PLAIN
 from pipeline.schema import JobRequest, Params, parse
 from pipeline.settings import REPOSITORY
 from tests.conftest import SAMPLES, make_media
@@ -284,12 +285,12 @@ def test_what_was_tuned_goes_into_production(open_tab: Callable[..., Tab]) -> No
 def test_every_field_of_the_request_is_a_control(open_tab: Callable[..., Tab]) -> None:
     """With its description as the help; what is not tuned every day is folded."""
     tab = open_tab()
-    for title in ("Film", "More"):
+    for title in ("Dubbing", "Film", "More"):
         tab.press(title)
     text = tab.shows("body", "batch size")
     for name, field in {**Params.model_fields, "resolution": JobRequest.model_fields["resolution"]}.items():
         assert name.replace("_", " ") in text
-        assert str(field.description) in text
+        assert PLAIN.get(name, str(field.description)) in text
 
 
 def test_a_new_field_appears_by_itself() -> None:
@@ -328,6 +329,54 @@ def test_one_waits_for_another_and_both_can_be_stopped(open_tab: Callable[..., T
     first.press("Stop")
     first.shows("#progress", "cancelled", 20)
     assert not first.all("#film")
+
+
+def test_two_people_speak(open_tab: Callable[..., Tab], pair: Path, word: Path) -> None:
+    """Faces are outlined, a click picks one; a second speech brings a second face, and both go into production."""
+    tab = open_tab()
+    tab.press("For production")
+    tab.upload(pair, word)
+    until(lambda: len(tab.all(".face")) == 2, 60)
+
+    def asked() -> Any:
+        return json.loads(tab.text("#JSON"))
+
+    def faces() -> list[str]:
+        return [face.text for face in tab.all(".face")]
+
+    assert "speakers" not in asked()
+    tab.changed(lambda: tab.js("document.querySelectorAll('.face')[1].click()"))
+    until(lambda: faces() == ["", "1"], 20)
+    (one,) = parse(asked()).speakers
+    assert abs(one.face.point[0] - 480) < 40  # type: ignore[union-attr]
+    tab.changed(lambda: tab.press("Add a speaker"))
+    tab.changed(lambda: tab.js("document.querySelectorAll('.face')[0].click()"))
+    until(lambda: faces() == ["2", "1"], 20)
+    tab.all("#upload-speech-2 input[type=file]")[0].send_keys(str(word))
+    tab.changed(lambda: tab.set("start 2", "0.32"))
+    until(lambda: len(tab.all("#time svg")) == 2, 20)
+    two = parse(asked())
+    assert [s.start for s in two.speakers] == [0.0, 0.32]
+    assert abs(two.speakers[1].face.point[0] - 160) < 40  # type: ignore[union-attr]
+    tab.changed(lambda: tab.js("document.querySelectorAll('.face')[1].click()"))
+    until(lambda: faces() == ["1", "2"], 20)
+    if os.environ.get("UPDATE_SCREENSHOTS"):
+        tab.driver.save_screenshot(str(SCREENSHOT.with_name("speakers.png")))
+    tab.press("Render the film")
+    tab.shows("#progress", "done in", 120)
+    tab.press("Metrics")
+    assert "speakers" in tab.shows(".metrics", "IPTC")
+
+
+def test_silences_are_shown_over_time(open_tab: Callable[..., Tab], media: Callable[..., Path]) -> None:
+    """Under the wave of a sound with half a second of silence in it, where it is."""
+    pause = media("pause.wav", "-f", "lavfi", "-i", "sine=220:d=1.4", "-af", "volume=0:enable='between(t,0.4,0.9)'")
+    tab = open_tab()
+    tab.changed(lambda: tab.upload(SAMPLES / "still.png", pause))
+    (title,) = until(lambda: tab.js("return [...document.querySelectorAll('.silence title')].map(t => t.textContent)"), 20)
+    begin, end = (float(word) for word in title.split()[1:4:2])
+    assert (begin, end) == (pytest.approx(0.4, abs=0.03), pytest.approx(0.9, abs=0.03))
+    assert len(tab.all("#time path")) == 1
 
 
 def test_camera_and_microphone(open_tab: Callable[..., Tab]) -> None:

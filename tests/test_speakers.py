@@ -12,33 +12,18 @@ import numpy as np
 import pytest
 from jsonschema import Draft202012Validator, ValidationError
 
+from benchmarks.speakers import crowd
 from musetalk.face import detect
+from musetalk.geometry.box import Box
 from pipeline.errors import BadRequest
 from pipeline.media import FrameReader, FrameSource, probe
 from pipeline.run import Service
 from pipeline.schema import JobRequest, parse
-from tests.conftest import SAMPLES, encoded, make_media
-from training.scenes import HEIGHT, WIDTH, cut_out, picture
+from tests.conftest import SAMPLES, encoded, make_film, make_media
+from training.scenes import HEIGHT, WIDTH
 
 ANNA, BELA = (160, 170), (480, 172)  # where their faces are
 FRAMES = 16
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A clip of two people beside each other."""
-    folder = tmp_path_factory.mktemp("pair")
-    frames = [picture([(cut_out(7), ANNA[0] + i % 3, ANNA[1]), (cut_out(23), BELA[0] - i % 3, BELA[1])], i)
-              for i in range(FRAMES)]
-    (folder / "raw").write_bytes(b"".join(frame.numpy().tobytes() for frame in frames))
-    return make_media(folder / "pair.mp4", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{WIDTH}x{HEIGHT}", "-r", "25", "-i",
-                      str(folder / "raw"), "-c:v", "libx264", "-crf", "12", "-pix_fmt", "yuv420p")
-
-
-@pytest.fixture(scope="module")
-def word(media: Callable[..., Path]) -> Path:
-    """0.32 s of speech."""
-    return media("word.wav", "-ss", "0.5", "-i", str(SAMPLES / "speech.wav"), "-t", "0.32")
 
 
 def job(clip: Path, *speakers: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -194,6 +179,35 @@ def test_the_people_of_a_clip_are_listed(service: Service, pair: Path, word: Pat
     assert (nobody["status"], nobody["details"]["field"]) == ("failed", "video_url")
     for wrong in ({"find_faces": False}, {"video_url": None}, {"a": 1}):
         assert service.run_job({"find_faces": True, "video_url": "x", **wrong})["error_type"] == "media_error"
+
+
+def test_a_preview_tells_who_is_there(service: Service, pair: Path, word: Path) -> None:
+    """From the left, with the speech that each speaks; and a request takes what it calls them."""
+    request = job(pair, said(word, "rightmost"))
+    with service.preview(request) as preview:
+        faces = preview.frame(parse(request), 0.2, with_faces=True).faces
+        assert [face.speech for face in faces] == [None, 0]
+        assert [len(heard.pcm) for heard in preview.speeches] == [round(0.32 * 16000)]
+    left = job(pair, said(word, faces[0].named), said(word, faces[1].named, 0.1))
+    with service.preview(left) as preview:
+        shown = preview.frame(parse(left), 0.2, with_faces=True)
+    assert [face.speech for face in shown.faces] == [0, 1]
+    assert len(shown.regions) == 2
+    assert shown.seconds == pytest.approx(0.42)
+
+
+@pytest.mark.full
+def test_a_crowd_of_twenty_at_1080p(service: Service, word: Path, tmp_path: Path) -> None:
+    """All are listed, and six of them speak at once."""
+    clip = make_film(tmp_path / "crowd.mp4", crowd())
+    listed = service.run_job({"find_faces": True, "video_url": str(clip)})
+    assert [face["share"] for face in listed["metrics"]["faces"]] == [1.0] * 20, listed
+    chosen = listed["metrics"]["faces"][::4] + listed["metrics"]["faces"][1:2]
+    body = service.run_job(job(clip, *(said(word, {"box": f["box"], "second": f["best_second"]}) for f in chosen)))
+    assert body["status"] == "success", body
+    for face, told in zip(chosen, body["metrics"]["speakers"], strict=True):
+        assert Box(*face["box"]).iou(Box(*told["box"])) > 0.3
+        assert told["frames"] == 8
 
 
 BASE = {"musetalk_job_id": "j", "video_url": "http://h/v"}

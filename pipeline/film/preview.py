@@ -6,7 +6,8 @@ from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +15,13 @@ from numpy.typing import NDArray
 
 from musetalk import Options, steps
 from musetalk.avatar import Avatar
-from musetalk.geometry.box import Region
+from musetalk.face import detect
+from musetalk.geometry.box import Box, Region
 from musetalk.options import Finish, Silence
 from musetalk.order import source_index
-from musetalk.sound.features import Prompts
-from musetalk.steps import Frame, State
+from musetalk.sound.features import SAMPLE_RATE, Prompts
+from musetalk.sound.silence import silences
+from musetalk.steps import Frame, State, Yuv420
 from pipeline.errors import ProcessingError
 from pipeline.film.cast import Picture as Shape
 from pipeline.film.cast import Role, cast
@@ -31,22 +34,45 @@ from pipeline.media import FrameReader, FrameSource
 from pipeline.schema import JobRequest, Length
 
 Picture = NDArray[np.uint8]
+IN_PLACE = 0.3  # overlap of a face's box and that of an avatar's entry, from which they are one face
 GREEN = np.array([70, 220, 90], np.uint8)
 
 
 @dataclass(frozen=True)
+class Sight:
+    """A face of a frame: its box in the film's pixels, a request's words for it, and the first speech that it speaks."""
+
+    box: Box
+    named: dict[str, Any]  # a point and a second
+    speech: int | None
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A speech: the second at which it begins, its PCM (S,) at 16 kHz, and the begins and ends of its silences."""
+
+    start: float
+    pcm: NDArray[np.float32]
+    silences: list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
 class Shown:
-    """The source's frame and the film's, RGB (H, W, 3), and where they may differ; None without a face."""
+    """The source's frame and the film's, RGB (H, W, 3), where they may differ, the faces there from the left, and how
+    long the film is.
+    """
 
     source: Picture
     film: Picture
-    region: Region | None
+    regions: tuple[Region, ...]
+    faces: tuple[Sight, ...] = ()
+    seconds: float = 0.0
 
     def outlined(self) -> Picture:
-        """The film's frame with the edge of the blended region drawn on it."""
+        """The film's frame with the edges of the blended regions drawn on it."""
         picture = self.film.copy()
-        if self.region is not None and self.region.mask.numel():
-            box, inside = self.region.box, np.pad(self.region.mask.numpy() > 0, 2)
+        for region in self.regions:
+            box, inside = region.box, np.pad(region.mask.numpy() > 0, 2)
             inner = inside[:-4, 2:-2] & inside[4:, 2:-2] & inside[2:-2, :-4] & inside[2:-2, 4:]
             picture[box.y1 : box.y2, box.x1 : box.x2][inside[2:-2, 2:-2] & ~inner] = GREEN
         return picture
@@ -58,41 +84,66 @@ class Preview:
     def __init__(self, engine: Engine, inputs: Inputs, content: str) -> None:
         """`content` is the clip's sha256."""
         self.engine, self.inputs, self.content = engine, inputs, content
-        self._prompts = lru_cache(4)(self._heard)
+        self._prompts = lru_cache(8)(self._heard)
         self._pixels = lru_cache(4)(self._decoded)
         self._counts: dict[Fraction, int] = {}  # the clip's frames, by rate
+        self._searched = lru_cache(4)(self._boxes)
         self._prepared: dict[str, tuple[int, Avatar]] = {}  # the newest avatars by key: how many frames they were made for
         self._sound = set[FrameSource]()  # those in which decoding found no damage: their frames may be sought
 
-    def frame(self, request: JobRequest, second: float, waiting: Callable[[], None] = lambda: None) -> Shown:
-        """What the film shows at a moment, bit for bit. Raises what a job would, and what `waiting` does, which is called
-        while another job runs.
+    def frame(
+        self, request: JobRequest, second: float, waiting: Callable[[], None] = lambda: None, with_faces: bool = False,
+    ) -> Shown:
+        """What the film shows at a moment, bit for bit; `with_faces`: and who is there. Raises what a job would, and what
+        `waiting` does, which is called while another job runs.
 
         The clip is prepared up to there as a job prepares it, and left in the cache. Faces are made in the film's batches.
         """
         with self.engine.job(waiting) as state:
             options = options_of(self.engine, state, request)
             shape = picture_of(self.engine, state, request, self.inputs.clip, self.content)
-            source, form, roles = shape.source, shape.form, cast(state, shape, self.inputs.voices, options)
-            samples = self._samples(request.params.length, source.fps, waiting)
-            prompts = [self._prompts(role.voices, samples, source.fps, options.audio_padding_left, options.audio_padding_right,
+            fps, roles = shape.source.fps, cast(state, shape, self.inputs.voices, options)
+            samples = self._samples(request.params.length, fps, waiting)
+            prompts = [self._prompts(role.voices, samples, fps, options.audio_padding_left, options.audio_padding_right,
                                      options.finish, options.silence) for role in roles]
-            outputs = len(prompts[0])
-            output = min(max(int(second * source.fps), 0), outputs - 1)
+            output = min(max(int(second * fps), 0), len(prompts[0]) - 1)
             first = output - output % options.batch_size
-            batch = range(first, min(first + options.batch_size, outputs))
+            batch = range(first, min(first + options.batch_size, len(prompts[0])))
             avatars = self._avatars(roles, batch.stop, shape, options, state)
-            speakers = [role.speaker(avatar, said, self.inputs.voices, samples, source.fps)
+            speakers = [role.speaker(avatar, said, self.inputs.voices, samples, fps)
                         for role, avatar, said in zip(roles, avatars, prompts, strict=True)]
             sources = {i: source_index(i, min(map(len, avatars)), options.loop) for i in batch}
-            sound = source in self._sound or any(avatar.complete for avatar in avatars)
-            pixels = torch.from_numpy(self._pixels(replace(source, from_start=not sound), sources[output]).copy())
+            source, at = self._readable(shape.source, avatars), sources[output]
+            pixels = torch.from_numpy(self._pixels(source, at).copy())
             # generating reads no pixels, so all frames of the batch may have the one's that is looked at
-            frames = steps.generate((Frame(i, sources[i], pixels, form) for i in batch), speakers, state)
+            frames = steps.generate((Frame(i, sources[i], pixels, shape.form) for i in batch), speakers, state)
             frame = next(frame for frame in frames if frame.output == output)
-            before, region = frame.rgb().numpy(), frame.painted[0].region if frame.painted else None
+            before, regions = frame.rgb().numpy(), tuple(painted.region for painted in frame.painted)
             (frame,) = steps.blend([frame])
-            return Shown(before, frame.rgb().numpy(), region)
+            faces = self._faces(source, shape, at, roles, avatars) if with_faces else ()
+            return Shown(before, frame.rgb().numpy(), regions, faces, samples / SAMPLE_RATE)
+
+    @cached_property
+    def speeches(self) -> list[Heard]:
+        """The job's speeches."""
+        voices = ((voice.part.start, voice.speech.pcm) for voice in self.inputs.voices)
+        return [Heard(start, pcm, silences(pcm)) for start, pcm in voices]
+
+    def _faces(self, source: FrameSource, shape: Shape, at: int, roles: list[Role], avatars: list[Avatar]) -> tuple[Sight, ...]:
+        """The faces of frame `at` of a source, from the left."""
+        entries = [(role, face.place.box()) for role, avatar in zip(roles, avatars, strict=True) if (face := avatar[at])]
+        out, second = [], round((at + 0.5) / float(source.fps), 3)
+        for box in self._searched(source, shape.form, at):
+            speech = next((role.voices[0] for role, own in entries if own.iou(box) > IN_PLACE), None)
+            x1, y1, x2, y2 = shape.to_source(box)
+            out.append(Sight(box, {"point": [(x1 + x2) // 2, (y1 + y2) // 2], "second": second}, speech))
+        return tuple(out)
+
+    def _boxes(self, source: FrameSource, form: Yuv420, at: int) -> list[Box]:
+        """The faces of frame `at`, from the left."""
+        nets = self.engine.load().nets
+        picture = form.rgb(torch.from_numpy(self._pixels(source, at)).to(nets.device))
+        return sorted(detect.distinct(detect.detect(nets.detector, picture)), key=lambda box: box.x1)
 
     def _samples(self, length: Length, fps: Fraction, check: Callable[[], None]) -> int:
         """Of the film's sound, at 16 kHz."""
@@ -108,6 +159,11 @@ class Preview:
         options = Options(audio_padding_left=left, audio_padding_right=right, finish=finish, silence=silence)
         said = Role(options, None, voices, "").pcm(self.inputs.voices, samples)
         return self.engine.load().prompts(said, fps, options)
+
+    def _readable(self, source: FrameSource, avatars: list[Avatar]) -> FrameSource:
+        """The source whose frames are the film's: of a clip that may be damaged none is sought."""
+        sound = source in self._sound or any(avatar.complete for avatar in avatars)
+        return replace(source, from_start=not sound)
 
     def _decoded(self, source: FrameSource, at: int) -> Picture:
         """Frame `at`."""

@@ -7,6 +7,7 @@ import html
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from nicegui import ui
@@ -17,13 +18,22 @@ from pipeline.schema import JobRequest, Params
 
 SHAPE = ("aspect_ratio", "resolution")  # fields of the request beside its params
 GROUPS = {  # what people tune first; every other parameter is under "More"
-    "Mouth": ("extra_margin", "parsing_mode", "left_cheek_width", "right_cheek_width", "quality", "finish", "silence"),
+    "Mouth": ("extra_margin", "parsing_mode", "left_cheek_width", "right_cheek_width", "quality", "finish"),
+    "Dubbing": ("silence", "length", "background", "openness"),
     "Film": (*SHAPE, "fit", "fps", "loop"),
+}
+PLAIN = {  # what a control does, where the schema's words are too short
+    "silence": "The mouth while nothing is said: auto closes it, rest shows the clip's own, model lets the network draw it.",
+    "length": "The film is as long as the speech, or as the clip, whose end stays as it was filmed.",
+    "background": "How loud the clip's own sound stays under the speech: 0 is silent, 1 is unchanged.",
+    "openness": "How wide the mouth opens: 1 is what the network draws.",
 }
 FIELDS: dict[str, dict[str, Any]] = {  # JSON Schema of each
     **{n: JobRequest.model_json_schema()["properties"][n] for n in SHAPE}, **Params.model_json_schema()["properties"]}
+GROUPS = {title: tuple(n for n in names if n in FIELDS) for title, names in GROUPS.items()}
 GROUPS["More"] = tuple(n for n in FIELDS if not any(n in names for names in GROUPS.values()))
 FILES = {"video_url": "clip", "audio_url": "speech"}  # the request's names, and the page's
+Said = tuple[str, dict[str, Any] | None, float]  # where a speech is, its face where one was picked, and its start
 
 
 def control_of(name: str, field: dict[str, Any]) -> ValueElement[Any]:
@@ -42,7 +52,7 @@ def control_of(name: str, field: dict[str, Any]) -> ValueElement[Any]:
             control = ui.input(label, value=value).classes("w-full")
         else:
             control = _number(label, value, kinds[0])
-        ui.label(field["description"]).classes("help")
+        ui.label(PLAIN.get(name, field["description"])).classes("help")
     return control
 
 
@@ -68,24 +78,45 @@ def request_of(values: dict[str, Any]) -> dict[str, Any]:
     return {**shape, **({"params": params} if params else {})}
 
 
-def as_curl(request: dict[str, Any]) -> tuple[str, str]:
-    """The request as JSON, and as a command for the HTTP door; the files' places are to be filled in."""
-    body = {**request, "musetalk_job_id": "job-1", "video_url": "https://HOST/clip", "audio_url": "https://HOST/speech"}
+def job_of(request: dict[str, Any], job_id: str, video: str, said: Sequence[Said]) -> dict[str, Any]:
+    """The job of a request's tuned fields, a clip and its speeches. Of several whose faces are not picked, the first is the
+    leftmost face's, the second the next one's.
+    """
+    job = {**request, "musetalk_job_id": job_id, "video_url": video}
+    if len(said) == 1 and said[0][1] is None:
+        return {**job, "audio_url": said[0][0]}
+    if "params" in job:
+        job["params"] = {name: value for name, value in job["params"].items() if name != "face"}
+    return {**job, "speakers": [{"audio_url": audio, "face": i if face is None else face, "start": start}
+                                for i, (audio, face, start) in enumerate(said)]}
+
+
+def as_curl(job: dict[str, Any]) -> tuple[str, str]:
+    """A job as JSON, and as a command for the HTTP door; the files' places are to be filled in."""
+    body = {**job, "musetalk_job_id": "job-1", "video_url": "https://HOST/clip"}
+    if "speakers" in job:
+        body["speakers"] = [{**each, "audio_url": f"https://HOST/speech-{i}"} for i, each in enumerate(job["speakers"], 1)]
+    else:
+        body["audio_url"] = "https://HOST/speech"
     door = "curl -s http://localhost:8000/generate -H 'Content-Type: application/json' -d "
     return json.dumps(body, indent=2), door + shlex.quote(json.dumps(body))
 
 
 def explained(body: dict[str, Any]) -> str:
     """A failure's body in two sentences: what is wrong, with the page's own names of fields, and what to do."""
-    message = re.sub(r"\b(video_url|audio_url)\b", lambda m: FILES[m[0]], body["error_message"])
+    message = re.sub(r"\bspeakers\.(\d)\.(\w+)", lambda m: f"{FILES.get(m[2], m[2])} {int(m[1]) + 1}", body["error_message"])
+    message = re.sub(r"\b(video_url|audio_url)\b", lambda m: FILES[m[0]], message)
     message = re.sub(r"\bparams\.(\w+)", lambda m: m[1].replace("_", " "), message)
     field, advice = body["details"].get("field") or "", "See the README's table of failures."
-    if body["details"].get("reason") == "no_face":
+    part = field.rpartition(".")[2]
+    if field.startswith("speakers.") and part == "face":
+        advice = "Pick another face, or remove the speaker."
+    elif body["details"].get("reason") == "no_face":
         advice = "Choose another clip."
     elif body["retryable"]:
         advice = "Another try may succeed unchanged."
-    elif field in FILES:
-        advice = f"Choose another {FILES[field]}."
+    elif part in FILES:
+        advice = f"Choose another {FILES[part]}."
     elif field:
         advice = f"Change {field.removeprefix('params.').replace('_', ' ')}."
     return f"{message.rstrip('.')}. {advice}"

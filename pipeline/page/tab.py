@@ -16,8 +16,9 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
-from pipeline.film.preview import Picture, Preview
+from pipeline.film.preview import Heard, Picture, Preview, Sight
 from pipeline.job.control import Control
+from pipeline.page.controls import job_of
 from pipeline.run import Service, failure
 from pipeline.schema import parse
 from pipeline.settings import asset
@@ -34,13 +35,30 @@ class Chosen:
     name: str
 
 
+SPEECH = Chosen(SAMPLES / "speech.wav", "speech.wav")  # until another one is chosen
+
+
+@dataclass
+class Speech:
+    """A speech of the film: its file, its face as a request names it (None: not picked), and the second at which it begins."""
+
+    chosen: Chosen
+    face: dict[str, Any] | None = None
+    start: float = 0.0
+
+
 @dataclass(frozen=True)
 class Pictures:
-    """The source's frame and the film's as addresses, how long the film is, and whether a mouth was painted."""
+    """The source's frame and the film's as addresses, their size, the faces there, how long the film is, its speeches, and
+    whether a mouth was painted.
+    """
 
     source: str
     film: str
+    size: tuple[int, int]
+    faces: tuple[Sight, ...]
     seconds: float
+    speeches: list[Heard]
     painted: bool
 
 
@@ -50,8 +68,8 @@ class Tab:
     def __init__(self, service: Service, root: Path) -> None:
         self.service, self.id = service, uuid.uuid4().hex
         self.folder = root / self.id
-        self.chosen = {"clip": Chosen(SAMPLES / "presenter.mp4", "presenter.mp4"),
-                       "speech": Chosen(SAMPLES / "speech.wav", "speech.wav")}
+        self.clip = Chosen(SAMPLES / "presenter.mp4", "presenter.mp4")
+        self.speeches = [Speech(SPEECH)]
         self.stage, self.share = "", 0.0  # of what the thread is doing
         self.closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tab")
@@ -59,7 +77,7 @@ class Tab:
         self._streams: list[Path] = []  # folders of films' streams
         self._control = Control(service.settings.job_deadline_sec)
         self._open = contextlib.ExitStack()
-        self._preview: tuple[tuple[Path, Path], Preview] | None = None
+        self._preview: tuple[dict[str, Any], Preview] | None = None  # and the job that it was opened for
 
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
         """Do something in the tab's thread."""
@@ -83,15 +101,15 @@ class Tab:
 
     def job(self, request: dict[str, Any]) -> dict[str, Any]:
         """The job that the files and the tuned fields of a request describe."""
-        return {"musetalk_job_id": f"page-{uuid.uuid4().hex}", "video_url": str(self.chosen["clip"].path),
-                "audio_url": str(self.chosen["speech"].path), **request}
+        return job_of(request, f"page-{uuid.uuid4().hex}", str(self.clip.path),
+                      [(str(s.chosen.path), s.face, s.start) for s in self.speeches])
 
     def pictures(self, request: dict[str, Any], second: float, outline: bool) -> Pictures | dict[str, Any]:
         """A moment's frame before and after, in place of those shown before; or a failure's body."""
         control = self._begin()
         try:
             preview = self._opened()
-            shown = preview.frame(parse(self.job(request)), second, control.waiting)
+            shown = preview.frame(parse(self.job(request)), second, control.waiting, with_faces=True)
         except Exception as e:  # every failure is told as the service tells it
             return failure(e)
         for name, path in list(self._served.items()):
@@ -99,7 +117,8 @@ class Tab:
                 path.unlink(missing_ok=True)
                 del self._served[name]
         source, film = self._picture(shown.source), self._picture(shown.outlined() if outline else shown.film)
-        return Pictures(source, film, preview.inputs.speech.seconds, shown.region is not None)
+        height, width = shown.source.shape[:2]
+        return Pictures(source, film, (width, height), shown.faces, shown.seconds, preview.speeches, bool(shown.regions))
 
     def film(self, request: dict[str, Any]) -> dict[str, Any]:
         """Run the job. The body of a success has the film's address as its output_url."""
@@ -146,12 +165,12 @@ class Tab:
         self.stage, self.share = stage, share
 
     def _opened(self) -> Preview:
-        """The preview of the chosen files."""
-        paths = self.chosen["clip"].path, self.chosen["speech"].path
-        if self._preview is None or self._preview[0] != paths:
+        """The preview of the chosen files and faces."""
+        job = {**self.job({}), "musetalk_job_id": self.id}
+        if self._preview is None or self._preview[0] != job:
             self._preview = None
             self._open.close()
-            self._preview = paths, self._open.enter_context(self.service.preview(self.job({})))
+            self._preview = job, self._open.enter_context(self.service.preview(job))
         return self._preview[1]
 
     def _picture(self, pixels: Picture) -> str:

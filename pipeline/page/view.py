@@ -9,10 +9,13 @@ from typing import Any
 
 from nicegui import events, ui
 
+from pipeline.film.preview import Sight
 from pipeline.page.controls import FIELDS, GROUPS, as_curl, control_of, explained, metrics_table, request_of, stage_bar
-from pipeline.page.tab import Chosen, Pictures, Tab
+from pipeline.page.tab import SPEECH, Chosen, Pictures, Speech, Tab
+from pipeline.page.timeline import timeline
 
 TAKES = {"clip": ("Clip or still", "video/*,image/*", "videocam"), "speech": ("Speech", "audio/*,video/*", "mic")}
+MOST = 6  # speakers
 STILLS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tiff", ".avif", ".heic")
 DOING = {  # what comes after the stage that the job has told of
     "": "reading the files", "download": "checking the files", "validation": "preparing the clip", "upload": "finishing"}
@@ -24,6 +27,8 @@ class View:
 
     def __init__(self, tab: Tab, max_upload: int) -> None:
         self.tab, self.max_upload = tab, max_upload
+        self.picking = 0  # the speech that the next click on a face is for
+        self.sights: tuple[Sight, ...] = ()  # the faces on the source
         self.rendering = self.looking = self.changed = False
         ui.add_head_html(HEAD)
         with ui.element("header").classes("head"):
@@ -37,33 +42,63 @@ class View:
             with ui.element("section").classes("controls"):
                 self.controls = self._controls()
         self.timer = ui.timer(0.1, self._tell)
-        self._show_choice()
         ui.timer(0, self.refresh, once=True)  # a timer begins when the browser is there
 
     # -- what it is made of
 
     def _files(self) -> None:
-        self.uploads = {kind: self._upload(kind) for kind in TAKES}
+        self._chosen()
         ui.label("Press + or drop a file on it, or record one.").classes("help")
-        self.listen = ui.element("audio").props("controls id=speech")
 
-    def _upload(self, kind: str) -> ui.upload:
+    @ui.refreshable_method
+    def _chosen(self) -> None:
+        """The clip, and the speeches with their faces and starts."""
+        self._upload("clip", "clip", self.tab.clip.name)
+        several = len(self.tab.speeches) > 1
+        for number, speech in enumerate(self.tab.speeches, 1):
+            with ui.column().classes(f"w-full gap-1 who-{number} {'speaker' if several else ''}"):
+                self._upload("speech", "speech" if number == 1 else f"speech-{number}", speech.chosen.name, number - 1)
+                ui.element("audio").props(f"controls id=speech{'' if number == 1 else f'-{number}'} "
+                                          f"src={self.tab.serve(speech.chosen.path)}")
+                if several:
+                    self._part(number, speech)
+        if len(self.tab.speeches) < MOST:
+            ui.button("Add a speaker", icon="person_add", on_click=self._add).props("flat dense no-caps").classes("self-start")
+
+    def _upload(self, kind: str, name: str, chosen: str, place: int = 0) -> None:
         label, accept, icon = TAKES[kind]
         with ui.row().classes("w-full items-center no-wrap gap-2"):
-            upload = ui.upload(label=label, auto_upload=True, max_file_size=self.max_upload, on_rejected=self._refused,
-                               on_upload=lambda e: self._uploaded(kind, e))
-            upload.props(f'accept="{accept}" flat bordered color=grey-2 text-color=dark id=upload-{kind}').classes("grow")
-            ui.button(icon=icon).props(f'flat round aria-label="record {kind}"').on(
-                "click", js_handler=f"e => record('{kind}', getElement({upload.id}).$refs.qRef, e.currentTarget)")
-        return upload
+            upload = ui.upload(label=f"{label}: {chosen}", auto_upload=True, max_file_size=self.max_upload,
+                               on_rejected=self._refused, on_upload=lambda e: self._uploaded(kind, place, e))
+            upload.props(f'accept="{accept}" flat bordered color=grey-2 text-color=dark id=upload-{name}').classes("grow")
+            ui.button(icon=icon).props(f'flat round aria-label="record {name}"').on(
+                "click", js_handler=f"e => record('{name}', getElement({upload.id}).$refs.qRef, e.currentTarget)")
+
+    def _part(self, number: int, speech: Speech) -> None:
+        """Of one of several speeches: whose it is, and when it begins."""
+        async def begin(event: events.ValueChangeEventArguments[float | None]) -> None:
+            speech.start = float(event.value or 0.0)
+            await self.refresh()
+
+        with ui.row().classes("w-full items-center no-wrap gap-2"):
+            mine = self.picking == number - 1
+            pick = ui.button(f"face {number}", color=None, on_click=lambda: self._aim(number - 1))
+            pick.props("unelevated dense no-caps").classes("badge picking" if mine else "badge")
+            ui.label("click it in the picture" if mine else "").classes("help grow")
+            ui.number("begins at", value=speech.start, min=0, step=0.1, suffix="s", on_change=begin).props(
+                f'dense aria-label="start {number}"').classes("w-24")
+            ui.button(icon="close", on_click=lambda: self._remove(speech)).props(
+                f'flat round dense aria-label="remove speaker {number}"')
 
     def _stage(self) -> None:
         with ui.element("div").classes("pair"):
-            self.source, self.frame = self._picture("source"), self._picture("film")
+            (self.source, self.faces), (self.frame, _) = self._picture("source"), self._picture("film")
         with ui.row().classes("w-full items-center no-wrap gap-4"):
             ui.label("second")
-            self.second = ui.slider(min=0, max=10, step=0.04, value=0.5, on_change=self.refresh).props(
-                'label aria-label="second of the film"').classes("grow")
+            with ui.column().classes("grow gap-0"):
+                self.time = ui.html().classes("w-full").props("id=time")
+                self.second = ui.slider(min=0, max=10, step=0.04, value=0.5, on_change=self.refresh).props(
+                    'label aria-label="second of the film"')
             self.outline = ui.checkbox("outline", on_change=self.refresh)
         self.notice = ui.label().props("id=notice")
         self.render = ui.button("Render the film", icon="movie", on_click=self.make).classes("w-full")
@@ -77,12 +112,15 @@ class View:
         with ui.expansion("For production: the same request").classes("w-full"):
             self.codes = {name: self._code(name) for name in ("JSON", "curl")}
 
-    def _picture(self, name: str) -> ui.element:
+    def _picture(self, name: str) -> tuple[ui.element, ui.element]:
+        """A picture, and what lies over it."""
         with ui.element("figure"):
-            picture = ui.element("img").props(f'id={name}-frame alt="{name}"')
+            with ui.element("div").classes("picture"):
+                picture = ui.element("img").props(f'id={name}-frame alt="{name}"')
+                over = ui.element("div")
             with ui.element("figcaption"):
                 ui.label(name)
-        return picture
+        return picture, over
 
     def _code(self, name: str) -> ui.label:
         copy = ui.button(f"Copy {name}", icon="content_copy").props("flat dense no-caps")
@@ -102,31 +140,55 @@ class View:
 
     # -- what it does
 
-    async def _uploaded(self, kind: str, event: events.UploadEventArguments) -> None:
+    async def _uploaded(self, kind: str, place: int, event: events.UploadEventArguments) -> None:
         path = self.tab.new_file(Path(event.file.name).suffix)
         await event.file.save(path)
         if self.tab.closed:
             path.unlink(missing_ok=True)
             return
-        self.tab.chosen[kind] = Chosen(path, event.file.name)
-        self.uploads[kind].reset()
-        self._show_choice()
+        if kind == "clip":
+            self.tab.clip = Chosen(path, event.file.name)
+            for speech in self.tab.speeches:
+                speech.face = None
+        elif place < len(self.tab.speeches):
+            self.tab.speeches[place].chosen = Chosen(path, event.file.name)
+        await self._changed()
+
+    async def _add(self) -> None:
+        """One more speech, whose face is the next one from the left until another is picked."""
+        self.tab.speeches.append(Speech(SPEECH))
+        await self._aim(len(self.tab.speeches) - 1)
+
+    async def _remove(self, speech: Speech) -> None:
+        self.tab.speeches.remove(speech)
+        await self._aim(0)
+
+    async def _aim(self, place: int) -> None:
+        """The next click on a face is for that speech."""
+        self.picking = place
+        await self._changed()
+
+    async def _pick(self, face: Sight) -> None:
+        """A face was clicked; if another speech has it, both change."""
+        speeches, now = self.tab.speeches, next((f for f in self.sights if f.speech == self.picking), None)
+        if face.speech is not None and face.speech != self.picking:
+            speeches[face.speech].face = now.named if now else speeches[self.picking].face
+        speeches[self.picking].face = face.named
+        await self._changed()
+
+    async def _changed(self) -> None:
+        self._chosen.refresh()
         await self.refresh()
 
     def _refused(self) -> None:
         ui.notify(f"This file is not taken: larger than {self.max_upload / 1e6:g} MB, or of another kind.", type="warning")
-
-    def _show_choice(self) -> None:
-        for kind, (label, *_) in TAKES.items():
-            self.uploads[kind].props["label"] = f"{label}: {self.tab.chosen[kind].name}"
-        self.listen.props["src"] = self.tab.serve(self.tab.chosen["speech"].path)
 
     def _request(self) -> dict[str, Any]:
         return request_of({name: control.value for name, control in self.controls.items()})
 
     async def refresh(self) -> None:
         """Show the request and the frame for what is chosen now."""
-        for code, text in zip(self.codes.values(), as_curl(self._request()), strict=True):
+        for code, text in zip(self.codes.values(), as_curl(self.tab.job(self._request())), strict=True):
             code.text = text
         self.changed = True
         if self.looking:
@@ -148,12 +210,30 @@ class View:
             return
         self.source.props["src"], self.frame.props["src"] = made.source, made.film
         self.second.props["max"] = round(made.seconds, 2)
+        self.time.content = timeline(made.speeches, made.seconds)
+        self._outline(made)
         self.notice.classes(remove="bad").text = (
             "" if made.painted else "No mouth is painted here: this frame shows no face, or a silence.")
+
+    def _outline(self, made: Pictures) -> None:
+        """The faces on the source, where there is a choice: a click picks one."""
+        self.faces.clear()
+        self.sights = made.faces
+        width, height = made.size
+        with self.faces:
+            for number, face in enumerate(made.faces if len(made.faces) > 1 else (), 1):
+                box, who = face.box, "" if face.speech is None else str(face.speech + 1)
+                button = ui.element("button").props(f'type=button aria-label="face {number} from the left"')
+                button.classes(f"face who-{who}").on("click", lambda face=face: self._pick(face))
+                button.style(f"left:{box.x1 / width:.2%};top:{box.y1 / height:.2%};"
+                             f"width:{box.width / width:.2%};height:{box.height / height:.2%}")
+                with button:
+                    ui.label(who)
 
     def _complain(self, label: ui.label, body: dict[str, Any]) -> None:
         label.classes("bad").text = explained(body)
         if label is self.notice:
+            self.faces.clear()
             for picture in (self.source, self.frame):
                 picture.props.pop("src", None)
                 picture.update()
@@ -162,7 +242,7 @@ class View:
         """Render the film; what was rendered before goes first."""
         self.result.clear()
         self.progress.classes(remove="bad")
-        clip = self.tab.chosen["clip"]
+        clip = self.tab.clip
         with self._busy():
             body = await self.tab.run(self.tab.film, self._request())
         if self.tab.closed:
