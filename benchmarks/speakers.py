@@ -59,8 +59,8 @@ class Scene:
     speaking: int
 
 
-SCENES = (Scene("still", 100, 3, 2), Scene("moving", 100, 3, 2), Scene("crossing", 110, 3, 2), Scene("cut", 240, 2, 2),
-          Scene("cut", 240, 3, 3))
+SCENES = (Scene("still", 80, 3, 2), Scene("moving", 80, 3, 2), Scene("crossing", 100, 3, 2), Scene("cut", 150, 2, 2),
+          Scene("cut", 210, 3, 3))
 
 
 @dataclass(frozen=True)
@@ -205,14 +205,15 @@ def opening(image: NDArray[np.uint8], seed: int, spot: tuple[float, float]) -> f
 
 
 def judged(film: Film, places: list[list[Spot]], voices: list[Voice], speaking: int) -> dict[str, list[float]]:
-    """Whether each painted frame has a mouth on somebody else; correlations; and of each listener in each frame, whether he is
-    the source's to the bit outside of what is painted for others.
+    """Whether each painted frame has a mouth on somebody else; correlations, where the face is known and speaks; and of each
+    listener in each frame, whether he is the source's to the bit outside of what is painted for others.
     """
     wrong = [float(any(owner(row, mask) != k for k, mask in masks.items()))
              for row, masks in zip(places, film.painted, strict=True)]
     own, other = [], []
     for k in range(speaking):
-        full = [i for i, masks in enumerate(film.painted) if k in masks and masks[k].max() == 255 and places[i][k]]
+        first, end = voices[k].span
+        full = [i for i in range(first, end) if places[i][k] and (face := film.avatars[k][i]) is not None and face.weight == 1]
         seen = np.array([opening(film.frames[i], PEOPLE[k], places[i][k] or (0, 0)) for i in full])
         own.append(correlation(seen, voices[k].truth[full]))
         other += [abs(correlation(seen, voices[j].truth[full])) for j in range(speaking) if j != k]

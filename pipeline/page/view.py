@@ -29,6 +29,7 @@ class View:
         self.tab, self.max_upload = tab, max_upload
         self.picking = 0  # the speech that the next click on a face is for
         self.sights: tuple[Sight, ...] = ()  # the faces on the source
+        self.uploads, self.listen, self.badges = list[ui.upload](), list[ui.element](), list[ui.button]()  # of each speech
         self.rendering = self.looking = self.changed = False
         ui.add_head_html(HEAD)
         with ui.element("header").classes("head"):
@@ -47,48 +48,51 @@ class View:
     # -- what it is made of
 
     def _files(self) -> None:
-        self._chosen()
+        self.clip = self._upload("clip", "clip")
+        self._speeches()
         ui.label("Press + or drop a file on it, or record one.").classes("help")
 
     @ui.refreshable_method
-    def _chosen(self) -> None:
-        """The clip, and the speeches with their faces and starts."""
-        self._upload("clip", "clip", self.tab.clip.name)
+    def _speeches(self) -> None:
+        """The speeches, made anew when one comes or goes."""
+        self.uploads, self.listen, self.badges = [], [], []
         several = len(self.tab.speeches) > 1
         for number, speech in enumerate(self.tab.speeches, 1):
+            name = "speech" if number == 1 else f"speech-{number}"
             with ui.column().classes(f"w-full gap-1 who-{number} {'speaker' if several else ''}"):
-                self._upload("speech", "speech" if number == 1 else f"speech-{number}", speech.chosen.name, number - 1)
-                ui.element("audio").props(f"controls id=speech{'' if number == 1 else f'-{number}'} "
-                                          f"src={self.tab.serve(speech.chosen.path)}")
+                self.uploads.append(self._upload("speech", name, number - 1))
+                self.listen.append(ui.element("audio").props(f"controls id={name}"))
                 if several:
-                    self._part(number, speech)
+                    self.badges.append(self._part(number, speech))
         if len(self.tab.speeches) < MOST:
             ui.button("Add a speaker", icon="person_add", on_click=self._add).props("flat dense no-caps").classes("self-start")
+        self._show_choice()
 
-    def _upload(self, kind: str, name: str, chosen: str, place: int = 0) -> None:
-        label, accept, icon = TAKES[kind]
+    def _upload(self, kind: str, name: str, place: int = 0) -> ui.upload:
+        _, accept, icon = TAKES[kind]
         with ui.row().classes("w-full items-center no-wrap gap-2"):
-            upload = ui.upload(label=f"{label}: {chosen}", auto_upload=True, max_file_size=self.max_upload,
-                               on_rejected=self._refused, on_upload=lambda e: self._uploaded(kind, place, e))
+            upload = ui.upload(auto_upload=True, max_file_size=self.max_upload, on_rejected=self._refused,
+                               on_upload=lambda e: self._uploaded(kind, place, e))
             upload.props(f'accept="{accept}" flat bordered color=grey-2 text-color=dark id=upload-{name}').classes("grow")
             ui.button(icon=icon).props(f'flat round aria-label="record {name}"').on(
                 "click", js_handler=f"e => record('{name}', getElement({upload.id}).$refs.qRef, e.currentTarget)")
+        return upload
 
-    def _part(self, number: int, speech: Speech) -> None:
+    def _part(self, number: int, speech: Speech) -> ui.button:
         """Of one of several speeches: whose it is, and when it begins."""
         async def begin(event: events.ValueChangeEventArguments[float | None]) -> None:
             speech.start = float(event.value or 0.0)
             await self.refresh()
 
         with ui.row().classes("w-full items-center no-wrap gap-2"):
-            mine = self.picking == number - 1
-            pick = ui.button(f"face {number}", color=None, on_click=lambda: self._aim(number - 1))
-            pick.props("unelevated dense no-caps").classes("badge picking" if mine else "badge")
-            ui.label("click it in the picture" if mine else "").classes("help grow")
+            badge = ui.button(f"face {number}", color=None, on_click=lambda: self._aim(number - 1))
+            badge.props("unelevated dense no-caps").classes("badge")
+            ui.label("click it in the picture").classes("help grow")
             ui.number("begins at", value=speech.start, min=0, step=0.1, suffix="s", on_change=begin).props(
                 f'dense aria-label="start {number}"').classes("w-24")
             ui.button(icon="close", on_click=lambda: self._remove(speech)).props(
                 f'flat round dense aria-label="remove speaker {number}"')
+        return badge
 
     def _stage(self) -> None:
         with ui.element("div").classes("pair"):
@@ -146,27 +150,35 @@ class View:
         if self.tab.closed:
             path.unlink(missing_ok=True)
             return
+        chosen = Chosen(path, event.file.name)
         if kind == "clip":
-            self.tab.clip = Chosen(path, event.file.name)
+            self.tab.clip = chosen
+            self.clip.reset()
             for speech in self.tab.speeches:
                 speech.face = None
         elif place < len(self.tab.speeches):
-            self.tab.speeches[place].chosen = Chosen(path, event.file.name)
-        await self._changed()
+            self.tab.speeches[place].chosen = chosen
+            self.uploads[place].reset()
+        self._show_choice()
+        await self.refresh()
 
     async def _add(self) -> None:
         """One more speech, whose face is the next one from the left until another is picked."""
         self.tab.speeches.append(Speech(SPEECH))
-        await self._aim(len(self.tab.speeches) - 1)
+        self.picking = len(self.tab.speeches) - 1
+        self._speeches.refresh()
+        await self.refresh()
 
     async def _remove(self, speech: Speech) -> None:
         self.tab.speeches.remove(speech)
-        await self._aim(0)
+        self.picking = 0
+        self._speeches.refresh()
+        await self.refresh()
 
-    async def _aim(self, place: int) -> None:
+    def _aim(self, place: int) -> None:
         """The next click on a face is for that speech."""
         self.picking = place
-        await self._changed()
+        self._show_choice()
 
     async def _pick(self, face: Sight) -> None:
         """A face was clicked; if another speech has it, both change."""
@@ -174,11 +186,17 @@ class View:
         if face.speech is not None and face.speech != self.picking:
             speeches[face.speech].face = now.named if now else speeches[self.picking].face
         speeches[self.picking].face = face.named
-        await self._changed()
-
-    async def _changed(self) -> None:
-        self._chosen.refresh()
         await self.refresh()
+
+    def _show_choice(self) -> None:
+        chosen = [("clip", self.clip, self.tab.clip),
+                  *(("speech", upload, speech.chosen) for upload, speech in zip(self.uploads, self.tab.speeches, strict=True))]
+        for kind, upload, file in chosen:
+            upload.props["label"] = f"{TAKES[kind][0]}: {file.name}"
+        for audio, speech in zip(self.listen, self.tab.speeches, strict=True):
+            audio.props["src"] = self.tab.serve(speech.chosen.path)
+        for place, badge in enumerate(self.badges):
+            badge.classes(**{"add" if place == self.picking else "remove": "picking"})
 
     def _refused(self) -> None:
         ui.notify(f"This file is not taken: larger than {self.max_upload / 1e6:g} MB, or of another kind.", type="warning")
