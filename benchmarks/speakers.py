@@ -45,7 +45,7 @@ PEOPLE = tuple(HELD_OUT + k for k in (11, 59, 35))
 VOICES = ("en-us", "de", "es")
 FACE, RAMP = 40, 3  # half a face's width, pixels; frames around a speech in which the mouth comes and goes
 OPENINGS, WIDTHS = np.linspace(0, 1, 11), (-0.5, 0.0, 0.5)
-TURN, TURNS = 24, 4  # frames that one of two speaks before the other does, and how often
+TURN, TURNS = 20, 4  # frames that one of two speaks before the other does, and how often
 CROWD, CROWD_SIZE, CROWD_FRAMES = (5, 4), (1920, 1080), 24
 
 
