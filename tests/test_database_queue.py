@@ -389,6 +389,65 @@ def test_an_older_databases_tables_are_migrated_in_two_steps(server: Cluster, ur
     assert definition(older) == definition(url)
 
 
+def older_code(folder: Path) -> Path:
+    """The code as it was when this door was new, from the repository's history."""
+    def git(*arguments: str) -> bytes:
+        return subprocess.run(["git", "-c", f"safe.directory={REPOSITORY}", *arguments], cwd=REPOSITORY, check=True,
+                              capture_output=True).stdout
+
+    if not (REPOSITORY / ".git").exists():
+        pytest.skip("no history here")
+    (*_, first) = git("log", "--diff-filter=A", "--format=%H", "--", "pipeline/queue/worker.py").decode().split()
+    folder.mkdir()
+    subprocess.run(["tar", "-x"], cwd=folder, input=git("archive", first, "pipeline", "musetalk", "samples"), check=True)
+    return folder
+
+
+def test_two_versions_run_side_by_side_during_a_rollout(server: Cluster, tmp_path: Path) -> None:
+    """On tables that have what the new version needs, and still what the old one does: each job is run once, by either."""
+    url = new_database(server.url)
+    files = sorted(Path(schema.migrations_path).glob("*.sql"))
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(schema.APPLIED)
+        for file in (f for f in files if f.stem < "03.01"):
+            connection.execute(file.read_bytes())
+            connection.execute("INSERT INTO musetalk_migrations (name) VALUES (%s)", (file.stem,))
+    assert schema.migrate(url)
+    code = {"old": older_code(tmp_path / "code"), "new": REPOSITORY}
+    assert (code["old"] / "pipeline/run.py").read_text() != (REPOSITORY / "pipeline/run.py").read_text()
+    workers = {name: DatabaseWorker(tmp_path / name, url, "rollout", code=code[name]) for name in code}
+    done = dict.fromkeys(workers, 0)
+
+    def count() -> bool:
+        done.update({name: worker.messages().count("job done") for name, worker in workers.items()})
+        return min(done.values()) > 0
+
+    try:
+        for worker in workers.values():
+            worker.ready()
+        jobs = [f"roll-{i}" for i in range(8)]
+        for name in jobs:
+            send(url, {**SELFTEST, "musetalk_job_id": name}, "rollout")
+        for _ in range(900):
+            if count():
+                break
+            time.sleep(0.1)
+        assert count(), done
+        workers["old"].process.send_signal(signal.SIGTERM)
+        assert workers["old"].process.wait(90) == 0
+        for name in jobs:
+            assert ended(url, name)
+        count()
+        assert sum(done.values()) == len(jobs), done
+        assert rows(url, "SELECT count(*) FROM job_failures") == [(0,)]
+        assert schema.migrate(url, after_rollout=True)
+        send(url, {**SELFTEST, "musetalk_job_id": "after-rollout"}, "rollout")
+        assert ended(url, "after-rollout")
+    finally:
+        for worker in workers.values():
+            worker.close()
+
+
 def test_several_make_the_tables_at_once(server: Cluster) -> None:
     empty = new_database(server.url)
     threads = [threading.Thread(target=schema.migrate, args=(empty,)) for _ in range(4)]

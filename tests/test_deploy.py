@@ -19,9 +19,6 @@ from tests.fakes.postgres import database
 
 MANIFESTS = sorted((REPOSITORY / "deploy" / "kubernetes").glob("*.yaml"))
 COMPOSE = yaml.safe_load((REPOSITORY / "compose.yaml").read_text())
-COMPOSE_KEYS = {  # of a service, as the Compose specification has them, as far as they are used here
-    "image", "command", "environment", "depends_on", "deploy", "healthcheck", "ports", "restart", "stop_grace_period",
-    "volumes"}
 DOCUMENTS = [d for path in MANIFESTS for d in yaml.safe_load_all(path.read_text())]
 
 
@@ -99,10 +96,23 @@ def test_every_variable_is_a_setting() -> None:
     Settings.from_env(values)
 
 
+def compose_check(path: Path) -> subprocess.CompletedProcess[str]:
+    """A file held against the Compose specification's schema."""
+    return subprocess.run([Path(sys.executable).with_name("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", path],
+                          capture_output=True, text=True)
+
+
+def test_compose_follows_its_specification(tmp_path: Path) -> None:
+    """Strictly: an unknown key fails."""
+    assert compose_check(REPOSITORY / "compose.yaml").returncode == 0
+    wrong = tmp_path / "compose.yaml"
+    wrong.write_text((REPOSITORY / "compose.yaml").read_text().replace("replicas: 2", "replica: 2"))
+    assert "'replica'" in compose_check(wrong).stdout
+
+
 def test_compose_starts_the_schema_before_the_workers_of_one_image() -> None:
     services = COMPOSE["services"]
-    for name, service in services.items():
-        assert service.keys() <= COMPOSE_KEYS, name
+    for service in services.values():
         assert set(service.get("depends_on", {})) <= services.keys()
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]

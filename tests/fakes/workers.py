@@ -55,7 +55,7 @@ class QueueWorker:
 class DatabaseWorker:
     """`python -m pipeline.queue` on a queue in PostgreSQL, in a folder of its own."""
 
-    def __init__(self, folder: Path, url: str, queue: str, *command: str, **changes: str) -> None:
+    def __init__(self, folder: Path, url: str, queue: str, *command: str, code: Path = REPOSITORY, **changes: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.environment = {
@@ -64,7 +64,7 @@ class DatabaseWorker:
             "DOWNLOAD_ALLOW_HOSTS": "127.0.0.0/8", "DATABASE_URL": url, "QUEUE_NAME": queue, "QUEUE_STALLED_SEC": "4",
             "QUEUE_RETRY_SEC": "0.5", **changes}
         with (folder / "log").open("w") as log:
-            self.process = subprocess.Popen([sys.executable, *(command or ("-m", "pipeline.queue"))], cwd=REPOSITORY,
+            self.process = subprocess.Popen([sys.executable, *(command or ("-m", "pipeline.queue"))], cwd=code,
                                             env=self.environment, stdout=log, stderr=log)
 
     def messages(self) -> list[str]:
