@@ -24,7 +24,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
         "test_storage.py::test_a_key_that"),
     "download": ("test_download.py::test_a_job_stops_at_once", "test_download.py::test_urls_that_cannot_be_parsed"),
     "door": (
-        "test_door.py", "test_request_limit.py",
+        "test_door.py", "test_request_limit.py", "test_callbacks.py::",
         "test_server.py::test_head", "test_server.py::test_half_open", "test_server.py::test_a_client_that_hangs_up",
         "test_server.py::test_a_device_that_is_not_there", "test_server.py::test_health_has_a_port",
         "test_server.py::test_queue"),
