@@ -19,7 +19,8 @@ from pipeline.job.metrics import gpu_name
 
 INSTALL = {  # packages and programs that the worker itself does not need
     "espeakng_loader": "pip install -r requirements-bench.txt", "diffusers": "pip install -r requirements-bench.txt",
-    "procrastinate": "pip install -r requirements-queue.txt", "node": "apt-get install nodejs"}
+    "procrastinate": "pip install -r requirements-queue.txt", "node": "apt-get install nodejs",
+    "pg_ctlcluster": "apt-get install postgresql, or set DATABASE_URL"}
 
 
 def needs(*names: str) -> None:

@@ -3,7 +3,7 @@
     python -m benchmarks.dubbing [--json] [--quick]
 
 Drawn people whose mouths are known speak held-out sentences; their clips talk by themselves, or rest. Mouths are measured as
-`benchmarks.sync` does. Needs libespeak-ng, as the training does.
+`benchmarks.sync` does. Needs requirements-bench.txt.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def of_silence(lipsync: LipSync, quick: bool) -> dict[str, Any]:
     """Stillness and closure in silences, joints against speech, and the speech against `silence: model`."""
     sentences = [speech.utter([speech.HELD_OUT[v[:2]][3]], v) for v in speech.TRAINED_VOICES_HELD_OUT_SENTENCES[:3]]
     still, shut, joints, change = [], [], [], []
-    for k, seed in enumerate(IDENTITIES[:1] if quick else IDENTITIES[:3]):
+    for k, seed in enumerate(common.progress("dubbing", IDENTITIES[: 1 if quick else 3])):
         ruler, spoken = Ruler(Identity.random(seed)), sentences[k]
         for talks in (sentences[(k + 1) % 3], None):
             clip = clip_of(lipsync, seed, talks)
@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one face")
     parser.add_argument("--model-dir", default=str(REPOSITORY / "models" / "demo"))
     options = parser.parse_args()
+    common.needs("espeakng_loader")
     lipsync = LipSync.load(options.model_dir, dtype=chosen_dtype(torch.device("cpu")))
     figures = {**of_silence(lipsync, options.quick), "background_offset_samples": background_offset()}
     figures = {name: round(value, 4) for name, value in figures.items()}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import math
+import os
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ def main() -> None:
     parser.add_argument("--kill-sec", type=float, default=600.0, help="for how long --measured kills workers")
     options = parser.parse_args()
     if options.measured:
-        common.needs("procrastinate")
+        common.needs("procrastinate", *([] if os.environ.get("DATABASE_URL") else ["pg_ctlcluster"]))
         from benchmarks import fleet_measured
 
         fleet_measured.main(options.workers or 4, options.jobs or 200, options.service_sec, options.kill_sec)

@@ -5,26 +5,32 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import shutil
 import sys
 
 import pytest
 
 from benchmarks import __main__ as bench
+from benchmarks import common
 from training.speech import visemes_of
 
 
 @pytest.mark.parametrize(("name", "arguments", "missing"), [
     ("sync", (), "espeakng_loader"), ("picture", (), "espeakng_loader"), ("lanes", (), "espeakng_loader"),
-    ("live", (), "espeakng_loader"),
-    ("finish", (), "espeakng_loader"), ("judge", ("--modules", "x", "y.mp4"), "espeakng_loader"), ("nets", (), "diffusers")])
+    ("dubbing", (), "espeakng_loader"), ("live", (), "espeakng_loader"),
+    ("finish", (), "espeakng_loader"), ("judge", ("--modules", "x", "y.mp4"), "espeakng_loader"), ("nets", (), "diffusers"),
+    ("fleet", ("--measured",), "pg_ctlcluster")])
 def test_what_is_missing_is_one_line(name: str, arguments: tuple[str, ...], missing: str,
                                      monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda module, *rest: None if module == missing else found(module, *rest))
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda program: None if program == missing else which(program))
+    monkeypatch.delenv("DATABASE_URL", raising=False)
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     with pytest.raises(SystemExit) as ended:
         importlib.import_module(f"benchmarks.{name}").main()
-    assert ended.value.code == f"{missing} is missing: pip install -r requirements-bench.txt"
+    assert ended.value.code == f"{missing} is missing: {common.INSTALL[missing]}"
 
 
 def test_the_table_has_each_figure_beside_the_releases() -> None:
