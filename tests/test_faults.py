@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 
+from pipeline import errors
 from tests.faults import world as faults
 from tests.faults.device import without_gpu
 from tests.faults.rows import ROWS
@@ -26,10 +28,19 @@ def test_row(world: World, row: Row) -> None:
 
 
 def test_the_harness_can_fail(world: World) -> None:
-    """A wrong body, a file left behind, a secret said and a worker that is broken afterwards are each seen."""
+    """A wrong body, a failure that the catalogue lacks, a file left behind, a secret said and a worker that is broken
+    afterwards are each seen.
+    """
     world.settle = 0.2
     assert "expected success" in world.run(Row("self", "body", lambda w: w.job(video="/status/404"), SUCCESS))
     assert "expected (422" in world.run(Row("self", "stage", lambda w: w.job(video="/page"), media("download")))
+
+    def judges_itself(w: World) -> None:
+        w.job(video="/reset")
+
+    others = [known for known in errors.CATALOGUE if known.error != errors.SourceUnavailable]
+    with mock.patch.object(errors, "CATALOGUE", others):
+        assert "the catalogue of failures lacks" in world.run(Row("self", "failure", judges_itself))
 
     def leaves_a_file(w: World) -> None:
         (w.temporary / "left").write_text("")
