@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -138,7 +139,7 @@ class Service:
             url = storage.upload(folder / "output.mp4", f"{request.musetalk_job_id}.mp4", control, digest=mark.digest)
             report = {"worker": self.settings.revision, **versions(), **self.engine.report()} if test else None
             cleanup.close()
-        self.pace.add(result)
+        self.pace.add(replace(result, wall_sec=timer.times["inference"] + timer.times["upload"]))
         return self._success(request, url, result, mark.written, timer, memory, selftest=report, stream=streamed)
 
     def _estimated(
@@ -157,7 +158,8 @@ class Service:
             assert seconds is not None
             total = round(timer.times["download"] + timer.times["validation"] + seconds, 3)
         result = Result(0.0, 0.0, frames, cached, lane, 0, [])
-        return self._success(request, "", result, "none", timer, memory, estimate={"seconds": total, "learnt_from": learnt})
+        told = {"seconds": total, "learnt_from": learnt, "faces": "found" if cached else "not searched"}
+        return self._success(request, "", result, "none", timer, memory, estimate=told)
 
     def _sample_film(self, lane: str, folder: Path, control: Control) -> Result:
         """A second of the built-in sample, made in a lane as a self-test makes it."""

@@ -57,7 +57,7 @@ def _bounded(kind: Any, limits: dict[str, Any]) -> Any:
     """A type whose numbers must lie within `limits`; of a union, its numeric members."""
     if get_origin(kind) in (Union, UnionType):
         return Union[tuple(_bounded(k, limits) for k in get_args(kind))]  # noqa: UP007 (a union made at run time)
-    return Annotated[kind, Field(**limits)] if kind is int else kind
+    return Annotated[kind, Field(**limits)] if kind in (int, float) else kind
 
 
 def _param(option: dataclasses.Field[Any], kind: Any) -> Any:
@@ -420,8 +420,9 @@ class Metrics(BaseModel):
     speakers: list[SpeakerMetrics] | None = Field(None, description="only of a job with speakers: of each face that speaks, in "
                                                                     "the order of their first speeches")
     faces: list[FoundFace] | None = Field(None, description="only of a job that finds faces: the people of the clip")
-    estimate: dict[str, Any] | None = Field(None, description="of an estimate only: seconds that the job would take, and of "
-                                                              "which films that was learnt: jobs or selftest")
+    estimate: dict[str, Any] | None = Field(None, description="of an estimate only: seconds that the job would take, of which "
+                                                              "films that was learnt (jobs or selftest), and whether it is "
+                                                              "known that there are faces (found, or not searched)")
     stream: StreamMetrics | None = Field(None, description="only of a job with params.stream")
 
 

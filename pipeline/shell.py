@@ -230,11 +230,14 @@ def working_folder(output: Path) -> Iterator[Path]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Make all films with one model; the exit code is the first failure's."""
+    if arguments.faces and arguments.estimate:
+        raise BadUse("--estimate is of a film, and --faces makes none; leave one of them out")
     output = arguments.output or ("faces.jpg" if arguments.faces else "out.mp4")
+    overwrite = arguments.overwrite or arguments.estimate  # which writes nothing
     if arguments.speaker or arguments.faces:
-        made = single(arguments.inputs, arguments.speaker, arguments.faces, output, arguments.overwrite)
+        made = single(arguments.inputs, arguments.speaker, arguments.faces, output, overwrite)
     else:
-        made = films(arguments.inputs, output, arguments.overwrite)
+        made = films(arguments.inputs, output, overwrite)
     for film in made:
         check(film, arguments)
     given = {"MODEL_DIR": arguments.model_dir, "DEVICE": arguments.device}
@@ -288,8 +291,8 @@ def _tell(body: dict[str, Any], film: Film, arguments: argparse.Namespace) -> in
     if not arguments.json and not arguments.quiet:
         m = body["metrics"]
         if arguments.estimate:
-            print(f"{film.output}: {m['frames']} frames would take about {m['estimate']['seconds']:.1f} s"
-                  f"{', the avatar is cached' * m['avatar_cached']}", flush=True)
+            known = "the avatar is cached" if m["avatar_cached"] else "if the clip holds the face, which was not searched"
+            print(f"{film.output}: {m['frames']} frames would take about {m['estimate']['seconds']:.1f} s, {known}", flush=True)
             return 0
         if arguments.faces:
             print(faces_table(m["faces"]), f"{film.output}: {len(m['faces'])} people", sep="\n", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,16 @@ def asked(video: Path, audio: Path, **changes: Any) -> dict[str, Any]:
     return {"musetalk_job_id": "asked", "video_url": str(video), "audio_url": str(audio), **changes}
 
 
-def test_the_answer_is_the_jobs_and_nothing_is_made(fresh: Service, short_clip: Path, word: Path) -> None:
-    nets = fresh.engine.load().nets
+def test_the_answer_is_the_jobs_and_nothing_is_made(
+    fresh: Service, short_clip: Path, word: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    nets, upload = fresh.engine.load().nets, fresh.storage.upload
+
+    def takes_a_second(*arguments: Any, **named: Any) -> str:
+        time.sleep(1)
+        return upload(*arguments, **named)
+
+    monkeypatch.setattr(fresh.storage, "upload", takes_a_second)
     done = fresh.run_job(asked(short_clip, word, params={"batch_size": 4}))
     with failing(nets.unet, AssertionError("generated")), failing(nets.detector, AssertionError("prepared")):
         told = fresh.run_job(asked(short_clip, word, estimate=True))
@@ -50,7 +59,9 @@ def test_the_answer_is_the_jobs_and_nothing_is_made(fresh: Service, short_clip: 
     assert (told["metrics"]["avatar_cached"], longer["metrics"]["avatar_cached"]) == (True, False)
     estimate = told["metrics"]["estimate"]
     assert estimate["learnt_from"] == "jobs"
+    assert (estimate["faces"], longer["metrics"]["estimate"]["faces"]) == ("found", "not searched")
     assert 0 < estimate["seconds"] < longer["metrics"]["estimate"]["seconds"]
+    assert longer["metrics"]["estimate"]["seconds"] > 13, "134 frames, and storing 10 took a second"
     assert abs(sum(told["metrics"]["stage_times"].values()) - told["metrics"]["total_time"]) < 0.01
     assert [p.name for p in fresh.settings.local_storage_dir.iterdir()] == ["asked.mp4"], "of the job alone"
 
@@ -72,12 +83,16 @@ def test_what_would_be_refused_is_refused(
 
 def test_a_worker_without_films_speaks_the_sample_first(short_clip: Path, word: Path, tmp_path: Path,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
-    """At the shell, where every worker is such a one."""
-    assert shell.main([str(short_clip), str(word), "-o", str(tmp_path / "film.mp4"), "--estimate", "--json"]) == 0
+    """At the shell, where every worker is such a one; a film that is there does not matter and stays."""
+    film = tmp_path / "film.mp4"
+    film.write_text("made before")
+    assert shell.main([str(short_clip), str(word), "-o", str(film), "--estimate", "--json"]) == 0
     body = json.loads(capsys.readouterr().out)
     assert body["metrics"]["estimate"]["learnt_from"] == "selftest"
-    assert not (tmp_path / "film.mp4").exists()
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [film]
+    assert film.read_text() == "made before"
+    assert shell.main([str(short_clip), "--faces", "--estimate"]) == 2
+    assert "--estimate is of a film" in capsys.readouterr().err
 
 
 def test_newer_films_count_more() -> None:

@@ -9,7 +9,7 @@ WEIGHT = 0.3  # of the newest film in the averages
 
 
 class Pace:
-    """Seconds of a film's making for each of its frames, by lane and by whether its avatar was cached."""
+    """Seconds that a film took for each of its frames, by lane and by whether its avatar was cached."""
 
     def __init__(self) -> None:
         self._seconds: dict[tuple[Quality, bool], float] = {}
