@@ -69,8 +69,8 @@ class LipSync:
     def prompts(self, pcm: np.ndarray | Tensor, fps: Fraction, options: Options | None = None) -> Prompts:
         """Speech (S,) float32 mono at 16 kHz -> audio tokens for every frame at `fps`. Raises BadAudio.
 
-        The official finish hears the speech as it is, the natural one a quiet speech raised (musetalk.sound.level). With
-        `silence="auto"` the natural one lets the mouth rest in silences (musetalk.sound.silence).
+        The official finish hears the speech as it is; the natural one a quiet speech raised (musetalk.sound.level), and with
+        `silence="auto"` it lets the mouth rest in silences (musetalk.sound.silence).
         """
         options, resting = options or Options.for_version(self.nets.version), list[float]()
         if options.finish == "natural":

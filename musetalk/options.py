@@ -39,7 +39,7 @@ class Options:
     face: Literal["largest", "leftmost", "rightmost"] | int = _option(
         "largest", "which face speaks; a number counts from the left", ge=0, le=99, avatar=True)
     loop: Loop = _option("pingpong", "what follows the clip's end")
-    silence: Silence = _option("model", "silences; auto: closed and still; rest: the source's")
+    silence: Silence = _option("auto", "silences; auto: closed and still; rest: the source's")
     seed: int | None = _option(None, "sample the posterior of the VAE with this seed; default: its mean",
                                ge=0, le=2**63 - 1, avatar=True)
     batch_size: int = _option(8, "frames generated at once", ge=1, le=64)

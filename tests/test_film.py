@@ -25,7 +25,8 @@ LENGTHS = {"short": 0.2, "middle": 0.48, "long": 1.16}  # seconds of speech: 5, 
 
 @pytest.fixture(scope="module")
 def speeches(media: Make, short_speech: Path) -> dict[str, Path]:
-    return {name: media(f"speech-{name}.wav", "-i", str(short_speech), "-t", str(sec)) for name, sec in LENGTHS.items()}
+    return {name: media(f"speech-{name}.wav", "-ss", "0.4", "-i", str(short_speech), "-t", str(sec))
+            for name, sec in LENGTHS.items()}
 
 
 @pytest.fixture(scope="module")
