@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: install install-dev run page test test-full test-certificate bench gpu-report lock check lint types
+.PHONY: install install-dev run page live test test-full test-certificate bench gpu-report lock check lint types
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -24,6 +24,13 @@ run: install  ## run test_input.json: the sample presenter speaks the sample spe
 
 page: .venv/installed-page  ## a local page to try and tune the worker: http://127.0.0.1:7860
 	$(BIN)/python -m pipeline.page
+
+.venv/installed-live: .venv/installed requirements-live.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-live.txt
+	touch $@
+
+live: .venv/installed-live  ## speak through a presenter in the browser, live: http://127.0.0.1:7870
+	$(BIN)/python -m pipeline.live
 
 test: install-dev
 	$(BIN)/python -m pytest -n 3 --dist worksteal
