@@ -67,7 +67,7 @@ class Case:
     @staticmethod
     def of(lipsync: LipSync, clip: Clip, made: Material) -> Case:
         """Prepare and generate."""
-        options = Options.for_version(lipsync.nets.version)
+        options = Options.for_version(lipsync.nets.version, silence="model")
         avatar = prepared(lipsync, clip, made, options, found=False)
         prompts = lipsync.prompts(made.pcm, Fraction(clip.fps), options)
         latents = torch.stack([entry.latents for entry in avatar if entry is not None])
@@ -142,7 +142,7 @@ def table(lipsync: LipSync, names: list[str]) -> None:
 
 def in_the_dark(lipsync: LipSync) -> None:
     """Print the rows of the numbers that dim a mouth: the mean level of its brightest pixels in a dark frame of the sample."""
-    width, height, options = 854, 480, Options()
+    width, height, options = 854, 480, Options(silence="model")
     command = [ffmpeg(), "-v", "error", "-i", str(REPOSITORY / "samples" / "presenter.mp4"), "-frames:v", "24", "-vf",
                f"scale={width}:{height}", "-pix_fmt", "rgb24", "-f", "rawvideo", "-"]
     raw = subprocess.run(command, capture_output=True, check=True).stdout

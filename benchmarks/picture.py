@@ -140,7 +140,7 @@ def prepared(lipsync: LipSync, clip: Clip, made: Material, options: Options, fou
 
 def film(lipsync: LipSync, clip: Clip, made: Material, finish: Finish, found: bool = False, quality: Quality = "exact") -> Film:
     """Prepare and speak."""
-    options = Options.for_version(lipsync.nets.version, finish=finish, quality=quality)
+    options = Options.for_version(lipsync.nets.version, finish=finish, quality=quality, silence="model")
     avatar = prepared(lipsync, clip, made, options, found)
     frames = list(lipsync.speak(avatar, made.pcm, Fraction(clip.fps), options))[: clip.frames]
     masks: list[Picture] = []
