@@ -32,8 +32,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import common, nets, pipeline, published
+from benchmarks.live import lanes as live_lanes
 from benchmarks.report import Report
-from musetalk import LipSync, checkpoints
+from musetalk import LipSync, Options, Stage, checkpoints
 from musetalk.draw import generate
 from musetalk.draw import recorded as tuning
 from musetalk.nets.unet import UNetConfig
@@ -218,6 +219,14 @@ def recorded(report: Report, lipsync: LipSync, plan: Plan) -> None:
     report.add("recorded against plain, batches 1.." + str(batch), worst, f"{LEVELS} grey levels", worst <= LEVELS)
 
 
+def live(report: Report, lipsync: LipSync) -> None:
+    """How many live sessions a stage offers here, each lane; on a GPU with its generator recorded."""
+    for lane in live_lanes(lipsync.nets):
+        stage = Stage(lipsync.nets, Options(quality=lane, batch_size=batch_for(report.device)))
+        every = "" if stage.stride == 1 else f", every {stage.stride}th frame made"
+        report.add(f"live sessions at 25 frames/s, {lane} lane", f"{stage.capacity}{every}")
+
+
 # -- jobs --------------------------------------------------------------------------------------------------------------
 
 
@@ -358,6 +367,8 @@ def run(report: Report, plan: Plan, folder: Path) -> None:
         recorded(report, lipsync, plan)
     with report.part("rates"):
         rates(report, lipsync, plan)
+    with report.part("live"):
+        live(report, lipsync)
     jobs = Jobs(plan, device, folder, lipsync)
     with report.part("warm up"):
         jobs.engine.warm_up()

@@ -6,7 +6,7 @@ Held-out speeches are pushed as they are said. On a simulated clock, on which co
 against the known ones and against the film's (`silence: auto`, the same lane): `corr_loss`, `closure_loss` in points,
 `latency_algorithmic_ms` from a sample's arrival to its frame. `drift_frames` is an hour's. Then N sessions run on the machine's
 clock, 480 x 480 (as many pixels as 360p): pictures made a second in the slowest one, `dropped` in all, `latency_ms`, and
-`interruption_ms` from `clear` to a closed mouth. Needs requirements-bench.txt.
+`interruption_ms` from `clear` to a closed mouth; `capacity_*`: what a stage of each lane offers. Needs requirements-bench.txt.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from benchmarks import common, sync
 from benchmarks.nets import chosen_dtype
 from benchmarks.sync import CLOSED, Case, Clip, Floats, Ruler, closures, correlation, held_out, make_clip, source
 from musetalk import Avatar, LipSync, LiveSpeaker, Options, Stage
+from musetalk.checkpoints import Networks
 from musetalk.live import Moment
+from musetalk.options import Quality
 from musetalk.steps import State
 from pipeline.settings import REPOSITORY
 from training import speech
@@ -140,6 +142,11 @@ class Ran:
     interruption: float | None
 
 
+def lanes(nets: Networks) -> tuple[Quality, ...]:
+    """The lanes that weights have."""
+    return ("exact",) if nets.tiny is None else ("exact", "fast")
+
+
 def session(speaker: LiveSpeaker, clip: Clip, ruler: Ruler, pcm: np.ndarray, seconds: float) -> Ran:
     """Speak for so long, as a microphone would; then interrupt in the middle of a word and wait for the mouth to close."""
     began, latencies, made, last = time.perf_counter(), list[float](), 0, speaker.image
@@ -160,6 +167,8 @@ def running(lipsync: LipSync, options: Options, count: int, seconds: float) -> d
     clip, ruler = make_clip(lipsync, 5), Ruler(Identity.random(5))
     spoken = held_out(True)[0]
     measured = Stage(lipsync.nets, options, FPS)
+    capacities = {f"capacity_{lane}": Stage(lipsync.nets, replace(options, quality=lane), FPS).capacity
+                  for lane in lanes(lipsync.nets)}
     with Stage(lipsync.nets, options, FPS, capacity=count, stride=measured.stride) as stage:
         speakers = [stage.open(clip.avatar) for _ in range(count)]
         with ThreadPoolExecutor(count) as pool:
@@ -169,7 +178,7 @@ def running(lipsync: LipSync, options: Options, count: int, seconds: float) -> d
     return {"frames_per_sec": min(one.frames_per_sec for one in ran), "stride": measured.stride,
             "dropped": sum(one.dropped for one in ran), "shown": sum(one.shown for one in ran), "sessions": count,
             "latency_ms": 1000 * common.median(latencies), "latency_max_ms": 1000 * max(latencies),
-            "interruption_ms": 1000 * max(ended) if len(ended) == count else None, "capacity": measured.capacity}
+            "interruption_ms": 1000 * max(ended) if len(ended) == count else None, **capacities}
 
 
 def rounded(figures: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ def test_tiny_report(tmp_path: Path) -> None:
     for name in ("the same job twice: the same bytes", "exact lane, avatar cached", "fast lane, avatar cached",
                  "cancel", "deadline", "a job after the drills"):
         assert verdicts[name] == "PASS"
+    assert all(int(str(told["figures"][f"live sessions at 25 frames/s, {lane} lane"])[0]) for lane in ("exact", "fast"))
     if not torch.cuda.is_available():
         assert told["device"] == "cpu"
         assert "generator, plain, batch 2, share of ceiling" not in told["figures"], "it counts the published sizes"
@@ -55,7 +56,10 @@ def test_what_a_gpu_alone_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, r
         for part in (gpu.recorded, gpu.rates, gpu.compiled):
             with report.part(part.__name__):
                 part(report, lipsync, plan)
+        with report.part("live"):
+            gpu.live(report, lipsync)
         assert gpu.Jobs(plan, report.device, tmp_path, lipsync).engine.batch_size == 16, "a worker's on a card of 24 GiB"
+    assert int(str(report.figures["live sessions at 25 frames/s, fast lane"])[0]) >= 1
     assert report.failed == ([] if records else ["batch sizes that are recorded"])
     for way in ("plain", "recorded"):
         assert report.figures[f"generator, {way}, batch 2, VRAM MiB"] == 1024

@@ -44,6 +44,13 @@ class Moment(NamedTuple):
     latency: float | None  # seconds since the sound's first sample was pushed; None: nothing is said
 
 
+class Mouth(NamedTuple):
+    """How a picture's mouth is: the share of rest, and what was heard last."""
+
+    share: float
+    tokens: Tensor | None
+
+
 @dataclass(eq=False)
 class Planned:
     """A frame whose sound is settled: what is made for it, and how its mouth was."""
@@ -52,6 +59,7 @@ class Planned:
     taken: Taken
     begun: bool = False
     image: NDArray[np.uint8] | None = None
+    mouth: Mouth | None = None
 
 
 class LiveSpeaker:
@@ -65,8 +73,7 @@ class LiveSpeaker:
         self.began: float | None = None  # when output 0 is due
         self.frames = self.dropped = 0  # shown so far; of them, those whose picture was not ready: the one before is held
         self.image = avatar.frames[0].numpy()  # the last one that was shown
-        self.share = 1.0  # of the last picture that was made: how much the mouth rests, and what was heard last
-        self.tokens: Tensor | None = None
+        self.mouth = self.shown = Mouth(1.0, None)  # of the last picture that was made, and of the last that was shown
         self.error: BaseException | None = None
         self.closed = False
         self.lock = threading.Lock()
@@ -87,7 +94,7 @@ class LiveSpeaker:
             self.speech.end()
 
     def clear(self) -> None:
-        """Interrupt: what was not said is forgotten, the sound ends within a frame, the mouth rests after a film's ramp."""
+        """Interrupt: what was not said is forgotten, the sound ends within a frame, the mouth closes in 0.2 s."""
         with self.lock:
             self.speech.utterances.clear()
             first = self.planned.get(self.next)  # its time has almost come; it stays, so that no frame is missed
@@ -95,6 +102,7 @@ class LiveSpeaker:
                 fade = np.clip(1 - np.arange(len(first.taken.sound)) / FADE, 0, 1).astype(np.float32)
                 first.taken = first.taken._replace(sound=first.taken.sound * fade, came=None, ends=True)
             self.planned = {self.next: first} if first is not None else {}
+            self.mouth = (first and first.mouth) or self.shown
             self.next_plan = self.next + (first is not None)
 
     def close(self) -> None:
@@ -132,7 +140,7 @@ class LiveSpeaker:
         self.plan(n)
         one = self.planned.pop(n)
         if one.image is not None:
-            self.image = one.image
+            self.image, self.shown = one.image, one.mouth or self.shown
         elif n % self.stride == 0:
             self.dropped += 1
         self.frames, self.next = self.frames + 1, n + 1
@@ -167,8 +175,8 @@ class LiveSpeaker:
         """The source frame of an output."""
         return source_index(output, len(self.avatar), self.loop)
 
-    def made(self, one: Planned, image: NDArray[np.uint8], share: float, tokens: Tensor | None) -> None:
+    def made(self, one: Planned, image: NDArray[np.uint8], mouth: Mouth) -> None:
         """A picture is ready; it is thrown away where it was interrupted."""
         with self.lock:
             if self.planned.get(one.output) is one:
-                one.image, self.share, self.tokens = image, share, tokens
+                one.image, one.mouth, self.mouth = image, mouth, mouth

@@ -27,7 +27,7 @@ from musetalk.avatar import Avatar
 from musetalk.checkpoints import Networks
 from musetalk.draw.recorded import examples
 from musetalk.errors import NoRoom
-from musetalk.live.session import Clock, LiveSpeaker, Planned
+from musetalk.live.session import Clock, LiveSpeaker, Mouth, Planned
 from musetalk.options import Options
 from musetalk.sound.rolling import Hearing
 from musetalk.steps import RGB, Frame, Shown, Speaker, State, blend, paint
@@ -35,7 +35,7 @@ from musetalk.steps import RGB, Frame, Shown, Speaker, State, blend, paint
 LEAD = 0.16  # seconds
 SHARE = 0.7  # of the frames that the generator makes: the rest is hearing, painting, and a reserve
 EASE, FORGET = 0.2, 0.97  # how fast the machine's pace is learned, and that of other batches is forgotten
-BATCH = 4  # frames by which it is measured
+BATCH = 4  # frames by which a CPU is measured; a GPU by a whole batch
 
 
 class Real:
@@ -90,23 +90,23 @@ class Work:
     planned: list[Planned]
     heard: dict[int, Tensor]  # tokens of those in which something is said
 
-    def frames(self, hearing: Hearing, options: Options) -> tuple[list[Frame], list[Shown], list[tuple[float, Tensor | None]]]:
-        """The frames, the faces that they show, and each one's share of rest and tokens."""
+    def frames(self, hearing: Hearing, options: Options) -> tuple[list[Frame], list[Shown], list[Mouth]]:
+        """The frames, the faces that they show, and each one's mouth."""
         session, avatar = self.session, self.session.avatar
-        share, tokens, ways = session.share, session.tokens, list[tuple[float, Tensor | None]]()
+        (share, tokens), mouths = session.mouth, list[Mouth]()
         for k, one in enumerate(self.planned):
             if k in self.heard:
                 tokens = self.heard[k]
             heard = one.taken.heard
             share = hearing.nearer(share, heard.resting() if k in self.heard and heard else 1.0, session.stride)
-            ways.append((share, tokens))
-        said = Said([hearing.shown(hearing.silence if t is None else t, s) for s, t in ways], [s for s, _ in ways])
+            mouths.append(Mouth(share, tokens))
+        said = Said([hearing.shown(hearing.silence if t is None else t, s) for s, t in mouths], [s for s, _ in mouths])
         speaker = Speaker(avatar, said, [1.0] * len(said), options)
         sources = [session.source(one.output) for one in self.planned]
         frames = [Frame(k, source, avatar.frames[source].clone(), RGB) for k, source in enumerate(sources)]
         shown = [Shown(frame, speaker, face, weight) for frame in frames if (face := avatar[frame.source]) is not None
                  and (weight := speaker.weight(face, frame.output or 0)) > 0]
-        return frames, shown, ways
+        return frames, shown, mouths
 
 
 class Stage:
@@ -136,7 +136,8 @@ class Stage:
 
     def _carried(self) -> tuple[int, int]:
         """How many sessions this machine carries, and every how manieth frame can be made for one."""
-        latents, tokens = examples(self.nets.unet, self.nets.vae, BATCH, len(self.hearing.silence))
+        count = self.options.batch_size if self.nets.device.type == "cuda" else BATCH
+        latents, tokens = examples(self.nets.unet, self.nets.vae, count, len(self.hearing.silence))
         first = None if self.options.quality == "exact" else self.nets.vae.cfg.crop_size // 2
         took = []
         for _ in range(4):
@@ -144,7 +145,7 @@ class Stage:
             with self.state.clock.running():
                 self.state.generator(latents, tokens, first)
             took.append(time.perf_counter() - began)
-        each = min(took) / BATCH / SHARE * float(self.fps)  # share of the machine that a session takes
+        each = min(took) / count / SHARE * float(self.fps)  # share of the machine that a session takes
         return max(1, math.floor(1 / each)), max(1, math.ceil(each))
 
     def open(self, avatar: Avatar) -> LiveSpeaker:
@@ -198,9 +199,9 @@ class Stage:
                 work.heard[k] = tokens
         made = [work.frames(self.hearing, self.options) for work in works]
         paint([one for _, shown, _ in made for one in shown], self.state)
-        for work, (frames, _, ways) in zip(works, made, strict=True):
-            for one, frame, way in zip(work.planned, blend(frames), ways, strict=True):
-                work.session.made(one, frame.buffer.numpy(), *way)
+        for work, (frames, _, mouths) in zip(works, made, strict=True):
+            for one, frame, mouth in zip(work.planned, blend(frames), mouths, strict=True):
+                work.session.made(one, frame.buffer.numpy(), mouth)
 
     def _run(self) -> None:
         try:

@@ -19,13 +19,15 @@ from musetalk.nets.unet import audio_positions
 from musetalk.nets.whisper import WhisperEncoder
 from musetalk.sound.features import SAMPLE_RATE, STEP_RATE, log_mel
 from musetalk.sound.level import raised
-from musetalk.sound.silence import RAMP, resting_at
+from musetalk.sound.silence import resting_at
 
 Sound = NDArray[np.float32]  # (S,) mono at 16 kHz
 STEP = SAMPLE_RATE // STEP_RATE  # samples of one encoder step
 AHEAD = SAMPLE_RATE // 5  # samples after a frame's first one that it hears: 0.2 s
 PAST = 2 * SAMPLE_RATE  # samples before it that Whisper hears; with 4 or 8 s mouths follow less well (`benchmarks.live`)
 HEARD = 4 * SAMPLE_RATE  # samples of a window, with silence after it
+CLOSING, OPENING = 0.2, 0.12  # seconds in which a mouth comes to rest wherever it was, and in which it leaves it
+EVENLY = (0.0, 0.2, 0.32, 0.4, 0.55, 1.0)  # shares of rest by which it closes in even steps: most of it happens around 0.4
 LEVELS = 12 * SAMPLE_RATE  # samples by which level and silence are told
 
 
@@ -60,7 +62,6 @@ class Hearing:
         middle = len(silence) // 2
         self.silence = silence[middle : middle + self.steps].flatten(0, 1)  # (T, C): with them the mouth is closed
         self.positions = audio_positions(*self.silence.shape).to(self.silence.device)
-        self.most = 1 / (RAMP * float(fps))  # how much a mouth may come to rest from one frame to the next
 
     def tokens(self, heard: Sequence[Listened]) -> Tensor:
         """(N, T, C) float32 without position code; steps outside of the utterance are zeros, as in a film."""
@@ -81,7 +82,10 @@ class Hearing:
 
     def nearer(self, share: float, wanted: float, frames: int = 1) -> float:
         """The share of rest that follows `share`, so many frames later, on its way to `wanted` without a jump."""
-        return min(max(wanted, share - self.most * frames), share + self.most * frames)
+        evenly = np.linspace(0, 1, len(EVENLY))
+        at, to = np.interp([share, wanted], EVENLY, evenly)
+        passed = frames / float(self.fps)
+        return float(np.interp(np.clip(to, at - passed / OPENING, at + passed / CLOSING), evenly, EVENLY))
 
     def _own_step(self, sample: int) -> int:
         """The step of a frame that begins with a sample of its utterance: `features.window_start`'s rule."""
