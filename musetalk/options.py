@@ -37,14 +37,14 @@ class Options:
     audio_padding_left: int = _option(2, "video frames heard before the own one", ge=0, le=10)
     audio_padding_right: int = _option(2, "video frames heard after the own one", ge=0, le=10)
     face: Literal["largest", "leftmost", "rightmost"] | int = _option(
-        "largest", "which face speaks; a number counts from the left", ge=0, le=99, avatar=True)
+        "largest", "which face speaks; N counts from the left", ge=0, le=99, avatar=True)
     loop: Loop = _option("pingpong", "what follows the clip's end")
-    silence: Silence = _option("auto", "silences; auto: closed and still; rest: the source's")
+    silence: Silence = _option("auto", "in silences; auto: closed; rest: the source's")
     seed: int | None = _option(None, "sample the posterior of the VAE with this seed; default: its mean",
                                ge=0, le=2**63 - 1, avatar=True)
     batch_size: int = _option(8, "frames generated at once", ge=1, le=64)
     quality: Quality = _option("exact", "fast: the tiny decoder")
-    finish: Finish = _option("natural", "official: each pixel as upstream's, without the source's detail", avatar=True)
+    finish: Finish = _option("natural", "official: upstream's, without source detail", avatar=True)
 
     @classmethod
     def for_version(cls, version: str, **given: Any) -> Options:

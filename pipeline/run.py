@@ -28,6 +28,7 @@ from pipeline.job import redact
 from pipeline.job.control import Control
 from pipeline.job.metrics import PeakMemory, StageTimer, give_back_memory, gpu_class, versions
 from pipeline.mark.marker import Making, Marker
+from pipeline.media import CONTAINERS
 from pipeline.schema import (
     Estimate,
     Failure,
@@ -128,15 +129,17 @@ class Service:
         if isinstance(request, Estimate):
             return self._estimated(request, inputs, video, folder, timer, control, memory)
         with self._stage("inference", request, timer, control):
+            film = folder / f"output.{request.params.format}"
             making = self._making(request, video, speeches)
             rendition = self._rendition(request, making, storage, folder, control, cleanup) if request.params.stream else None
-            result = stream.speak(self.engine, request, inputs, video.sha256, folder / "output.mp4", control,
+            result = stream.speak(self.engine, request, inputs, video.sha256, film, control,
                                   use_cache=test is None,  # a self-test runs every network, and leaves nothing behind
                                   hls=rendition.folder if rendition else None)
-            mark = self.marker.finish(folder / "output.mp4", making, control)  # which ends its making: timed with inference
+            mark = self.marker.finish(film, making, control)  # which ends its making: timed with inference
         with self._stage("upload", request, timer, control):
             streamed = rendition.finish() if rendition else None
-            url = storage.upload(folder / "output.mp4", f"{request.musetalk_job_id}.mp4", control, digest=mark.digest)
+            url = storage.upload(film, f"{request.musetalk_job_id}{film.suffix}", control, digest=mark.digest,
+                                 content_type=CONTAINERS[request.params.format].content_type)
             report = {"worker": self.settings.revision, **versions(), **self.engine.report()} if test else None
             cleanup.close()
         self.pace.add(replace(result, wall_sec=timer.times["inference"] + timer.times["upload"]))

@@ -41,6 +41,7 @@ from musetalk.options import Options
 from pipeline.errors import BadRequest, Stage, StageKey
 
 Length = Literal["speech", "clip"]
+Format = Literal["mp4", "webm", "mov"]
 JOB_ID = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$"
 NTSC = {Fraction(f"{n}/1001"): n / 1001 for n in (24000, 30000, 48000, 60000, 120000)}
 
@@ -86,6 +87,9 @@ class Params(_Options):
     fit: Annotated[Literal["pad", "crop"], Field(description="how the source meets another aspect ratio")] = "pad"
     upscale: Annotated[bool, Field(description="allow an output larger than the source")] = False
     length: Annotated[Length, Field(description="clip: as long as the clip, not as the speech")] = "speech"
+    format: Annotated[Format, Field(description="webm: VP9; mov: ProRes 4444; both keep alpha")] = "mp4"
+    background_colour: Annotated[str | None, Field(
+        pattern=r"^#?[0-9a-fA-F]{6}$", description="RRGGBB behind transparent parts; default: black in mp4, else none")] = None
     stream: Annotated[bool, Field(description="also an HLS stream, to be played while the film is made")] = False
     background: Annotated[float, Field(ge=0, le=1, description="how loud the clip's own sound is under the speech")] = 0.0
 
@@ -322,6 +326,9 @@ def parse(job_input: Any, job_id: str | None = None) -> JobRequest:
     except ValidationError as e:
         if not missing or e.errors()[0]["loc"][0] in ("musetalk_job_id", "video_url"):
             raise _explain(e) from None
+    if request.params.stream and request.params.format != "mp4":
+        raise BadRequest(f"params.stream: a stream is H.264 as mp4 has it, not {request.params.format}; leave one of the two out",
+                         stage="validation", field="params.stream")
     if missing:
         raise BadRequest("audio_url: Field required", stage="validation", field="audio_url")
     return request

@@ -20,11 +20,14 @@ from pipeline import __version__
 from pipeline.errors import BadRequest
 from pipeline.job import bar, logs
 from pipeline.job.control import Control
-from pipeline.schema import JOB_ID, FindFaces, Params, parse
+from pipeline.schema import JOB_ID, FindFaces, Format, Params, parse
 from pipeline.settings import BadSetting, Settings
 
 if TYPE_CHECKING:
     from pipeline.run import Service
+
+
+FORMATS = get_args(Format)
 
 
 class BadUse(ValueError):
@@ -33,7 +36,7 @@ class BadUse(ValueError):
 
 @dataclass(frozen=True)
 class Film:
-    """One video and one speech or several (see `speaker`), and the MP4 to be made of them; without a speech, the JPEG of the
+    """One video and one speech or several (see `speaker`), and the film to be made of them; without a speech, the JPEG of the
     people in the video.
     """
 
@@ -53,7 +56,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("inputs", nargs="+", metavar="VIDEO AUDIO",
                         help="files or URLs, in pairs; either may be a video, VIDEO a still")
     add = parser.add_argument
-    add("-o", "--output", help="MP4 to write, or a folder (default: out.mp4)")
+    add("-o", "--output", help="film to write, .mp4, .webm or .mov, or a folder (default: out.mp4)")
     add("--overwrite", action="store_true", help="replace an output that exists")
     add("--preview", action="store_true", help="the first second only, to tune the options")
     add("--estimate", action="store_true", help="make nothing: say how long it would take")
@@ -82,6 +85,8 @@ def options() -> argparse.ArgumentParser:
 def _values(kind: Any) -> dict[str, Any]:
     """What an option of such a type takes."""
     choices = [k for k in (kind, *get_args(kind)) if get_origin(k) is Literal]
+    if str in (kind, *get_args(kind)):
+        return {"metavar": "RRGGBB"}
     numbers = [k for k in get_args(kind) if k not in (*choices, type(None))] if get_origin(kind) is Union else []
     if choices and not numbers:
         return {"choices": get_args(choices[0])}
@@ -111,13 +116,14 @@ def speaker(text: str) -> dict[str, Any]:
         raise BadUse(f"--speaker {text}: give AUDIO@FACE@START, as anna.wav@leftmost@0 or bela.wav@410,120:2.5@3") from None
 
 
-def single(video: list[str], speakers: list[str], faces: bool, output: str, overwrite: bool) -> list[Film]:
+def single(video: list[str], speakers: list[str], faces: bool, output: str, overwrite: bool,
+           form: str | None = None) -> list[Film]:
     """The one output of a command line with speakers, or that lists faces; raises BadUse."""
     if len(video) != 1 or (faces and speakers):
         raise BadUse("--speaker and --faces take one VIDEO and no AUDIO, and one of the two is given; "
                      f"{len(video)} inputs are given")
     if not faces:
-        (film,) = films([video[0], video[0]], output, overwrite)
+        (film,) = films([video[0], video[0]], output, overwrite, form)
         return [replace(film, audio="", speakers=tuple(speaker(text) for text in speakers))]
     path = Path(output)
     if path.suffix.lower() not in (".jpg", ".jpeg"):
@@ -127,8 +133,8 @@ def single(video: list[str], speakers: list[str], faces: bool, output: str, over
     return [Film(video[0], "", path)]
 
 
-def films(inputs: list[str], output: str, overwrite: bool) -> list[Film]:
-    """The films a command line asks for; raises BadUse for outputs that cannot be."""
+def films(inputs: list[str], output: str, overwrite: bool, form: str | None = None) -> list[Film]:
+    """The films a command line asks for, `form` being the format that it names; raises BadUse for outputs that cannot be."""
     if len(inputs) % 2:
         raise BadUse(f"VIDEO and AUDIO come in pairs, but {len(inputs)} inputs are given")
     pairs, path = list(zip(inputs[::2], inputs[1::2])), Path(output)
@@ -137,9 +143,12 @@ def films(inputs: list[str], output: str, overwrite: bool) -> list[Film]:
         raise BadUse(f"-o {output}: several pairs need a folder: -o FOLDER{os.sep}")
     if not folder and output != output.strip():
         raise BadUse(f"-o {output!r}: the name begins or ends with a blank; leave it out")
-    if not folder and path.suffix.lower() != ".mp4":
-        raise BadUse(f"-o {output}: MP4 is written; name a file that ends in .mp4, or a folder as {output}{os.sep}")
-    made = [Film(video, audio, _named(video, audio, path, pairs) if folder else path) for video, audio in pairs]
+    named = path.suffix.lower()[1:]
+    if not folder and (named not in FORMATS or form not in (None, named)):
+        wanted = f"{form.upper()} is written; name a file that ends in .{form}" if form else (
+            "MP4, WebM or MOV is written; name a file that ends in .mp4, .webm or .mov")
+        raise BadUse(f"-o {output}: {wanted}, or a folder as {output}{os.sep}")
+    made = [Film(video, audio, _named(video, audio, path, pairs, form or "mp4") if folder else path) for video, audio in pairs]
     for film in made:
         if film.output.exists() and not overwrite:
             raise BadUse(f"-o {film.output}: the file exists; give --overwrite to replace it")
@@ -166,6 +175,8 @@ def check(film: Film, arguments: argparse.Namespace) -> None:
 def job_of(film: Film, arguments: argparse.Namespace) -> dict[str, Any]:
     """The job that makes a film."""
     params = {n: v for n in Params.model_fields if (v := getattr(arguments, n)) is not None}
+    if film.output.suffix.lower() != ".mp4" and not arguments.faces:
+        params["format"] = film.output.suffix.lower()[1:]
     if isinstance(params.get("fps"), int):
         params["fps"] = float(params["fps"])
     if arguments.faces:
@@ -200,11 +211,11 @@ def plain(message: str) -> str:
                   lambda m: "--" + (m[1] or m[2]).replace("_", "-"), message)
 
 
-def _named(video: str, audio: str, folder: Path, pairs: list[tuple[str, str]]) -> Path:
+def _named(video: str, audio: str, folder: Path, pairs: list[tuple[str, str]], form: str) -> Path:
     """The clip's name in the folder, with the speech's where the clip speaks several."""
     name, speech = (Path(unquote(urlsplit(text).path) if "://" in text else text).stem for text in (video, audio))
     alone = sum(video == other for other, _ in pairs) == 1
-    return folder / f"{name if alone else f'{name}-{speech}'}.mp4"
+    return folder / f"{name if alone else f'{name}-{speech}'}.{form}"
 
 
 @contextmanager
@@ -232,12 +243,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Make all films with one model; the exit code is the first failure's."""
     if arguments.faces and arguments.estimate:
         raise BadUse("--estimate is of a film, and --faces makes none; leave one of them out")
-    output = arguments.output or ("faces.jpg" if arguments.faces else "out.mp4")
+    output = arguments.output or ("faces.jpg" if arguments.faces else f"out.{arguments.format or 'mp4'}")
     overwrite = arguments.overwrite or arguments.estimate  # which writes nothing
     if arguments.speaker or arguments.faces:
-        made = single(arguments.inputs, arguments.speaker, arguments.faces, output, overwrite)
+        made = single(arguments.inputs, arguments.speaker, arguments.faces, output, overwrite, arguments.format)
     else:
-        made = films(arguments.inputs, output, overwrite)
+        made = films(arguments.inputs, output, overwrite, arguments.format)
     for film in made:
         check(film, arguments)
     given = {"MODEL_DIR": arguments.model_dir, "DEVICE": arguments.device}

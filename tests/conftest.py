@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads tha
 import torch
 from torch import nn
 
-from pipeline.media import Mp4Writer, ffmpeg
+from pipeline.media import FilmWriter, ffmpeg
 from pipeline.run import Service
 from pipeline.settings import REPOSITORY, Settings
 from tests.fakes.b2 import B2
@@ -87,14 +87,14 @@ def temporary_files(folder: Path) -> Iterator[None]:
 def encoded() -> Iterator[list[np.ndarray]]:
     """Every frame as it reaches the encoder."""
     frames: list[np.ndarray] = []
-    original = Mp4Writer.write
+    original = FilmWriter.write
 
-    def write(self: Mp4Writer, frame: np.ndarray) -> None:
+    def write(self: FilmWriter, frame: np.ndarray) -> None:
         frames.append(frame.copy())
         original(self, frame)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Mp4Writer, "write", write)
+        patch.setattr(FilmWriter, "write", write)
         yield frames
 
 

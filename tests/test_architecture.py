@@ -27,7 +27,7 @@ PIPELINE = {
     "media": "errors job settings", "transfer": "errors job media settings", "mark": "errors job media settings transfer",
     "provenance": "mark",
     "film": "errors job mark media schema settings transfer",
-    "run": "errors film job mark schema settings transfer",
+    "run": "errors film job mark media schema settings transfer",
     "http": "errors job run settings transfer", "server": "errors http job run schema settings",
     "queue": "errors http job run settings",
     "shell": "errors job run schema settings", "__main__": "job shell",

@@ -268,7 +268,7 @@ def test_the_encoder_has_no_limit_of_addresses(short_clip: Path, short_speech: P
     info = media.probe(short_clip, 1 << 20)
     source = media.FrameSource(info, 640, 360, Fraction(25), (), 1 << 20)
     sound = media.read_speech(media.probe(short_speech, 1 << 20), tmp_path / "s.wav", 60, 30, 1 << 20)
-    reader, writer = media.FrameReader(source, 0, 1), media.Mp4Writer(tmp_path / "o.mp4", source, sound, 1.0)
+    reader, writer = media.FrameReader(source, 0, 1), media.FilmWriter(tmp_path / "o.mp4", source, sound, 1.0)
     with closing(reader), closing(writer):
         rows = [next(row for row in Path(f"/proc/{one._child.pid}/limits").read_text().splitlines() if "address space" in row)
                 for one in (reader, writer)]

@@ -20,7 +20,7 @@ import pytest
 from pipeline import media as m
 from pipeline.errors import BadMedia, Cancelled, DeadlineExceeded, FfmpegFailed, JobError
 from pipeline.job.control import Control
-from pipeline.media import FrameReader, FrameSource, Mp4Writer, Speech, child, encoder, plan, read_speech
+from pipeline.media import FilmWriter, FrameReader, FrameSource, Speech, child, encoder, plan, read_speech
 from pipeline.settings import REPOSITORY
 from tests.conftest import SAMPLES
 from tests.faults.fuzz import mutate
@@ -165,7 +165,7 @@ def test_hdr_becomes_bt709(media: Make, tmp_path: Path, transfer: str) -> None:
     assert luma.min() >= 14
     assert luma.max() > 110
     assert np.abs(chroma - 128).max() <= 4
-    writer = Mp4Writer(tmp_path / "o.mp4", src, speech(media("tone.wav", "-f", "lavfi", "-i", "sine=440:d=2")), 0.2)
+    writer = FilmWriter(tmp_path / "o.mp4", src, speech(media("tone.wav", "-f", "lavfi", "-i", "sine=440:d=2")), 0.2)
     for frame in frames(src):
         writer.write(frame)
     writer.finish(60)
@@ -319,7 +319,7 @@ def test_encoded_file_has_the_sound_and_the_tags(media: Make, tmp_path: Path) ->
                  "-colorspace", "bt709", "-color_range", "tv", "-color_primaries", "bt709", "-color_trc", "bt709")
     tone = speech(media("tone.wav", "-f", "lavfi", "-i", "sine=440:d=2"))
     src = source(clip)
-    writer = Mp4Writer(tmp_path / "o.mp4", src, tone, 2.0)
+    writer = FilmWriter(tmp_path / "o.mp4", src, tone, 2.0)
     for frame in frames(src):
         writer.write(frame)
     writer.finish(60)
@@ -348,7 +348,7 @@ def test_damaged_sound_never_hangs_the_encoder(media: Make, tmp_path: Path) -> N
     def encode(number: int) -> None:
         info = m.probe(tmp_path / "damaged.mp3", PIXELS)
         damaged = read_speech(info, tmp_path / f"{number}.wav", 60, 10, PIXELS)
-        writer = Mp4Writer(tmp_path / f"{number}.mp4", src, damaged, 0.16)
+        writer = FilmWriter(tmp_path / f"{number}.mp4", src, damaged, 0.16)
         try:
             for frame in pictures:
                 writer.write(frame)

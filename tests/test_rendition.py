@@ -25,7 +25,7 @@ import requests
 from pipeline.errors import Cancelled, DeadlineExceeded, DiskFull
 from pipeline.film.rendition import Rendition
 from pipeline.job.control import Control
-from pipeline.media import FrameSource, Mp4Writer, Speech, encoder, ffmpeg, probe, read_speech
+from pipeline.media import FilmWriter, FrameSource, Speech, encoder, ffmpeg, probe, read_speech
 from pipeline.run import Service
 from pipeline.schema import StreamMetrics
 from pipeline.settings import Settings
@@ -109,7 +109,7 @@ def shoot(source: FrameSource, sound: Speech) -> Callable[..., None]:
     """Write a film of so many seconds, `before` each frame does what it does; other seeds make other films."""
     def make(target: Path, hls: Path | None, before: Callable[[int], None] = lambda _: None, seed: int = 0,
              **options: Any) -> None:
-        writer = Mp4Writer(target, source, sound, SECONDS, tags=("-metadata", "comment=marked"), hls=hls, **options)
+        writer = FilmWriter(target, source, sound, SECONDS, tags=("-metadata", "comment=marked"), hls=hls, **options)
         try:
             for i in range(SECONDS * FPS):
                 before(i)

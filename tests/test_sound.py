@@ -18,7 +18,7 @@ import pytest
 
 from pipeline import media as m
 from pipeline.errors import FfmpegFailed
-from pipeline.media import FrameReader, FrameSource, Mp4Writer, Speech, read_speech
+from pipeline.media import FilmWriter, FrameReader, FrameSource, Speech, read_speech
 from tests.conftest import SAMPLES
 from tests.faults.world import children
 
@@ -40,7 +40,7 @@ def output(spoken: Speech, clip: Path, folder: Path) -> Path:
     assert reader.read_into(frame)
     reader.close()
     count = int(spoken.seconds * 25)
-    writer = Mp4Writer(folder / "o.mp4", source, spoken, count / 25)
+    writer = FilmWriter(folder / "o.mp4", source, spoken, count / 25)
     for _ in range(count):
         writer.write(frame)
     writer.finish(60)

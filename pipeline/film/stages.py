@@ -20,7 +20,7 @@ from musetalk.order import Run, runs
 from musetalk.steps import Form, Frame
 from pipeline.errors import BadMedia, ProcessingError
 from pipeline.film.runner import ROOM, Buffers, Stage
-from pipeline.media import FrameReader, FrameSource, Mp4Writer
+from pipeline.media import FilmWriter, FrameReader, FrameSource
 
 CHUNK_BYTES = 96 << 20  # frames held to play a clip backwards
 Pixels = NDArray[np.uint8]
@@ -151,9 +151,11 @@ class Encode(Stage):
 
     name = "encode"
 
-    def __init__(self, open_writer: Callable[[], Mp4Writer], buffers: Buffers[Pixels], finish_sec: Callable[[], float]) -> None:
+    def __init__(
+        self, open_writer: Callable[[], FilmWriter], buffers: Buffers[Pixels], finish_sec: Callable[[], float]
+    ) -> None:
         self.open_writer, self.buffers, self.finish_sec = open_writer, buffers, finish_sec
-        self._writer: Mp4Writer | None = None
+        self._writer: FilmWriter | None = None
 
     def run(self, items: Iterator[Frame]) -> Generator[Frame, None, None]:
         """The frames, written; those without an output's number pass."""

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from pipeline.film.stages import Decode, Encode, Pixels, Step
 from pipeline.film.validate import Inputs
 from pipeline.job.control import Control
 from pipeline.mark.marker import tags
-from pipeline.media import FrameSource, MediaInfo, Mp4Writer, plan
+from pipeline.media import CONTAINERS, FilmWriter, FrameSource, MediaInfo, plan
 from pipeline.schema import JobRequest, SpeakerMetrics
 from pipeline.transfer.interruptible import in_thread
 
@@ -59,7 +59,7 @@ def speak(
     engine: Engine, request: JobRequest, inputs: Inputs, content: str, target: Path, control: Control,
     use_cache: bool = True, hls: Path | None = None,
 ) -> Result:
-    """Write the lip-synced MP4 to `target`, and its HLS rendition to the folder `hls`. `content` is the clip's sha256."""
+    """Write the lip-synced film to `target`, and its HLS rendition to the folder `hls`. `content` is the clip's sha256."""
     began, cache = time.perf_counter(), engine.cache if use_cache else AvatarCache(None, 0)
     with engine.job(control.waiting) as state, ExitStack() as opened:
         options = options_of(engine, state, request)
@@ -75,7 +75,7 @@ def speak(
         buffers, report = film_buffers(source, options.batch_size), Report(control, options.batch_size, outputs)
         first = min(outputs, *map(len, avatars)) if all(cached) else steps.frames_to_read(outputs)
         decode = Decode(source, picture.form, outputs, options.loop, first, buffers)
-        encode = Encode(partial(Mp4Writer, target, source, inputs.speech, outputs / float(source.fps),
+        encode = Encode(partial(FilmWriter, target, source, inputs.speech, outputs / float(source.fps),
                                 tags=tags(engine.settings), hls=hls), buffers, lambda: min(ENCODER_SEC, control.remaining + 1))
         with no_face_named(roles):
             runner.run([decode, *_steps(engine, speakers, state, report), encode], control, buffers, engine.thread)
@@ -199,7 +199,12 @@ def picture_of(engine: Engine, state: State, request: JobRequest, clip: MediaInf
     video, limit = clip.picture, engine.settings.max_pixels
     geometry = plan(video.width, video.height, request.aspect_ratio, request.resolution, request.params.fit,
                     request.params.upscale, limit)
-    source = FrameSource(clip, *geometry.output, request.params.rate, tuple(geometry.filters()), limit)
+    keeps = CONTAINERS[request.params.format].pixels_with_alpha
+    colour = request.params.background_colour or ("" if keeps else "000000")
+    ground = f"#{colour.lstrip('#').lower()}" if colour else None
+    source = FrameSource(clip, *geometry.output, request.params.rate, tuple(geometry.filters()), limit, ground)
+    if source.alpha:
+        source = replace(source, filters=tuple(geometry.filters("black@0")))
     form = Yuv420(source.width, source.height, Colour(video.matrix, video.full_range))
     return Picture(source, form, geometry, (content, str(source.fps), geometry.output, geometry.content,
-                                            state.nets.identity, engine.numerics))
+                                            state.nets.identity, engine.numerics, *([ground] if video.has_alpha else [])))

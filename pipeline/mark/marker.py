@@ -17,6 +17,7 @@ from pipeline.settings import Settings
 
 IPTC = "http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
 XMP_UUID = bytes.fromhex("be7acfcb97a942e89c71999491e3afac")
+EBML_VOID = b"\xec"
 XMP = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
 <rdf:Description rdf:about="" xmlns:Iptc4xmpExt="{iptc}" xmlns:xmp="http://ns.adobe.com/xap/1.0/">
@@ -63,19 +64,21 @@ class Marker:
         self.signer = check_signer(settings)
 
     def label(self, film: Path, making: Making) -> None:
-        """Write the IPTC metadata to the end of an MP4, or of a stream's first part, unless the settings say no."""
+        """Write the IPTC metadata to the end of a film, or of a stream's first part, unless the settings say no."""
         if self.settings.ai_label != "off":
             _append_xmp(film, self.settings.revision, making)
 
     def finish(self, film: Path, making: Making, control: Control) -> Mark:
-        """Write the marks into a finished MP4, in place. Raises SigningFailed; the film is then not signed at all."""
+        """Write the marks into a finished film, in place. Raises SigningFailed; the film is then not signed at all."""
         if self.settings.ai_label == "off":
             return Mark("none")
         self.label(film, making)
+        if self.signer is not None and film.suffix == ".webm":
+            return Mark("IPTC, no C2PA in WebM")
         return Mark("IPTC") if self.signer is None else self._sign(self.signer, film, making, control)
 
     def _sign(self, signer: Signer, film: Path, making: Making, control: Control) -> Mark:
-        job = {"job_id": making.job_id, "weights_version": making.weights_version,
+        job = {"job_id": making.job_id, "title": making.job_id + film.suffix, "weights_version": making.weights_version,
                "weights_identity": making.weights_identity, "revision": self.settings.revision}
         sources = [{"path": str(making.clip.resolve()), "label": "clip", "title": "source clip", "relationship": "parentOf",
                     "sha256": making.clip_sha256}]
@@ -94,8 +97,13 @@ class Marker:
 
 
 def _append_xmp(film: Path, revision: str, making: Making) -> None:
-    """The standard uuid box at the file's end, where no offset into the film changes."""
+    """XMP at the file's end, where no offset into the film changes: of MP4 and MOV in the standard uuid box; of WebM, which
+    has no place for it, in an element that readers skip.
+    """
     packet = XMP.format(iptc=IPTC, kind=COMPOSITE, system=SYSTEM, revision=escape(revision),
                         version=escape(f"{making.weights_version} ({making.weights_identity[:16]})")).encode()
     with film.open("ab") as file:
+        if film.suffix == ".webm":
+            file.write(EBML_VOID + struct.pack(">Q", 1 << 56 | len(packet)) + packet)
+            return
         file.write(struct.pack(">I4s16s", 24 + len(packet), b"uuid", XMP_UUID) + packet)

@@ -104,7 +104,7 @@ def manifest_of(job: dict[str, str], ingredients: list[Ingredient]) -> dict[str,
     stated = {"job_id": job["job_id"], "weights": job["weights_identity"], "sources": sources}
     return {
         "claim_generator_info": [{"name": "MuseTalk worker", "version": job["revision"]}],
-        "title": f"{job['job_id']}.mp4", "ingredients": [i.plain for i in ingredients if not i.readable],
+        "title": job["title"], "ingredients": [i.plain for i in ingredients if not i.readable],
         "assertions": [{"label": "c2pa.actions.v2", "data": {"actions": actions}},
                        {"label": "org.musetalk.job", "data": stated}]}
 
@@ -119,7 +119,7 @@ def sign(request: dict[str, Any]) -> dict[str, Any]:
               Path(request["target"]).open("w+b", BUFFER) as signed):
             for ingredient in ingredients:
                 ingredient.add(builder)
-            builder.sign(signer, "video/mp4", film, signed)
+            builder.sign(signer, media_type(Path(request["film"])), film, signed)
     except C2paError as e:
         raise Failed("c2pa", str(e)[:500]) from e
     return manifest

@@ -2,7 +2,7 @@
 
 from pipeline.media.background import with_background
 from pipeline.media.child import ffmpeg
-from pipeline.media.encoder import PLAYLIST, SEGMENT_SEC, Mp4Writer, video_encoder
+from pipeline.media.encoder import CONTAINERS, PLAYLIST, SEGMENT_SEC, FilmWriter, video_encoder
 from pipeline.media.formats import ACCEPTED
 from pipeline.media.frames import FrameReader, FrameSource, count_frames
 from pipeline.media.geometry import plan
@@ -10,6 +10,24 @@ from pipeline.media.probe import MediaInfo, packet_seconds, probe
 from pipeline.media.sound import SAMPLE_RATE, Speech, read_speech
 from pipeline.media.still import write_jpeg
 
-__all__ = ["ACCEPTED", "PLAYLIST", "SAMPLE_RATE", "SEGMENT_SEC", "FrameReader", "FrameSource", "MediaInfo", "Mp4Writer",
-           "Speech", "count_frames", "ffmpeg", "packet_seconds", "plan", "probe", "read_speech", "video_encoder",
-           "with_background", "write_jpeg"]
+__all__ = [
+           "ACCEPTED",
+           "CONTAINERS",
+           "PLAYLIST",
+           "SAMPLE_RATE",
+           "SEGMENT_SEC",
+           "FilmWriter",
+           "FrameReader",
+           "FrameSource",
+           "MediaInfo",
+           "Speech",
+           "count_frames",
+           "ffmpeg",
+           "packet_seconds",
+           "plan",
+           "probe",
+           "read_speech",
+           "video_encoder",
+           "with_background",
+           "write_jpeg",
+]

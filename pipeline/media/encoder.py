@@ -1,4 +1,4 @@
-"""Frames and speech -> MP4, and which encoder does it."""
+"""Frames and speech -> film, and which encoder does it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import logging
 import re
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +24,36 @@ log = logging.getLogger("musetalk.media")
 NVENC = ("-c:v", "h264_nvenc", "-preset", "p4", "-rc", "vbr", "-cq", "19", "-b:v", "0")
 NVENC_SIDES = (145, 4096)  # pixels of a side of H.264: the least and the most that every generation takes
 X264 = ("-c:v", "libx264", "-preset", "veryfast", "-crf", "18")
+# as fast as x264 above: the realtime deadline for VP9, and for ProRes no search for a bit rate
+VP9 = ("-c:v", "libvpx-vp9", "-deadline", "realtime", "-cpu-used", "6", "-row-mt", "1", "-crf", "20", "-b:v", "0",
+       "-auto-alt-ref", "0")  # alpha planes need that
+PRORES = ("-c:v", "prores_ks", "-profile:v", "4444", "-qscale:v", "4", "-vendor", "apl0",
+          "-alpha_bits", "8")  # as deep as ours: with 16, opaque would be 1020 of 1023
 NVIDIA = Path("/dev/nvidiactl")  # there where a driver is
 SEGMENT_SEC = 2  # of an HLS rendition, each with a key frame first
 PLAYLIST = "playlist.m3u8"
 HLS = (f"f=hls:hls_time={SEGMENT_SEC}:hls_list_size=0:hls_playlist_type=event:hls_flags=independent_segments+temp_file:"
        "hls_segment_type=fmp4:hls_fmp4_init_filename=init.mp4:hls_segment_filename=%05d.m4s")
+
+
+@dataclass(frozen=True)
+class Container:
+    """How a film of a format is written."""
+
+    content_type: str
+    sound: tuple[str, ...]
+    muxer: tuple[str, ...]
+    encoder: tuple[str, ...] | None = None  # None: what `video_encoder` chooses
+    pixels: str = "yuv420p"
+    pixels_with_alpha: str = ""  # empty: it holds no alpha channel
+
+
+CONTAINERS = {
+    "mp4": Container("video/mp4", ("-c:a", "aac", "-b:a", "160k"), ("-movflags", "+faststart", "-f", "mp4")),
+    "webm": Container("video/webm", ("-c:a", "libopus", "-b:a", "128k"), ("-f", "webm"), VP9, "yuv420p", "yuva420p"),
+    "mov": Container("video/quicktime", ("-c:a", "pcm_s16le"), ("-movflags", "+faststart", "-f", "mov"), PRORES,
+                     "yuv444p10le", "yuva444p10le"),
+}
 
 
 @functools.lru_cache(64)
@@ -57,8 +83,10 @@ def _nvenc_refused(driver: Path) -> str:
     return (first or f"trial encode failed: exit {code}") if code else ""
 
 
-class Mp4Writer(Child):
-    """Encodes yuv420p frames and the speech into an MP4, once. It reads our own files only, so it has no memory limit."""
+class FilmWriter(Child):
+    """Encodes a source's frames and the speech into a film, once: an MP4, or what its name ends in (see CONTAINERS). It reads
+    our own files only, so it has no memory limit.
+    """
 
     def __init__(
         self, path: Path, source: FrameSource, speech: Speech, seconds: float, encoder: tuple[str, ...] | None = None,
@@ -67,15 +95,16 @@ class Mp4Writer(Child):
         """`seconds` is the length of the sound at most, `tags` are options that write metadata. `hls` is a folder in which an
         HLS rendition grows, of the same encoded packets: its playlist names a segment once that is whole.
         """
-        encoder = encoder or video_encoder(size=(source.width, source.height))
+        form = CONTAINERS[path.suffix[1:]]
+        encoder = encoder or form.encoder or video_encoder(size=(source.width, source.height))
         command = [
-            child.ffmpeg(), "-nostdin", "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", "yuv420p",
+            child.ffmpeg(), "-nostdin", "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", source.pixels,
             "-s", f"{source.width}x{source.height}", "-r", f"{source.fps.numerator}/{source.fps.denominator}", "-i", "pipe:0",
             "-f", "wav", "-i", f"file:{speech.path}", "-map", "0:v", "-map", "1:a", "-map_metadata", "-1", *tags,
             *encoder, *colour_tags(source.info.picture),
-            "-pix_fmt", "yuv420p",
-            "-af", f"atrim=end={seconds:.6f}", "-c:a", "aac", "-b:a", "160k",
-            *(["-movflags", "+faststart", "-f", "mp4", f"file:{path}"] if hls is None else _with_hls(path, encoder)),
+            "-pix_fmt", form.pixels_with_alpha if source.alpha else form.pixels,
+            "-af", f"atrim=end={seconds:.6f}", *form.sound,
+            *([*form.muxer, f"file:{path}"] if hls is None else _with_hls(path, encoder)),
         ]
         super().__init__(command, path, None, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=hls)
 

@@ -25,7 +25,8 @@ FIT = ("scale=w='if({same},{w},2*round(min({w},{h}*{shape})/2))':h='if({same},{h
 STRETCH = "scale={w}:{h}:eval=frame"  # for odd sides, which `pad` cannot make where colour is subsampled
 SHAPE = "if(between(sar,1/8,8),dar,a)"  # width over height as it is shown; `probe` also takes other pixel aspects for 1
 # What lies behind transparent parts; copied from the frame itself, so that it has its size, format and moment.
-OVER_BLACK = "split[front][behind];[behind]drawbox=color=black:replace=1:t=fill[black];[black][front]overlay=format=auto"
+OVER = "split[front][behind];[behind]{}[ground];[ground][front]overlay=format=auto"
+SHARES = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 0.0593)}  # of red and blue in luma
 # zscale reads constant luminance by the camera's curve, and writes RGB by the display's: from this back to the camera's.
 CONSTANT_LUMINANCE = ("bt2020c", "chroma-derived-c")
 CAMERA_CURVE = "format=gbrp16le,lutrgb=" + ":".join(
@@ -48,7 +49,9 @@ ONWARD = ("setpts='st(1,PTS+ld(0));if(N*lt(ld(1),ld(3)),st(0,ld(0)+ld(2)-ld(1))+
 
 @dataclass(frozen=True)
 class FrameSource:
-    """A clip as yuv420p frames of one size at one exact rate: frame i is what is shown at i / fps."""
+    """A clip as frames of one size at one exact rate: frame i is what is shown at i / fps. They are yuv420p, and an alpha plane
+    comes after these where it is kept.
+    """
 
     info: MediaInfo
     width: int
@@ -56,11 +59,23 @@ class FrameSource:
     fps: Fraction
     filters: tuple[str, ...]
     max_pixels: int
+    ground: str | None = "#000000"  # what lies behind transparent parts; None: they stay transparent
     from_start: bool = False  # never seek: in a damaged clip a frame depends on all that was decoded before it
 
     @property
+    def alpha(self) -> bool:
+        """Whether the frames have an alpha plane: of HDR, and of CMYK pictures, there is none to keep."""
+        picture = self.info.picture
+        return self.ground is None and picture.has_alpha and not (picture.is_hdr or _is_cmyk(self.info))
+
+    @property
+    def pixels(self) -> str:
+        """The frames' format in ffmpeg's words."""
+        return "yuva420p" if self.alpha else "yuv420p"
+
+    @property
     def frame_bytes(self) -> int:
-        return self.width * self.height * 3 // 2
+        return self.width * self.height * (5 if self.alpha else 3) // 2
 
     def command(self, start: int, count: int) -> tuple[list[str], int]:
         """ffmpeg's command for `count` frames from frame `start`, and how many leading frames to drop.
@@ -81,8 +96,8 @@ class FrameSource:
         rate = ["settb=1/1000000", *([ONWARD] if video.joined else []), "setpts=PTS+7",
                 f"fps={a}/{b}:start_time={float(origin):.6f}"]
         chain = [*(["bwdif=deint=interlaced"] if video.interlaced else []), *([] if info.opener.still else rate),
-                 *_known_matrix(video), _fit(video), *_over_black(info), "setsar=1", *self.filters,
-                 *_colour(video), "format=yuv420p"]
+                 *_known_matrix(video), _fit(video), *self._over(), "setsar=1", *self.filters,
+                 *_colour(video), f"format={self.pixels}"]
         # `_fit` takes any size that a picture on the way has; for that the graph is not made anew: the rate filter would
         # count from its origin
         fixed = [] if video.interlaced else ["-reinit_filter", "0"]
@@ -90,8 +105,16 @@ class FrameSource:
             child.ffmpeg(), "-nostdin", "-v", "error", "-threads", _threads(video), "-copyts", "-start_at_zero", *seek, *fixed,
             *guarded(info.path, self.max_pixels, info.opener), "-an", "-sn", "-dn",
             *filtered(f"0:{video.index}", info.opener, ",".join(chain)), "-fps_mode", "passthrough",
-            "-frames:v", str(drop + count), "-f", "yuv4mpegpipe", "pipe:1",
+            # no header or mark can be had with an alpha plane
+            "-frames:v", str(drop + count), "-f", "rawvideo" if self.alpha else "yuv4mpegpipe", "pipe:1",
         ], drop
+
+    def _over(self) -> list[str]:
+        """Filters that put what may be transparent over the ground."""
+        if _is_cmyk(self.info):
+            return [WHITE_OF_CMYK]
+        picture = self.info.picture
+        return [OVER.format(_filled(picture, self.ground or "#000000"))] if picture.has_alpha and not self.alpha else []
 
 
 def _threads(video: VideoInfo) -> str:
@@ -107,11 +130,27 @@ def _fit(video: VideoInfo) -> str:
     return (STRETCH if w % 2 or h % 2 else FIT).format(w=w, h=h, same=same, shape=SHAPE)
 
 
-def _over_black(info: MediaInfo) -> list[str]:
-    """Filters that put what may be transparent over black."""
-    if info.opener.demuxer == "jpeg_pipe" and info.picture.pix_fmt == "gbrap":
-        return [WHITE_OF_CMYK]
-    return [OVER_BLACK] if info.picture.has_alpha else []
+def _filled(video: VideoInfo, colour: str) -> str:
+    """A filter that makes every pixel of a picture with alpha one opaque colour, #rrggbb. In the picture's own matrix: ffmpeg's
+    drawbox, which does for black and in grey pictures, takes BT.601 for all.
+    """
+    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    if video.is_rgb:
+        return f"lutrgb=r={red:.6f}*maxval:g={green:.6f}*maxval:b={blue:.6f}*maxval:a=maxval"
+    if colour == "#000000" or not video.pix_fmt.startswith("yuva"):
+        return f"drawbox=color={colour}:replace=1:t=fill"
+    share_red, share_blue = SHARES[video.matrix]
+    luma = share_red * red + (1 - share_red - share_blue) * green + share_blue * blue
+    chroma = (blue - luma) / (2 - 2 * share_blue), (red - luma) / (2 - 2 * share_red)
+    low, high, width = (0, 255, 255) if video.full_range else (16, 219, 224)
+    levels = [low + high * luma, *(128 + width * c for c in chroma)]
+    planes = ":".join(f"{name}={round(level)}" for name, level in zip("yuv", levels, strict=True))
+    return f"format=yuva444p,lutyuv={planes}:a=255,format={video.pix_fmt}"  # lutyuv does not know all depths
+
+
+def _is_cmyk(info: MediaInfo) -> bool:
+    """Whether what looks like an alpha plane is ffmpeg's way to decode CMYK."""
+    return info.opener.demuxer == "jpeg_pipe" and info.picture.pix_fmt == "gbrap"
 
 
 def _known_matrix(video: VideoInfo) -> list[str]:
@@ -155,7 +194,7 @@ class FrameReader(Child):
     def __init__(self, source: FrameSource, start: int = 0, count: int = 1 << 30) -> None:
         command, self._drop = source.command(start, min(count, (1 << 30) - start))
         super().__init__(command, source.info.path, child.MEMORY_LIMIT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-        self._source, self._begun, self._mark = source, False, bytearray(len(FRAME))
+        self._source, self._begun, self._mark = source, source.alpha, bytearray(0 if source.alpha else len(FRAME))
         self._status = 0  # exit status, once it has ended
 
     @property
@@ -180,13 +219,12 @@ class FrameReader(Child):
     def _frame(self, buffer: NDArray[np.uint8]) -> bool:
         if not self._begun and not self._header():
             return self._end(0)
-        if got := self._fill(memoryview(self._mark)):
-            if got == len(FRAME) and self._mark != FRAME:
-                raise FfmpegFailed("the decoder's frames are not of the planned size")
-            view = buffer.data.cast("B")[: self._source.frame_bytes]
-            if got == len(FRAME) and (got := self._fill(view)) == len(view):
-                return True
-        return self._end(got)
+        if (got := self._fill(memoryview(self._mark))) < len(self._mark):
+            return self._end(got)
+        if self._mark not in (b"", FRAME):
+            raise FfmpegFailed("the decoder's frames are not of the planned size")
+        view = buffer.data.cast("B")[: self._source.frame_bytes]
+        return (got := self._fill(view)) == len(view) or self._end(got)
 
     def _header(self) -> bool:
         """Read the stream's header, which states the frames' size; False when it ends before."""

@@ -18,14 +18,14 @@ class Geometry:
     content: tuple[int, int]
     output: tuple[int, int]
 
-    def filters(self) -> list[str]:
-        """ffmpeg filters that bring a source frame to the output; none when it already is."""
+    def filters(self, bars: str = "black") -> list[str]:
+        """ffmpeg filters that bring a source frame to the output; none when it already is. `bars`: their colour."""
         (cw, ch), (ow, oh) = self.content, self.output
         out = [] if self.content == self.source else [f"scale={cw}:{ch}:flags=bicubic"]
         if cw > ow or ch > oh:
             out.append(f"crop={min(cw, ow)}:{min(ch, oh)}")
         if cw < ow or ch < oh:
-            out.append(f"pad={ow}:{oh}:(ow-iw)/2:(oh-ih)/2")
+            out.append(f"pad={ow}:{oh}:(ow-iw)/2:(oh-ih)/2:color={bars}")
         return out
 
 

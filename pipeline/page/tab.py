@@ -90,7 +90,7 @@ class Tab:
 
     def serve(self, path: Path) -> str:
         """The address of a file."""
-        name = uuid.uuid4().hex
+        name = uuid.uuid4().hex + path.suffix
         self._served[name] = path
         return f"/files/{self.id}/{name}"
 
@@ -127,7 +127,7 @@ class Tab:
         if control.playlist_url:
             self._streams.append(Path(unquote(urlsplit(control.playlist_url).path)).parent)
         if body["status"] == "success":
-            path = self.new_file(".mp4")
+            path = self.new_file(Path(body["output_url"]).suffix)
             shutil.move(unquote(urlsplit(body["output_url"]).path), path)
             body["output_url"] = self.serve(path)
         return body

@@ -295,7 +295,7 @@ class View:
             film.on(event, js_handler="lockstep")
         with ui.row().classes("w-full items-center no-wrap"):
             download = ui.button("Download", icon="download").props(f"outline no-caps href={address}")
-            download.props["download"] = f"{Path(clip.name).stem}.mp4"
+            download.props["download"] = Path(clip.name).stem + Path(address).suffix
             ui.html(stage_bar(metrics["stage_times"])).classes("grow")
         with ui.expansion("Metrics").classes("w-full"):
             ui.html(metrics_table(metrics))
