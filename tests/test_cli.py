@@ -114,7 +114,8 @@ def test_a_folder_reports_its_file_and_quiet_says_nothing(
 
 
 @pytest.mark.parametrize(("output", "more", "words"), [
-    ("/proc/o.mp4", [], "cannot be written"), ("x.mov", [], "ends in .mp4"), ("x", [], "ends in .mp4"),
+    ("/proc/o.mp4", [], "cannot be written"), ("x.mkv", [], "ends in .mp4"), ("x", [], "ends in .mp4"),
+    ("x.webm", ["--format", "mov"], "MOV is written"),
     ("EXISTS", [], "--overwrite"), ("o.mp4", ["a.mp4"], "pairs"), ("o.mp4", ["a.mp4", "b.wav"], "folder"),
     ("films/", ["CLIP", "SPEECH"], "twice"), ("o.mp4 ", [], "blank"), ("o.mp4", ["--model-dir", "/no/such"], "MODEL_DIR"),
 ])
