@@ -234,7 +234,7 @@ def test_passing_faults_are_survived(receiver: Receiver, caplog: pytest.LogCaptu
     assert all(json.loads(body)["status"] == "success" for body in receiver.taken[f"/{path}"])
 
 
-@pytest.mark.parametrize("path", ["status/500", "status/404", "dies/9", "redirects/x", "hangs/x", "silent/x"])
+@pytest.mark.parametrize("path", ["status/500", "status/404", "repeats/x", "dies/9", "redirects/x", "hangs/x", "silent/x"])
 @pytest.mark.usefixtures("hasty")
 def test_three_tries_and_then_a_line(receiver: Receiver, caplog: pytest.LogCaptureFixture, path: str) -> None:
     deliver(path, receiver)

@@ -83,6 +83,13 @@ class Routes(http.server.BaseHTTPRequestHandler):
         self._answer(int(code), EXPIRED)
         self.close_connection = True
 
+    def _repeats(self, _: str, __: str) -> None:
+        """Says what it was told in secret."""
+        self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(403, f"not {urlsplit(self.path).query.partition('=')[2]}")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
     def _expired(self, _: str, __: str) -> None:
         self._refuse(403, EXPIRED)
 
