@@ -45,8 +45,9 @@ class Moment(NamedTuple):
 
 
 class Mouth(NamedTuple):
-    """How a picture's mouth is: the share of rest, and what was heard last."""
+    """How an output's mouth is: the share of rest, and what was heard last."""
 
+    output: int
     share: float
     tokens: Tensor | None
 
@@ -73,7 +74,7 @@ class LiveSpeaker:
         self.began: float | None = None  # when output 0 is due
         self.frames = self.dropped = 0  # shown so far; of them, those whose picture was not ready: the one before is held
         self.image = avatar.frames[0].numpy()  # the last one that was shown
-        self.mouth = self.shown = Mouth(1.0, None)  # of the last picture that was made, and of the last that was shown
+        self.mouth = self.shown = Mouth(-1, 1.0, None)  # of the last picture that was made, and of the last that was shown
         self.error: BaseException | None = None
         self.closed = False
         self.lock = threading.Lock()

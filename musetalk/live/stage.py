@@ -93,14 +93,15 @@ class Work:
     def frames(self, hearing: Hearing, options: Options) -> tuple[list[Frame], list[Shown], list[Mouth]]:
         """The frames, the faces that they show, and each one's mouth."""
         session, avatar = self.session, self.session.avatar
-        (share, tokens), mouths = session.mouth, list[Mouth]()
+        (last, share, tokens), mouths = session.mouth, list[Mouth]()
         for k, one in enumerate(self.planned):
             if k in self.heard:
                 tokens = self.heard[k]
             heard = one.taken.heard
-            share = hearing.nearer(share, heard.resting() if k in self.heard and heard else 1.0, session.stride)
-            mouths.append(Mouth(share, tokens))
-        said = Said([hearing.shown(hearing.silence if t is None else t, s) for s, t in mouths], [s for s, _ in mouths])
+            share = hearing.nearer(share, heard.resting() if k in self.heard and heard else 1.0, one.output - last)
+            last = one.output  # what was dropped in between was held: the mouth makes up for it
+            mouths.append(Mouth(last, share, tokens))
+        said = Said([hearing.shown(hearing.silence if t is None else t, s) for _, s, t in mouths], [s for _, s, _ in mouths])
         speaker = Speaker(avatar, said, [1.0] * len(said), options)
         sources = [session.source(one.output) for one in self.planned]
         frames = [Frame(k, source, avatar.frames[source].clone(), RGB) for k, source in enumerate(sources)]

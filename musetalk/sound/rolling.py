@@ -80,7 +80,7 @@ class Hearing:
         """Tokens (T, C) as the generator takes them, the mouth at rest by `share`."""
         return torch.lerp(tokens, self.silence, share) + self.positions
 
-    def nearer(self, share: float, wanted: float, frames: int = 1) -> float:
+    def nearer(self, share: float, wanted: float, frames: int) -> float:
         """The share of rest that follows `share`, so many frames later, on its way to `wanted` without a jump."""
         evenly = np.linspace(0, 1, len(EVENLY))
         at, to = np.interp([share, wanted], EVENLY, evenly)
