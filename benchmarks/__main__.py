@@ -26,6 +26,7 @@ SHORT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # by name: its ar
     "sync": (("--quick", "--json"), ("corr_mean", "max_abs_offset_frames", "closure_rate", "still_rate", "psnr_db")),
     "picture": (("--quick", "--json"), ("psnr_natural", "psnr_mouth_natural", "sharpness_skin_natural")),
     "dubbing": (("--quick", "--json"), ("silence_still", "silence_closed", "joint_jump_ratio")),
+    "speakers": (("--quick", "--json"), ("identity_errors", "corr_mean", "untouched_share", "cost_alternating")),
     "signing": (("--rounds", "3"), ("median_sec", "extra_memory_mb")),
 }
 

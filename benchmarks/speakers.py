@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import resource
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import lru_cache
@@ -160,9 +160,10 @@ def watched(frames: Iterable[Frame], film: Film) -> Iterator[Frame]:
     for frame in frames:
         masks = {}
         for painted in frame.painted:
-            masks[painted.speaker] = mask = np.zeros((HEIGHT, WIDTH), np.uint8)
-            box = painted.region.box
+            mask, box = np.zeros((HEIGHT, WIDTH), np.uint8), painted.region.box
             mask[box.y1 : box.y2, box.x1 : box.x2] = painted.region.mask.cpu().numpy()
+            if mask.any():  # where it comes or goes, nothing may be left of it
+                masks[painted.speaker] = mask
         film.painted.append(masks)
         yield frame
 
@@ -274,15 +275,15 @@ def crowd() -> list[torch.Tensor]:
 def of_crowd(lipsync: LipSync, options: Options) -> dict[str, Any]:
     """What preparing a crowd takes."""
     frames = crowd()
-    found = len(detect.distinct(detect.detect(lipsync.nets.detector, frames[0])))
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     lipsync.prepare(frames, options).close()
-    return {"crowd_faces": found, "crowd_seconds_a_frame": (time.perf_counter() - began) / len(frames),
-            "crowd_memory_mib": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024}
+    seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"crowd_faces": len(detect.distinct(detect.detect(lipsync.nets.detector, frames[0]))),
+            "crowd_seconds_a_frame": seconds / len(frames), "crowd_memory_mib": (after - before) / 1024}
 
 
-def report(lipsync: LipSync, quick: bool, batch: int) -> dict[str, Any]:
-    """All figures of one data type."""
+def report(lipsync: LipSync, quick: bool, batch: int, tell: Callable[[str], None]) -> dict[str, Any]:
+    """All figures of one data type; `tell` hears of each scene."""
     options = Options(batch_size=batch, silence="auto")
     all_: dict[str, list[float]] = {"wrong": [], "own": [], "other": [], "untouched": []}
     avatars: list[Avatar] = []
@@ -291,9 +292,9 @@ def report(lipsync: LipSync, quick: bool, batch: int) -> dict[str, Any]:
         figures = judged(film, places, voices, scene.speaking)
         for name, values in figures.items():
             all_[name] += values
-        print(f"{lipsync.nets.dtype} {scene.kind} of {scene.count}: " + ", ".join(
+        tell(f"{lipsync.nets.dtype} {scene.kind} of {scene.count}: " + ", ".join(
             f"{name} {np.round(values, 3).tolist() if len(values) < 9 else np.mean(values).round(4)}"
-            for name, values in figures.items()), flush=True)
+            for name, values in figures.items()))
         avatars = avatars or film.avatars
     return {
         "identity_errors": int(sum(all_["wrong"])), "corr_mean": float(np.mean(all_["own"])), "corr_min": min(all_["own"]),
@@ -314,11 +315,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--model-dir", type=Path, default=REPOSITORY / "models" / "demo")
     options = parser.parse_args()
+    common.needs("espeakng_loader")
     own = chosen_dtype(torch.device("cpu"))
     dtypes = [own] if options.quick or own == torch.float32 else [torch.float32, own]
     figures: dict[str, Any] = {}
     for dtype in dtypes:
-        made = report(LipSync.load(options.model_dir, dtype=dtype), options.quick, options.batch)
+        made = report(LipSync.load(options.model_dir, dtype=dtype), options.quick, options.batch,
+                      (lambda _: None) if options.json else print)
         figures = {name: worse(name, figures.get(name, value), value) for name, value in made.items()}
     common.emit("speakers", **{name: round(value, 4) for name, value in figures.items()}, batch=options.batch,
                 dtypes=[str(dtype) for dtype in dtypes])

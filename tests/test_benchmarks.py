@@ -18,7 +18,8 @@ from training.speech import visemes_of
 @pytest.mark.parametrize(("name", "arguments", "missing"), [
     ("sync", (), "espeakng_loader"), ("picture", (), "espeakng_loader"), ("lanes", (), "espeakng_loader"),
     ("dubbing", (), "espeakng_loader"), ("live", (), "espeakng_loader"),
-    ("finish", (), "espeakng_loader"), ("judge", ("--modules", "x", "y.mp4"), "espeakng_loader"), ("nets", (), "diffusers"),
+    ("speakers", (), "espeakng_loader"), ("finish", (), "espeakng_loader"),
+    ("judge", ("--modules", "x", "y.mp4"), "espeakng_loader"), ("nets", (), "diffusers"),
     ("fleet", ("--measured",), "pg_ctlcluster")])
 def test_what_is_missing_is_one_line(name: str, arguments: tuple[str, ...], missing: str,
                                      monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,6 @@ def test_the_idle_clip_itself_does_not_fit(spoken: np.ndarray) -> None:
 def test_the_true_mouth_opens_with_the_sound(voice: str, text: str) -> None:
     """Stressed vowels open it, too: what espeak-ng calls them is understood."""
     spoken = utter([text], voice)
-    assert not [p.name for p in spoken.phonemes if p.name[0] in "',"]
     hop = 16000 // RATE
     loud = np.sqrt((spoken.pcm[: len(spoken.pcm) // hop * hop].reshape(-1, hop) ** 2).mean(1))
     opening = np.array([sample(spoken.track, (i + 0.5) / RATE)[0] for i in range(len(loud))])

@@ -113,9 +113,6 @@ HELD_OUT = {  # never trained on
 }
 
 
-STRESS = "',"  # marks before a stressed vowel, which are no part of its name
-
-
 class _Event(ctypes.Structure):
     _fields_ = [
         ("type", ctypes.c_int), ("unique_identifier", ctypes.c_uint), ("text_position", ctypes.c_int),
@@ -181,7 +178,7 @@ def synthesize(text: str, voice: str, speed: int = 165, pitch: int = 50) -> tupl
         i = 0
         while event[i].type:
             if event[i].type == 7:
-                events.append((event[i].id.decode(errors="replace").lstrip(STRESS), event[i].sample))
+                events.append((event[i].id.decode(errors="replace"), event[i].sample))
             i += 1
         return 0
 
