@@ -11,10 +11,9 @@ type; the figures are the worse ones of both. Needs libespeak-ng, as the trainin
 from __future__ import annotations
 
 import argparse
-import resource
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -31,8 +30,10 @@ from musetalk import LipSync, Options
 from musetalk.avatar import Avatar
 from musetalk.face import detect
 from musetalk.face.people import Pointed, middle
+from musetalk.order import source_index
 from musetalk.sound.features import SAMPLE_RATE
 from musetalk.steps import RGB, Frame, Speaker, State, blend, generate, prepare, speech_weights
+from pipeline.job.metrics import PeakMemory
 from pipeline.settings import REPOSITORY
 from training import speech
 from training.presenter import Mouth
@@ -45,7 +46,7 @@ PEOPLE = tuple(HELD_OUT + k for k in (11, 59, 35))
 VOICES = ("en-us", "de", "es")
 FACE, RAMP = 40, 3  # half a face's width, pixels; frames around a speech in which the mouth comes and goes
 OPENINGS, WIDTHS = np.linspace(0, 1, 11), (-0.5, 0.0, 0.5)
-TURN, TURNS = 20, 4  # frames that one of two speaks before the other does, and how often
+TURN, TURNS = 40, 3  # frames that one of two speaks before the other does, and how often
 CROWD, CROWD_SIZE, CROWD_FRAMES = (5, 4), (1920, 1080), 24
 
 
@@ -236,8 +237,10 @@ def untouched(film: Film, i: int, spot: tuple[float, float]) -> bool:
 
 
 def costs(lipsync: LipSync, avatars: Sequence[Avatar], options: Options, rounds: int) -> dict[str, float]:
-    """Seconds of hearing and generating with two who speak in turn, and both at once, over those with one alone."""
-    count = TURN * TURNS
+    """Seconds of hearing and generating with two who speak in turn, and both at once, over those with one alone: of speeches
+    without silences, each frame of which is generated.
+    """
+    count, options = TURN * TURNS, replace(options, silence="model")
     full = [said(k, count, 0) for k in range(2)]
     turns = [[(at * TURN, (at + 1) * TURN) for at in range(k, TURNS, 2)] for k in range(2)]
 
@@ -251,7 +254,8 @@ def costs(lipsync: LipSync, avatars: Sequence[Avatar], options: Options, rounds:
             speakers.append(speaker(lipsync, avatars[k], Voice(heard, full[k].span, full[k].truth), its, options))
         empty = torch.empty(0, dtype=torch.uint8)
         with torch.inference_mode():
-            for _ in generate((Frame(i, i, empty, RGB) for i in range(count)), speakers, state):
+            sources = (source_index(i, len(avatars[0]), options.loop) for i in range(count))
+            for _ in generate((Frame(i, source, empty, RGB) for i, source in enumerate(sources)), speakers, state):
                 pass
         return time.perf_counter() - began
 
@@ -273,13 +277,14 @@ def crowd() -> list[torch.Tensor]:
 
 
 def of_crowd(lipsync: LipSync, options: Options) -> dict[str, Any]:
-    """What preparing a crowd takes."""
+    """What preparing a crowd takes: the memory is the whole process', with networks and frames."""
     frames = crowd()
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    lipsync.prepare(frames, options).close()
-    seconds, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.perf_counter()
+    with PeakMemory() as memory:
+        lipsync.prepare(frames, options).close()
+    seconds = time.perf_counter() - began
     return {"crowd_faces": len(detect.distinct(detect.detect(lipsync.nets.detector, frames[0]))),
-            "crowd_seconds_a_frame": seconds / len(frames), "crowd_memory_mib": (after - before) / 1024}
+            "crowd_seconds_a_frame": seconds / len(frames), "crowd_memory_mib": (memory.peak_kb or 0) / 1024}
 
 
 def report(lipsync: LipSync, quick: bool, batch: int, tell: Callable[[str], None]) -> dict[str, Any]:
