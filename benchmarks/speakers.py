@@ -30,6 +30,7 @@ from musetalk import LipSync, Options
 from musetalk.avatar import Avatar
 from musetalk.face import detect
 from musetalk.face.people import Pointed, middle
+from musetalk.options import Silence
 from musetalk.order import source_index
 from musetalk.sound.features import SAMPLE_RATE
 from musetalk.steps import RGB, Frame, Speaker, State, blend, generate, prepare, speech_weights
@@ -52,16 +53,19 @@ CROWD, CROWD_SIZE, CROWD_FRAMES = (5, 4), (1920, 1080), 24
 
 @dataclass(frozen=True)
 class Scene:
-    """`speaking` of `count` people speak, the next one has a speech of silence, any other has none."""
+    """`speaking` of `count` people speak, the next one has a speech of silence, any other has none. Where silence shows the
+    source's mouth, that one is a listener, too; with "auto" a mouth that is open gets a drawn one.
+    """
 
     kind: Kind
     frames: int
     count: int
     speaking: int
+    silence: Silence = "auto"
 
 
-SCENES = (Scene("still", 80, 3, 2), Scene("moving", 80, 3, 2), Scene("crossing", 100, 3, 2), Scene("cut", 150, 2, 2),
-          Scene("cut", 210, 3, 3))
+SCENES = (Scene("still", 110, 3, 2, "rest"), Scene("moving", 110, 3, 2, "rest"), Scene("crossing", 110, 3, 2, "rest"),
+          Scene("cut", 150, 2, 2), Scene("cut", 240, 3, 3))
 
 
 @dataclass(frozen=True)
@@ -99,20 +103,31 @@ def said(k: int, frames: int, start: int) -> Voice:
 def sentences(k: int) -> speech.Utterance:
     """What speaker k says."""
     texts = speech.HELD_OUT[VOICES[k][:2]]
-    return speech.utter([texts[(k + i) % len(texts)] for i in range(4)], VOICES[k], gap=0.3)
+    return speech.utter([texts[(k + i) % len(texts)] for i in range(4)], VOICES[k])
 
 
 def unrelated(scene: Scene, seen: Sequence[NDArray[np.bool_]]) -> list[Voice]:
     """The speeches, each of which begins where its track correlates least with those before it, in the frames that matter."""
     voices: list[Voice] = []
+
+    def related(k: int, voice: Voice) -> float:
+        """How much a speech correlates with those before it, where either's mouth is measured."""
+        pairs = [(voice.truth[at], other.truth[at]) for j, other in enumerate(voices)
+                 for at in (spoken(seen[j], other), spoken(seen[k], voice))]
+        return max((abs(correlation(*pair)) for pair in pairs), default=0.0)
+
     for k in range(scene.speaking):
-        tries = [said(k, scene.frames, start) for start in range(40 if k else 1)]
-        voices.append(min(tries, key=lambda v: max(
-            [abs(correlation(v.truth[own], other.truth[own])) for j, other in enumerate(voices) for own in (seen[j], seen[k])],
-            default=0.0)))
+        tries = [said(k, scene.frames, start) for start in range(60 if k else 1)]
+        voices.append(min(tries, key=lambda voice: round(related(k, voice) / 0.04)))
     if scene.speaking < scene.count:
         voices.append(Voice(np.zeros(scene.frames * SAMPLES, np.float32), (0, scene.frames), np.zeros(scene.frames)))
     return voices
+
+
+def spoken(seen: NDArray[np.bool_], voice: Voice) -> NDArray[np.bool_]:
+    """The frames in which somebody is seen to speak."""
+    at = np.arange(len(seen))
+    return seen & (at >= voice.span[0]) & (at < voice.span[1])
 
 
 # -- films -----------------------------------------------------------------------------------------------------------------
@@ -138,6 +153,7 @@ def speaker(lipsync: LipSync, avatar: Avatar, voice: Voice, spans: Sequence[tupl
 @torch.inference_mode()
 def play(lipsync: LipSync, scene: Scene, options: Options) -> tuple[Film, list[list[Spot]], list[Voice]]:
     """Make the scene's film; also where each person is in each frame, and the speeches."""
+    options = replace(options, silence=scene.silence)
     places = [spots(scene.kind, scene.count, i) for i in range(scene.frames)]
     film = Film([picture(where(row), i) for i, row in enumerate(places)])
     voices = unrelated(scene, [np.array([row[k] is not None for row in places]) for k in range(scene.count)])
@@ -289,7 +305,7 @@ def of_crowd(lipsync: LipSync, options: Options) -> dict[str, Any]:
 
 def report(lipsync: LipSync, quick: bool, batch: int, tell: Callable[[str], None]) -> dict[str, Any]:
     """All figures of one data type; `tell` hears of each scene."""
-    options = Options(batch_size=batch, silence="auto")
+    options = Options(batch_size=batch)
     all_: dict[str, list[float]] = {"wrong": [], "own": [], "other": [], "untouched": []}
     avatars: list[Avatar] = []
     for scene in SCENES[:1] if quick else SCENES:
