@@ -21,7 +21,7 @@ from musetalk.live.speech import Speech
 from musetalk.order import source_index
 from musetalk.sound.rolling import AHEAD, Hearing, Listened
 from pipeline.settings import REPOSITORY
-from tests.conftest import DEMO
+from tests.conftest import DEMO, failing
 from tests.test_hearing import words  # noqa: F401 (a fixture)
 
 RATE, FPS = 16_000, Fraction(25)
@@ -270,7 +270,6 @@ def test_a_stage_measures_what_it_carries(lipsync: LipSync) -> None:
 
 
 def test_a_thread_of_its_own_and_the_real_time(lipsync: LipSync, clip: Clip, words: Floats) -> None:  # noqa: F811
-    """What fails in the stage's thread is raised where moments are awaited."""
     with Stage(lipsync.nets, FAST, capacity=1) as stage:
         speaker = stage.open(clip.avatar)
         speaker.push(words[6400 : 6400 + RATE])
@@ -280,6 +279,16 @@ def test_a_thread_of_its_own_and_the_real_time(lipsync: LipSync, clip: Clip, wor
     assert list(speaker) == []
     assert stage.thread is not None
     assert not stage.thread.is_alive()
+
+
+def test_what_ends_the_stage_is_raised_by_its_sessions(lipsync: LipSync, clip: Clip, words: Floats) -> None:  # noqa: F811
+    with Stage(lipsync.nets, FAST, capacity=2) as stage, failing(lipsync.nets.unet, RuntimeError("broken")):
+        speaker = stage.open(clip.avatar)
+        speaker.push(words[6400 : 6400 + RATE])
+        with pytest.raises(RuntimeError, match="broken"):
+            list(islice(speaker, 250))
+        with pytest.raises(RuntimeError, match="broken"):
+            stage.open(clip.avatar)
 
 
 def test_the_worker_knows_nothing_of_it() -> None:

@@ -132,6 +132,7 @@ class Stage:
         self.sessions: list[LiveSpeaker] = []
         self.lock = threading.Lock()
         self.pace = Pace()
+        self.error: BaseException | None = None  # that ended the thread; raised by all sessions, and by `open`
         self.thread: threading.Thread | None = None
         self.ending = threading.Event()
 
@@ -150,8 +151,12 @@ class Stage:
         return max(1, math.floor(1 / each)), max(1, math.ceil(each))
 
     def open(self, avatar: Avatar) -> LiveSpeaker:
-        """A session with an avatar that `LipSync.prepare` made. Raises NoRoom when the machine carries no more."""
+        """A session with an avatar that `LipSync.prepare` made. Raises NoRoom when the machine carries no more, and
+        what ended the stage.
+        """
         with self.lock:
+            if self.error is not None:
+                raise self.error
             if len(self._open()) >= self.capacity:
                 raise NoRoom(self.capacity)
             session = LiveSpeaker(avatar, self.clock, self.fps, self.lead, self.stride, self.options.loop)
@@ -210,9 +215,10 @@ class Stage:
                 if not self.step():
                     self.ending.wait(1 / float(self.fps) / 8)
         except BaseException as e:
-            for session in self.sessions:
-                session.error = e
-            raise
+            with self.lock:
+                self.error = e
+                for session in self.sessions:
+                    session.error = e
 
     def start(self) -> Self:
         """Let the stage's thread make frames from now on."""
