@@ -126,6 +126,22 @@ def put_job(path: str) -> Callable[[World], Body]:
     return act
 
 
+def streamed(*faults: fakes.Fault, incomplete: bool = False) -> Callable[[World], Body]:
+    """A job with a stream through faults: the film is stored, and the playlist ends, whatever becomes of the segments."""
+    def act(w: World) -> Body:
+        with closing(fakes.B2()) as b2:
+            service = w.with_b2(b2)
+            b2.faults.extend(faults)
+            body = w.job(service, params={"stream": True})
+            if body["status"] == "success":
+                _same_everywhere(b2, body)
+                assert bool(body["metrics"]["stream"]["incomplete"]) == incomplete, body["metrics"]["stream"]
+                playlist = b2.objects.get("avatar/outputs/fault.hls/playlist.m3u8", [b""])[-1]
+                assert incomplete or playlist.endswith(b"#EXT-X-ENDLIST\n"), playlist
+            return body
+    return act
+
+
 def again(part_size: int, signed: bool = False) -> Callable[[World], None]:
     """The same job sent to a second worker after the first one's answer was lost: one object, one URL."""
     def act(w: World) -> None:
@@ -194,6 +210,11 @@ ROWS = [
         w.another(download_allow_hosts=("127.0.0.1",)), output_put_url="https://10.0.0.1/x"), REFUSED),
     Row("storage", "a presigned PUT that is never answered", put_job("hangs/x"), processing("upload", True),
         limit_sec=40, aside=True),
+    Row("storage", "a stream", streamed()),
+    Row("storage", "a stream: reset, 503 and a lost answer", streamed(
+        fakes.reset, fakes.status(503, "service_unavailable"), fakes.lost_answer)),
+    Row("storage", "a stream: its first segment is refused", streamed(
+        fakes.status(403, "storage_cap_exceeded"), incomplete=True), SUCCESS),
     Row("storage", "the same job sent again", again(10**8)),
     Row("storage", "the same job sent again, stored in parts", again(10_000)),
     Row("storage", "two workers with the same job at once", at_once),
