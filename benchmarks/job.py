@@ -6,6 +6,7 @@ It runs on what the worker would: the environment says which device, weights and
 real face. `added_ms` is everything of a warm job over loopback that is not network forward passes, decode or encode: the stages
 download, validation (less ffmpeg's own time) and upload, and parsing, bookkeeping and cleaning up. `prepare_*_ms` are
 milliseconds a frame of the fresh job's steps, added over the threads that work at once; the networks' with their resampling.
+`preparation_ratio` is the time to prepare a frame of the clip over that to speak it, both alone, without decoder and encoder.
 """
 
 from __future__ import annotations
@@ -22,27 +23,40 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import requests
+import torch
+from numpy.typing import NDArray
 
-from benchmarks import common
+from benchmarks import common, pipeline
+from musetalk import LipSync
+from musetalk.avatar import Avatar
 from musetalk.draw import generate
 from musetalk.face import detect, landmarks
 from musetalk.face.track import Tracker
 from musetalk.geometry import subpixel
+from musetalk.order import source_index
 from musetalk.show import mask
-from musetalk.steps import frame
-from pipeline.media import child
+from musetalk.steps import Frame, Speaker, blend, follow, frame, speech_weights
+from musetalk.steps import generate as generate_faces
+from pipeline.film import stream
+from pipeline.media import FrameReader, FrameSource, child
 from pipeline.run import Service
+from pipeline.schema import parse
 from pipeline.settings import REPOSITORY, Settings
 
 STEPS: dict[str, tuple[tuple[Any, str], ...]] = {  # of preparing, and what they consist of
-    "rgb": ((frame, "to_rgb"),), "detection": ((detect, "detect"),), "landmarks": ((landmarks, "landmarks"),),
+    "rgb": ((frame, "to_rgb"),), "detection": ((detect, "detect"), (detect, "detect_at_half")),
+    "landmarks": ((landmarks, "landmarks"),),
     "crops": ((subpixel, "crop"),), "encoder": ((generate, "latents"),), "parser": ((mask, "parse"),),
-    "masks": ((mask, "label_mask"), (subpixel, "region"), (mask, "lips_map")), "windows": ((Tracker, "follow"),),
+    "masks": ((mask, "label_mask"), (subpixel, "region"), (mask, "lips_map")),
+    "windows": ((Tracker, "follow"),),
 }
 
 
@@ -103,7 +117,11 @@ def main() -> None:
     parser.add_argument("--speech", type=Path, default=REPOSITORY / "samples/speech.wav")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name, serving(options.clip, options.speech, Path(name)) as job:
-        common.emit("job", import_to_ready_sec=round(import_to_ready(), 2), **measure(job, Path(name), options.rounds))
+        service = Service(Settings.from_env(loopback(Path(name))))
+        service.engine.warm_up()
+        common.emit("job", import_to_ready_sec=round(import_to_ready(), 2),
+                    preparation_ratio=round(preparation_ratio(service, Path(name) / "in", options.rounds), 2),
+                    **measure(service, job, Path(name), options.rounds))
 
 
 @contextlib.contextmanager
@@ -122,10 +140,8 @@ def serving(clip: Path, speech: Path, folder: Path) -> Iterator[dict[str, str]]:
             server.shutdown()
 
 
-def measure(job: dict[str, str], folder: Path, rounds: int) -> dict[str, Any]:
+def measure(service: Service, job: dict[str, str], folder: Path, rounds: int) -> dict[str, Any]:
     """The job with a fresh avatar, then with a cached one, from memory and by another worker from disk."""
-    service = Service(Settings.from_env(loopback(folder)))
-    service.engine.warm_up()
     spent = _count_ffmpeg()
     with counted_steps() as steps:
         fresh = run(service, job)
@@ -151,6 +167,47 @@ def measure(job: dict[str, str], folder: Path, rounds: int) -> dict[str, Any]:
         "peak_vram_mib": cached[0]["PEAK_VRAM_MIB"], "batch": service.engine.batch_size,
         "dtype": str(service.engine.load().nets.dtype), "weights": service.settings.model_dir.name,
     }
+
+
+def preparation_ratio(service: Service, folder: Path, rounds: int) -> float:
+    """Seconds to prepare the frames of `folder`'s clip over those to speak as many with them, medians of alternating rounds.
+
+    The frames are in memory as the worker holds them, nothing is decoded or encoded; the first round is not counted.
+    """
+    engine, inputs = service.engine, pipeline.checked(folder / "clip", folder / "speech")
+    request = parse({"musetalk_job_id": "b", "video_url": "v", "audio_url": "a"})
+    prepared, spoken = list[float](), list[float]()
+    with engine.job() as state:
+        options = stream.options_of(engine, state, request)
+        picture = stream.picture_of(engine, state, request, inputs.clip, "")
+        pcm, fps = inputs.speech.pcm, picture.source.fps
+        prompts = LipSync(state.nets).prompts(pcm, fps, options)
+        shown, pixels = speech_weights(pcm, fps, len(prompts), options), decoded(picture.source, len(prompts))
+
+        def frames(count: int) -> Iterator[Frame]:
+            sources = (source_index(i, len(pixels), options.loop) for i in range(count))
+            return (Frame(i, k, torch.from_numpy(pixels[k].copy()), picture.form) for i, k in enumerate(sources))
+
+        def prepare(avatar: Avatar) -> None:
+            deque(follow(frames(len(pixels)), [(avatar, options.face)], options, state), 0)
+
+        def speak(avatar: Avatar) -> None:
+            deque(blend(generate_faces(frames(len(prompts)), [Speaker(avatar, prompts, shown, options)], state)), 0)
+
+        for _ in range(rounds + 1):
+            with contextlib.closing(Avatar.new()) as avatar:
+                prepared.append(common.timed(partial(prepare, avatar)))
+                spoken.append(common.timed(partial(speak, avatar)))
+    return common.median(prepared[1:]) / len(pixels) / (common.median(spoken[1:]) / len(prompts))
+
+
+def decoded(source: FrameSource, most: int) -> list[NDArray[np.uint8]]:
+    """The clip's first frames."""
+    frames: list[NDArray[np.uint8]] = []
+    with contextlib.closing(FrameReader(source, 0, most)) as reader:
+        while len(frames) < most and reader.read_into(pixels := np.empty(source.frame_bytes, np.uint8)):
+            frames.append(pixels)
+    return frames
 
 
 def run(service: Service, job: dict[str, str]) -> dict[str, Any]:

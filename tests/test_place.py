@@ -89,7 +89,7 @@ def test_both_geometries_see_the_same_face_on_whole_pixels() -> None:
     assert (subpixel.crop(frame, place, 128).float() - upstream.crop(frame, place, 128).float()).abs().mean() < 1
     assert (subpixel.view(frame, place).float() - upstream.view(frame, place).float()).abs().mean() < 2
     assert subpixel.face_in_view(place) == pytest.approx(upstream.face_in_view(place), abs=0.01)
-    everything = torch.ones(512, 512, dtype=torch.bool)
+    everything = torch.full((512, 512), 255, dtype=torch.uint8)
     ours, theirs = (g.region(everything, place, (360, 360)) for g in (subpixel, upstream))
     assert max(abs(a - b) for a, b in zip(astuple(ours.box), astuple(theirs.box), strict=True)) <= 2
     whole = torch.zeros(2, 360, 360)
@@ -107,8 +107,8 @@ def test_parts_of_a_pixel_are_kept() -> None:
 
 def test_a_mask_comes_back_where_its_picture_was() -> None:
     place = Place.turned(100.25, 90, 220, 230, 0.5)
-    mask = torch.zeros(512, 512, dtype=torch.bool)
-    mask[380:420] = True  # of the face's 341 rows in the parser's picture, 85 to 427, some of the lowest
+    mask = torch.zeros(512, 512, dtype=torch.uint8)
+    mask[380:420] = 255  # of the face's 341 rows in the parser's picture, 85 to 427, some of the lowest
     region = subpixel.region(mask, place, (360, 360))
     rows, columns = torch.nonzero(region.mask > 127).double().mean(0).tolist()
     down = (400 - 256) / 512 * 210  # from the place's middle to the strip's
@@ -121,7 +121,8 @@ def test_a_mask_comes_back_where_its_picture_was() -> None:
 def test_a_face_anywhere_is_painted_or_left_alone(geometry: Geometry) -> None:
     """Also one whose mouth has left the frame, or hardly reaches into it, and one that is wholly outside."""
     frame = torch.randint(0, 255, (240, 240, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    mask, face, lips = torch.ones(512, 512, dtype=torch.bool), torch.zeros(3, 64, 64, dtype=torch.uint8), torch.zeros(64, 64)
+    mask = torch.full((512, 512), 255, dtype=torch.uint8)
+    face, lips = torch.zeros(3, 64, 64, dtype=torch.uint8), torch.zeros(64, 64)
     painted = []
     for x, y, roll in itertools.product(range(-220, 260, 80), range(-202, 260, 63), (0, 0.4, -1.2, 3.1)):
         place = geometry.with_chin(Place.turned(x + 0.25, y, x + 150.25, y + 140, roll), 10, (240, 240))
@@ -145,7 +146,7 @@ def test_a_mouth_of_which_only_the_last_rows_are_in_the_frame(roll: float) -> No
     """The rows that are compared end where the drawing ends: none would be left below the first row that is visible."""
     frame = torch.randint(0, 255, (240, 240, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     place, face = Place.turned(40, -252, 296, 4, roll), torch.zeros(3, 256, 256, dtype=torch.uint8)
-    inside = subpixel.region(torch.ones(512, 512, dtype=torch.bool), place, (240, 240))
+    inside = subpixel.region(torch.full((512, 512), 255, dtype=torch.uint8), place, (240, 240))
     v = (torch.arange(inside.box.y1, inside.box.y2)[:, None] + 0.5 - place.y) * math.cos(roll) - (
         torch.arange(inside.box.x1, inside.box.x2)[None] + 0.5 - place.x) * math.sin(roll)  # rows below the middle
     region = Region(inside.box, inside.mask * (v >= 127.5))

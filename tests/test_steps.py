@@ -242,7 +242,7 @@ def test_blending() -> None:
         for share, prefix in ((0.05, ""), (0.1, "_rt")):
             if f"{case}{prefix}_mask" not in g:
                 continue
-            soft = upstream.soft_mask(mask512, square, box, share)
+            soft = upstream.soft_mask(mask512.to(torch.uint8) * 255, square, box, share)
             np.testing.assert_array_equal(soft.numpy(), g[f"{case}{prefix}_mask"], err_msg=f"{case}{prefix}")
             region = region_of(upstream.inside_box(soft, square, box), square, (frame.shape[1], frame.shape[0]))
             got = frame.clone()
@@ -279,7 +279,8 @@ def test_labels_from_logits() -> None:
     for mode in ("jaw", "raw", "neck"):
         for box in (Box(100, 100, 300, 340), Box(5, 7, 400, 300)):
             square = upstream.blend_square(box)
-            masks = [upstream.soft_mask(mask.label_mask(labels, mode)[0], square, box) for labels in (plain, cut)]
+            hard = [mask.label_mask(labels, mode)[0].to(torch.uint8) * 255 for labels in (plain, cut)]
+            masks = [upstream.soft_mask(each, square, box) for each in hard]
             assert torch.equal(masks[0], masks[1])
 
 
@@ -289,7 +290,7 @@ def test_labels_from_logits() -> None:
 def test_rows_that_show(box: Box, side: int) -> None:
     """A face's rows above `first_row` leave no trace in the frame; those from the nearest tap on do."""
     random = torch.Generator().manual_seed(4)
-    region = upstream.region(torch.ones(512, 512, dtype=torch.bool), Place.of(box), (640, 480))
+    region = upstream.region(torch.full((512, 512), 255, dtype=torch.uint8), Place.of(box), (640, 480))
     region = Region(region.box, torch.full_like(region.mask, 255))  # the soft edge's first rows hardly show
     first = blend.first_row(Place.of(box), region, side)
     face, frame = (torch.randint(0, 256, shape, dtype=torch.uint8, generator=random)

@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from musetalk import LipSync, Options
-from musetalk.face import detect
+from musetalk.face import detect, landmarks, track
+from musetalk.face.landmarks import PoseFrame
 from musetalk.face.search import Search
 from musetalk.face.steady import REACH, Found, steadied
 from musetalk.face.track import Tracker, choose
 from musetalk.geometry.box import Box
 from musetalk.geometry.place import Place
 from musetalk.geometry.upstream import face_box
+from musetalk.nets.rtmpose import RtmPose
 from pipeline.run import Service
 from training.presenter import Identity, Mouth, Pose, draw
 
@@ -57,6 +59,48 @@ def test_gated_tracking_gives_the_boxes_of_per_frame_detection(service: Service,
             assert apart.max() <= 2, "a bin of the landmark network: a near tie falls either way with other frames in the batch"
     if name in ("still", "moving"):
         assert gated.search.passes <= 5, "one look a window"
+
+
+@pytest.mark.parametrize(("scale", "frames_with_a_face", "halves"), [(60.0, 60, 3), (24.0, 60, 0), (60.0, 30, 2)])
+def test_known_faces_are_looked_for_at_half_size(
+    service: Service, monkeypatch: pytest.MonkeyPatch, scale: float, frames_with_a_face: int, halves: int,
+) -> None:
+    """In three windows of four; not a face that is too small for it, and who is missed is looked for in the whole picture."""
+    nets, original, looks = service.engine.load().nets, detect.detect_at_half, list[int]()
+    monkeypatch.setattr(detect, "detect_at_half", lambda *given: looks.append(1) or original(*given))
+    clip = [picture(200 + i % 7, scale=scale) if i < frames_with_a_face else empty() for i in range(60)]
+    with torch.inference_mode():
+        found = [f is not None for _, f in Tracker(Search(nets.detector), nets.pose, natural=True).run(clip)]
+    assert found == [i < frames_with_a_face for i in range(60)]
+    assert len(looks) == halves
+
+
+def test_landmarks_between_two_looks_that_agree_are_not_looked_for(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The face lies where it does when every frame is looked at; where it moves fast, every frame is."""
+    nets, original, looks = service.engine.load().nets, landmarks.landmarks, [0]
+
+    def counted(net: RtmPose, frames: list[torch.Tensor], *where: list[PoseFrame]) -> tuple[torch.Tensor, torch.Tensor]:
+        looks[0] += len(frames)
+        return original(net, frames, *where)
+
+    monkeypatch.setattr(landmarks, "landmarks", counted)
+    for step, slow in ((0.3, True), (9.0, False)):
+        frames, ways, counts = [picture(140 + step * i, 170 + 3 * np.sin(i / 5)) for i in range(24)], [], []
+        for every in (track.LOOK_EVERY, 1):
+            monkeypatch.setattr(track, "LOOK_EVERY", every)
+            looks[0] = 0
+            with torch.inference_mode():
+                ways.append([f for _, f in Tracker(Search(nets.detector), nets.pose, natural=True).run(frames)])
+            counts.append(looks[0])
+        monkeypatch.undo()
+        monkeypatch.setattr(landmarks, "landmarks", counted)
+        assert counts[1] == 24
+        assert counts[0] <= 16 if slow else counts[0] == 24
+        width = ways[1][0].place.width if ways[1][0] else 0.0
+        for a, b in zip(*ways, strict=True):
+            assert a
+            assert b
+            assert np.abs(np.array(a.place.edges) - b.place.edges).max() < 0.03 * width
 
 
 def test_one_of_several_faces_is_chosen() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import avg_pool2d, interpolate, pad
 
 from musetalk.geometry.box import Box
 from musetalk.nets.s3fd import STRIDES, S3fd
@@ -15,6 +15,7 @@ from musetalk.pixels.resample import row_constants
 FACE_SCORE = 0.5  # S3FD's threshold upstream
 NMS_IOU = 0.3
 LARGE, SCALED = 2560, 1920  # pictures with a longer side are searched for faces at this one, pixels
+HALF = 0.5  # of the size: where known faces are looked for again
 SMALL = 640  # longer side at which a picture without a face is searched again
 SAME_FACE = 0.6  # share of the smaller of two boxes in both, from which they are one face
 LEAST = 64  # pixels that a side is filled up to: S3FD halves a picture five times, and then needs a cell for its kernels
@@ -90,6 +91,14 @@ def detect(net: S3fd, frame: Tensor) -> list[Detection]:
     return found or (_detect(net, frame, SMALL / longest) if longest > 1.5 * SMALL else [])
 
 
+def detect_at_half(net: S3fd, frame: Tensor) -> list[Detection]:
+    """Faces of a frame (H, W, 3) uint8, looked for at half the size that `detect` takes: a quarter of the work, but faces under
+    32 of its pixels are not seen.
+    """
+    longest = max(frame.shape[:2])
+    return _detect(net, frame, (SCALED / longest if longest > LARGE else 1.0) * HALF)
+
+
 def detect_turned(net: S3fd, frame: Tensor, quarters: int) -> list[Detection]:
     """Faces of a frame (H, W, 3) uint8, looked for in the picture turned by 1, 2 or 3 quarters counterclockwise and at most
     SMALL pixels long; best first, in the frame's own pixels.
@@ -131,7 +140,9 @@ def _shared(a: Box, b: Box) -> float:
 def _detect(net: S3fd, frame: Tensor, scale: float) -> list[Detection]:
     weight = net.fc6.weight
     image = s3fd_input(frame.to(weight.device)[None])
-    if scale < 1.0:
+    if scale == HALF and min(frame.shape[:2]) > 1:  # means of 2 x 2 pixels: faster than any filter
+        image = avg_pool2d(image, 2)
+    elif scale < 1.0:
         size = [max(1, round(side * scale)) for side in frame.shape[:2]]
         image = interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
     if min(image.shape[2:]) < LEAST:

@@ -15,15 +15,17 @@ class Search:
     def __init__(self, detector: S3fd) -> None:
         self.detector = detector
         self.passes = 0  # of the detector
-        self._found: dict[tuple[int, int], list[Box]] = {}
+        self._found: dict[tuple[int, int, bool], list[Box]] = {}
 
-    def __call__(self, index: int, frame: Tensor, quarters: int) -> list[Box]:
-        """The faces of frame `index` (H, W, 3) uint8, looked for in the picture turned by so many quarters."""
-        if (index, quarters) not in self._found:
+    def __call__(self, index: int, frame: Tensor, quarters: int = 0, *, half: bool = False) -> list[Box]:
+        """The faces of frame `index` (H, W, 3) uint8, looked for in the picture turned by so many quarters, or at half size."""
+        key = index, quarters, half
+        if key not in self._found:
             self.passes += 1
-            found = detect.detect_turned(self.detector, frame, quarters) if quarters else detect.detect(self.detector, frame)
-            self._found[index, quarters] = detect.distinct(found)
-        return self._found[index, quarters]
+            found = (detect.detect_turned(self.detector, frame, quarters) if quarters
+                     else (detect.detect_at_half if half else detect.detect)(self.detector, frame))
+            self._found[key] = detect.distinct(found)
+        return self._found[key]
 
     def forget(self, first: int) -> None:
         """Nobody asks for frames before `first` any more."""

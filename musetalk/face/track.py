@@ -14,11 +14,12 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from musetalk.errors import NoFace
-from musetalk.face import check, crops, landmarks
+from musetalk.face import check, crops, detect, landmarks
 from musetalk.face.landmarks import PoseFrame
 from musetalk.face.people import AWAY, LOOKS, Choice, People, Person, Pointed, looks_of, near
 from musetalk.face.search import Search
@@ -40,6 +41,10 @@ BRIDGE = 6  # frames for which a face that the detector misses is followed by it
 TOUCHING = 0.15  # face widths between two faces under which the landmarks of one may be the other's
 COVERED = 0.15  # share of a face that another one covers, from which nobody can tell whose mouth is in front
 STILL = 4.0  # grey levels by which no part of a picture may differ from one without a face to count as that one
+WHOLE_EVERY = 4  # windows, about two seconds: a look at whole size; between, known faces are looked for at half size
+LARGE_ENOUGH = 72  # pixels that a face must have for that: twice what is still seen
+LOOK_EVERY = 3  # frames: landmarks are looked for in so many and lie between where two looks on end agree
+AGREE = 0.03  # face widths by which no landmark may have moved then; the network's own errors reach 0.03
 TURNED_EVERY = 4 * WINDOW  # frames between two searches of turned pictures, while no face is found
 
 
@@ -188,7 +193,7 @@ class Tracker:
         if self.quarters:
             found += self.search(window.first + at, frame, self.quarters)
         if not found:
-            found += self.search(window.first + at, frame, 0)
+            found += (always and self._again(window, at)) or self.search(window.first + at, frame)
             self.quarters = 0
         if not found and always and self.natural and window.first + at >= self.turned_at:
             self.turned_at = window.first + at + TURNED_EVERY
@@ -198,6 +203,20 @@ class Tracker:
             self.turned_at = window.first + at  # when it is lost, search again at once
         self.empty = None if found else _thumbnail(frame)
         self.most = max(self.most, len(found))
+
+    def _again(self, window: Window, at: int) -> list[Box]:
+        """The faces of a frame by a look at half size, where that surely shows all who were in the frame before the window.
+
+        Who is too small for it is seen by a whole look every WHOLE_EVERY windows, or when anybody is missed.
+        """
+        known = self.people.present(window.first - 1) if self.natural else {}
+        height, width = window.frames[at].shape[:2]
+        least = LARGE_ENOUGH * max(max(height, width) / detect.SCALED, 1)
+        if not known or window.first % (WHOLE_EVERY * self.window) == 0 or any(
+                min(box.width, box.height) < least for box in known.values()):
+            return []
+        found = self.search(window.first + at, window.frames[at], half=True)
+        return found if len(found) == len(known) else []
 
     def _difference(self, frame: Tensor) -> float:
         """By how much any part of a frame differs from the last one without a face, grey levels."""
@@ -308,7 +327,8 @@ class Tracker:
         and surely looks like the person. `strict`: what does not is left out.
         """
         frames, guesses = [window.frames[i] for i in boxes], list(boxes.values())
-        points, scores = self._landmarks(person, frames, guesses)
+        points, scores = self._sparse(person, list(boxes), frames, guesses) if self.natural else (
+            self._landmarks(person, frames, guesses))
         found = [upstream.face_box(p, g, self.shift) for p, g in zip(points, guesses, strict=True)]
         person.score = max(person.score, float(scores.max()))
         surely = [float(s) >= SCORE_DROP * person.score and check.belongs(b, g) and person.unlike(look) < SAME_LOOK
@@ -326,6 +346,31 @@ class Tracker:
             number = 0 if isinstance(self.choice, Pointed) else person.number
             out[list(boxes)[k]] = Found(found[k], guesses[k], place, person=number)
         return out, smooth and all(surely)
+
+    def _sparse(self, person: Person, at: list[int], frames: list[Tensor], guesses: list[Box]) -> tuple[Tensor, Tensor]:
+        """As `_landmarks`, float64, of frames at these places of a window: every LOOK_EVERY-th and the last one are looked at,
+        and those between two of them where these disagree.
+        """
+        n = len(frames)
+        points, scores = torch.zeros(n, 68, 2, dtype=torch.float64), torch.zeros(n)
+
+        def look(which: list[int]) -> None:
+            seen, sure = self._landmarks(person, [frames[k] for k in which], [guesses[k] for k in which])
+            points[which], scores[which] = seen.double(), sure.to(scores)
+            person.score = max(person.score, float(scores.max()))
+
+        look(looked := sorted({*range(0, n, LOOK_EVERY), n - 1}))
+        doubted = list[int]()
+        for a, b in itertools.pairwise(looked):
+            moved = float((points[b] - points[a]).abs().max())
+            if at[b] - at[a] != b - a or moved > AGREE * guesses[a].width:
+                doubted += range(a + 1, b)
+            for k in range(a + 1, b):
+                points[k] = torch.lerp(points[a], points[b], (k - a) / (b - a))
+                scores[k] = torch.minimum(scores[a], scores[b])
+        if doubted:
+            look(doubted)
+        return points, scores
 
     def _landmarks(self, person: Person, frames: list[Tensor], guesses: list[Box]) -> tuple[Tensor, Tensor]:
         """Landmarks (N, 68, 2) and scores (N,), looked for along the roll of the person's head where it is natural."""

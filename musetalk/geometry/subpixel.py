@@ -73,14 +73,14 @@ def face_in_view(place: Place) -> Rectangle:
 
 
 def region(mask: Tensor, place: Place, size: tuple[int, int]) -> Region:
-    """Mask (SIDE, SIDE) bool over the parser's picture -> what blending may change in a frame (width, height), on the CPU.
+    """Mask (SIDE, SIDE) uint8 over the parser's picture -> what blending may change in a frame (width, height), on the CPU.
 
     As upstream's mask: the lower half of the face, blurred, then cut at the face's edges, beyond which nothing was drawn.
     """
     left, _, right, bottom = (round(v) for v in face_in_view(place))
     rows, columns = slice(int(SIDE * UPPER), bottom), slice(left, right)
     hard = torch.zeros(SIDE, SIDE, dtype=torch.uint8, device=mask.device)
-    hard[rows, columns] = mask[rows, columns].to(torch.uint8) * 255
+    hard[rows, columns] = mask[rows, columns]
     soft = gaussian_blur(hard, blur_kernel(SIDE), rows, columns)
     soft[bottom:] = soft[:, :left] = soft[:, right:] = 0
     first = SIDE * UPPER - blur_kernel(SIDE)

@@ -90,7 +90,7 @@ def face_in_view(place: Place) -> Rectangle:
 
 
 def region(mask: Tensor, place: Place, size: tuple[int, int]) -> Region:
-    """Mask (SIDE, SIDE) bool over the parser's picture -> what blending may change in a frame (width, height), on the CPU."""
+    """Mask (SIDE, SIDE) uint8 over the parser's picture -> what blending may change in a frame (width, height), on the CPU."""
     box = place.box()
     square = blend_square(box)
     soft = soft_mask(mask, square, box).cpu()  # trimming it needs its values
@@ -98,7 +98,7 @@ def region(mask: Tensor, place: Place, size: tuple[int, int]) -> Region:
 
 
 def soft_mask(mask: Tensor, square: Box, box: Box, share: float = 0.05) -> Tensor:
-    """Bool mask (SIDE, SIDE) -> soft mask (side, side) uint8: inside the face box, lower half only, blurred.
+    """Mask (SIDE, SIDE) uint8 -> soft mask (side, side) uint8: inside the face box, lower half only, blurred.
 
     It is cut before the blur, so that the blur also softens the cut. Upstream's realtime script takes share 0.1.
     """
@@ -106,7 +106,7 @@ def soft_mask(mask: Tensor, square: Box, box: Box, share: float = 0.05) -> Tenso
     left, top = box.x1 - square.x1, box.y1 - square.y1
     lower = max(int(side * UPPER), top)
     rows, columns = slice(lower, max(top + box.height, lower)), slice(max(left, 0), max(left + box.width, 0))
-    resized = pillow_resize(mask.to(torch.uint8) * 255, side, side, bicubic=True, top=lower)
+    resized = pillow_resize(mask, side, side, bicubic=True, top=lower)
     out = resized.new_zeros(side, side)
     out[rows, columns] = resized[: rows.stop - lower, columns]
     return gaussian_blur(out, blur_kernel(side, share), rows, columns)

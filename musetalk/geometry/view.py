@@ -35,7 +35,9 @@ class Geometry(Protocol):
         """Where the face's place lies in the parser's picture."""
 
     def region(self, mask: Tensor, place: Place, size: tuple[int, int]) -> Region:
-        """A bool mask (SIDE, SIDE) over the parser's picture -> the part of a frame (width, height) that may be painted."""
+        """A mask (SIDE, SIDE) uint8 over the parser's picture, 255 where the face is replaced -> the part of a frame
+        (width, height) that may be painted.
+        """
 
 
 def blur_kernel(side: int, share: float = 0.05) -> int:

@@ -74,10 +74,12 @@ def _to_rgb(planes: Planes, colour: Colour, out: Tensor) -> None:
     scale = 255 / chroma_span
     red, blue = v * (2 * (1 - kr) * scale), u * (2 * (1 - kb) * scale)
     green = v * (-2 * kr * (1 - kr) / kg * scale) + u * (-2 * kb * (1 - kb) / kg * scale)
-    y = ((planes.y.float() - black) * (255 / span)).view(-1, 2, planes.y.shape[1])  # two rows to each of chroma
-    for channel, term in enumerate((red, green, blue)):
-        level = (y + term.repeat_interleave(2, dim=1)[:, None]).round_().clamp_(0, 255)
-        out[..., channel] = level.view(planes.y.shape)
+    luma = planes.y.view(-1, 2, u.shape[1], 2)  # of each chroma sample two rows and two columns
+    pixels = out.view(*luma.shape, 3)
+    for column in range(2):
+        y = (luma[..., column].float() - black) * (255 / span)
+        for channel, term in enumerate((red, green, blue)):
+            pixels[:, :, :, column, channel] = (y + term[:, None]).round_().clamp_(0, 255)
 
 
 @cached_on_device(12)

@@ -5,6 +5,9 @@ All is made in the parser's picture, a square of 512 pixels around the face (`ge
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,7 @@ from musetalk.geometry import subpixel, upstream
 from musetalk.geometry.view import SIDE, Geometry, Rectangle
 from musetalk.nets.bisenet import BiSeNet
 from musetalk.nets.layers import at_once
-from musetalk.options import Finish, ParsingMode
+from musetalk.options import Finish, Options, ParsingMode
 from musetalk.pixels.resample import cached_on_device, row_constants
 
 SKIN, NOSE, MOUTH, NECK = 1, 10, (11, 12, 13), 14  # the parser's labels; the mouth's are inside, upper and lower lip
@@ -23,12 +26,58 @@ LIPS = 64  # side of the map of the source's lips
 MOUTH_AT = (0.5, 0.8)  # where a face's place has its mouth, shares of its width and height
 LIPS_WITHIN = (0.31, 0.18)  # how far from there lips may lie, shares: some parsers label a whole beard as lips
 CLOSED = 0.06  # of the lips' width's square: how much of a closed mouth's inside is seen at most
+SAME = 16.0  # levels by which no part of a face differs from a mixture of two parsed ones, so that their masks serve it, mixed
+PARTS = 32  # such parts across a face
 LIPS_GROW = 0.03  # how far the lips' map reaches beyond the labelled lips, shares of the place's side
 
 
 def geometry_of(finish: Finish) -> Geometry:
     """How a finish finds a face in its frame."""
     return upstream if finish == "official" else subpixel
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What the parser's labels say of a face."""
+
+    mask: Tensor  # (SIDE, SIDE) uint8 over the parser's picture: 255 where the face is replaced
+    lips: Tensor  # `lips_map`
+    closed: bool
+
+    def towards(self, other: Parsed, share: float) -> Parsed:
+        """The same of a face between this one and another: masks are mixed, so that nothing jumps."""
+        mask = torch.zeros_like(self.mask)
+        mask[TOP_ROW:] = _mixed(self.mask[TOP_ROW:], other.mask[TOP_ROW:], share)
+        return Parsed(mask, _mixed(self.lips, other.lips, share), self.closed and other.closed)
+
+
+def read(labels: Tensor, faces: Sequence[Rectangle], options: Options) -> list[Parsed]:
+    """Labels (N, SIDE, SIDE) uint8, 0 above row TOP_ROW, of faces whose places lie so in the parser's picture."""
+    lower = label_mask(labels[:, TOP_ROW:], options.parsing_mode, options.left_cheek_width, options.right_cheek_width)
+    masks = F.pad(lower.to(torch.uint8) * 255, (0, 0, TOP_ROW, 0))
+    lips = torch.stack([lips_map(each, face) for each, face in zip(labels, faces, strict=True)]).cpu()
+    return [Parsed(*each) for each in zip(masks, lips, closed(labels), strict=True)]
+
+
+def _mixed(a: Tensor, b: Tensor, share: float) -> Tensor:
+    return torch.lerp(a.float(), b.float(), share).round_().to(torch.uint8)
+
+
+def to_parse(crops: Tensor) -> list[int]:
+    """Which of some faces on end, crops (N, S, S, 3) uint8, have to be parsed: the first, the last, and so many in between that
+    each other one's lower half looks like a mixture of its parsed neighbours.
+    """
+    side = max(crops.shape[1] // PARTS, 1)
+    lower = crops[:, crops.shape[1] // 2 :].float().mean(-1)[:, None]
+    seen = F.avg_pool2d(lower, side)[:, 0].cpu()
+    spans, parsed = [(0, len(crops) - 1)], {0, len(crops) - 1}
+    while spans:
+        a, b = spans.pop()
+        between = ((i, torch.lerp(seen[a], seen[b], (i - a) / (b - a))) for i in range(a + 1, b))
+        if any((seen[i] - mixed).abs().max() > SAME for i, mixed in between):
+            parsed.add(middle := (a + b) // 2)
+            spans += (a, middle), (middle, b)
+    return sorted(parsed)
 
 
 # -- parsing ---------------------------------------------------------------------------------------------------------

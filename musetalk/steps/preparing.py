@@ -8,9 +8,10 @@ multiples of GROUP.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,12 +24,16 @@ from musetalk.face import track
 from musetalk.face.people import Choice
 from musetalk.face.steady import Found
 from musetalk.face.track import frames_needed
+from musetalk.geometry.box import Region
+from musetalk.geometry.place import Place
 from musetalk.options import Options
 from musetalk.pixels.threads import in_parts
 from musetalk.show import mask
+from musetalk.show.mask import Parsed
 from musetalk.steps.frame import Frame, Speaker
 from musetalk.steps.state import State
 
+T = TypeVar("T")
 GROUP = 8  # source frames that are encoded together: fewer leave cores idle, more delay a film's first frame
 SETTLES = 6  # frames in which a mouth that closed counts more and more as still
 # Frames that this step holds at most: when it has so many it can hand on the first GROUP of them.
@@ -105,15 +110,7 @@ def follow(
 def add_entries(avatar: Avatar, group: Sequence[tuple[Tensor, Found | None]], options: Options, state: State) -> None:
     """Crop, parse and encode the faces of the clip's next pictures (H, W, 3) uint8, in smaller parts where memory runs out."""
     present = [(picture, found) for picture, found in group if found is not None]
-    noise = _noise(state.nets, options.seed, len(avatar), len(present))
-
-    def encoded(part: slice) -> list[Face]:
-        some, its_noise = present[part], None if noise is None else noise[:, part]
-        return list(chain.from_iterable(in_parts(
-            lambda p: _faces(some[p], None if its_noise is None else its_noise[:, p], options, state.nets),
-            len(some), state.nets.device)))
-
-    made = chain.from_iterable(state.encoder.run(encoded, len(present)))
+    made = iter(_faces(present, len(avatar), options, state) if present else ())
     for _, found in group:
         avatar.append(None if found is None else _settled(next(made), avatar[len(avatar) - 1] if len(avatar) else None))
 
@@ -125,23 +122,63 @@ def _settled(face: Face, before: Face | None) -> Face:
     return face if before is None else replace(face, rests=min(face.rests, before.rests + 1 / SETTLES))
 
 
-def _faces(present: list[tuple[Tensor, Found]], noise: Tensor | None, options: Options, nets: Networks) -> list[Face]:
-    """The entries of pictures with their faces; `noise` (2, N, 4, h, w)."""
-    geometry = mask.geometry_of(options.finish)
+def _faces(present: Sequence[tuple[Tensor, Found]], first: int, options: Options, state: State) -> list[Face]:
+    """The entries of pictures with their faces, the first of which is frame `first` or a later one.
+
+    The natural finish parses faces as often as they change; masks of those between are mixed.
+    """
+    geometry, nets, natural = mask.geometry_of(options.finish), state.nets, options.finish == "natural"
+    noise = _noise(nets, options.seed, first, len(present))
     pictures = [picture.to(nets.device) for picture, _ in present]
     sizes = [(picture.shape[1], picture.shape[0]) for picture in pictures]
     places = [geometry.with_chin(found.place, options.extra_margin, size)
               for (_, found), size in zip(present, sizes, strict=True)]
-    crops = torch.stack([geometry.crop(*each, nets.vae.cfg.crop_size) for each in zip(pictures, places, strict=True)])
-    latents = generate.latents(nets.vae, crops, None if noise is None else noise.flatten(0, 1)).half().cpu()
-    views = torch.stack([geometry.view(*each) for each in zip(pictures, places, strict=True)])
-    labels = mask.parse(nets.parser, views)
-    masks = mask.label_mask(labels, options.parsing_mode, options.left_cheek_width, options.right_cheek_width)
-    regions = [geometry.region(*each) for each in zip(masks, places, sizes, strict=True)]
-    lips = torch.stack([mask.lips_map(k, geometry.face_in_view(p)) for k, p in zip(labels, places, strict=True)]).cpu()
-    return [Face(place, region, encoded, lip, found.weight, found.person, float(shut))
-            for place, region, encoded, lip, (_, found), shut
-            in zip(places, regions, latents, lips, present, mask.closed(labels), strict=True)]
+
+    def cropped(part: slice) -> Tensor:
+        return torch.stack([geometry.crop(*each, nets.vae.cfg.crop_size)
+                            for each in zip(pictures[part], places[part], strict=True)])
+
+    def encoded(part: slice) -> Tensor:
+        return generate.latents(nets.vae, crops[part], None if noise is None else noise[:, part].flatten(0, 1)).half().cpu()
+
+    def parsed(part: slice) -> list[Parsed]:
+        return _parsed([pictures[i] for i in keys[part]], [places[i] for i in keys[part]], options, nets)
+
+    def regions(part: slice) -> list[Region]:
+        return [geometry.region(known.mask, place, size)
+                for known, place, size in zip(faces[part], places[part], sizes[part], strict=True)]
+
+    crops = torch.cat(_in_parts(cropped, len(present), state))
+    latents = torch.cat(_in_parts(encoded, len(present), state))
+    keys = mask.to_parse(crops) if natural else list(range(len(present)))
+    faces = _between(keys, list(chain.from_iterable(_in_parts(parsed, len(keys), state))))
+    shown = chain.from_iterable(_in_parts(regions, len(present), state))
+    return [Face(place, region, latent, known.lips, found.weight, found.person, float(known.closed))
+            for place, region, latent, known, (_, found) in zip(places, shown, latents, faces, present, strict=True)]
+
+
+def _in_parts(work: Callable[[slice], T], count: int, state: State) -> list[T]:
+    """`work` on slices that together cover range(count): side by side on a CPU, in smaller ones where memory runs out."""
+    def fitting(part: slice) -> list[T]:
+        return in_parts(lambda p: work(slice(part.start + p.start, part.start + p.stop)), part.stop - part.start,
+                        state.nets.device)
+
+    return list(chain.from_iterable(state.encoder.run(fitting, count)))
+
+
+def _parsed(pictures: Sequence[Tensor], places: Sequence[Place], options: Options, nets: Networks) -> list[Parsed]:
+    """What the parser says of faces."""
+    geometry = mask.geometry_of(options.finish)
+    labels = mask.parse(nets.parser, torch.stack([geometry.view(*each) for each in zip(pictures, places, strict=True)]))
+    return mask.read(labels, [geometry.face_in_view(place) for place in places], options)
+
+
+def _between(keys: Sequence[int], parsed: Sequence[Parsed]) -> list[Parsed]:
+    """What is known of all faces, of those that were parsed."""
+    faces = [parsed[0]]
+    for (a, b), (one, other) in zip(pairwise(keys), pairwise(parsed), strict=True):
+        faces += [one.towards(other, (i - a) / (b - a)) for i in range(a + 1, b)] + [other]
+    return faces
 
 
 def _noise(nets: Networks, seed: int | None, first: int, count: int) -> Tensor | None:
