@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -101,9 +102,15 @@ class Place:
         return np.array([[self.xu, self.xv, self.x], [self.yu, self.yv, self.y], [0, 0, 1]])
 
 
-def between(image: Place, over: Place) -> NDArray[np.float64]:
-    """The map from the crop coordinates of `over` to those of `image`: (2, 3)."""
-    return (np.linalg.inv(image.matrix) @ over.matrix)[:2]
+Row = tuple[float, float, float]
+
+
+def between(image: Place, over: Place) -> tuple[Row, Row]:
+    """The map from the crop coordinates of `over` to those of `image`: (2, 3). By plain numbers: faster than a library."""
+    area, x, y = image.xu * image.yv - image.xv * image.yu, over.x - image.x, over.y - image.y
+    a, b, c, d = image.yv / area, -image.xv / area, -image.yu / area, image.xu / area  # the inverse of `image`
+    return ((a * over.xu + b * over.yu, a * over.xv + b * over.yv, a * x + b * y),
+            (c * over.xu + d * over.yu, c * over.xv + d * over.yv, c * x + d * y))
 
 
 def centres(count: int, device: torch.device) -> Tensor:
@@ -117,7 +124,7 @@ def positions(image: Place, over: Place, rows: int, columns: int, device: torch.
     Made on the device from numbers: a copy from the host would make the host wait.
     """
     x, y = centres(columns, device), centres(rows, device)
-    return torch.stack([x * a + (y * b + c)[:, None] for a, b, c in between(image, over).tolist()], dim=-1)
+    return torch.stack([x * a + (y * b + c)[:, None] for a, b, c in between(image, over)], dim=-1)
 
 
 def sampled(image: Tensor, grid: Tensor, mode: Mode = "bilinear", padding: Padding = "border") -> Tensor:
@@ -149,10 +156,10 @@ def channels_first(frame: Tensor, area: Box) -> Tensor:
     return frame[area.y1 : area.y2, area.x1 : area.x2].permute(2, 0, 1).contiguous()[None].float()
 
 
-def reduced(image: Tensor, place: Place, rows: int, columns: int, device: torch.device) -> Tensor:
-    """A place of an image (C, H, W), antialiased: (1, C, rows, columns) float32. Beyond the image its border is repeated."""
-    area = place.bounds().nearest(image.shape[2], image.shape[1])
-    part = image[:, area.y1 : area.y2, area.x1 : area.x2].to(device).float().contiguous()[None]
+def reduced(planes: Sequence[Tensor], place: Place, rows: int, columns: int, device: torch.device) -> Tensor:
+    """A place of C planes (H, W), antialiased: (1, C, rows, columns) float32. Beyond the planes their border is repeated."""
+    area = place.bounds().nearest(planes[0].shape[1], planes[0].shape[0])
+    part = torch.stack([plane[area.y1 : area.y2, area.x1 : area.x2] for plane in planes]).to(device).float()[None]
     finer = max(math.ceil(max(place.height / rows, place.width / columns) - 0.25), 1)  # a quarter too coarse is not visible
     fine = resampled(part, Place.of(area), place, rows * finer, columns * finer)
     return fine if finer == 1 else F.interpolate(fine, size=(rows, columns), mode="bilinear", antialias=True)

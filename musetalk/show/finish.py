@@ -71,14 +71,15 @@ def natural(planes: Sequence[Tensor], face: Tensor, place: Place, region: Region
     cell = max(size // GRID, 1)
     top = min(-(-first_row(place, region, size) // cell) * cell, size - cell)  # the fast lane draws no rows above
     lower = place.part(Box(0, top, size, size), Box(0, 0, size, size))
-    source = torch.cat([reduced(plane[None], lower.divided(step), size - top, size, face.device)
-                        for plane, step in zip(planes, steps, strict=True)], dim=1)
+    alike = [slice(steps.index(step), steps.index(step) + steps.count(step)) for step in sorted(set(steps))]  # planes of a size
+    source = torch.cat([reduced(planes[which], lower.divided(steps[which.start]), size - top, size, face.device)
+                        for which in alike], dim=1)
     visible = resampled(mask, Place.of(region.box), lower, (size - top) // cell, size // cell, padding="zeros")
     high = torch.stack([brightest(plane, place.divided(step)) for plane, step in zip(planes, steps, strict=True)])
     maps = compared(source, face.float()[None, :, top:], lips.to(face.device), visible,
                     high.to(face.device)[None, :, None, None])
-    for step in sorted(set(steps)):
-        which = slice(steps.index(step), steps.index(step) + steps.count(step))
+    for which in alike:
+        step = steps[which.start]
         area = Box(*(v // step for v in astuple(region.box)))  # even, where planes are halved
         parts = [plane[area.y1 : area.y2, area.x1 : area.x2] for plane in planes[which]]
         weight = mask[0, 0] if step == 1 else F.avg_pool2d(mask, 2)[0, 0]
