@@ -17,6 +17,7 @@ os.environ.setdefault("RUNPOD_DEBUG_LEVEL", "INFO")  # the SDK's default, DEBUG,
 
 # importing the SDK would wait 1 s for a child process that looks for the CPU's name, which only its own debugger reports
 sys.modules["cpuinfo"] = cast(Any, SimpleNamespace(get_cpu_info=dict))
+sys.modules["paramiko"] = cast(Any, SimpleNamespace())  # and its command line's SSH, with two libraries of ciphers
 gc.disable()  # what is imported stays: to look through it for garbage again and again takes a fifth of the start
 
 import runpod
@@ -26,6 +27,7 @@ from pipeline.job.control import Control
 from pipeline.run import Service
 from pipeline.settings import BadSetting, Settings
 
+del sys.modules["paramiko"]
 gc.freeze()
 gc.enable()
 log = logging.getLogger("musetalk.handler")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -227,3 +229,9 @@ def test_a_worker_that_starts_takes_no_running_jobs_folder(tmp_path: Path) -> No
             done.set()
         for other in others:
             other.result()
+
+
+def test_the_queues_door_does_not_import_what_it_does_not_need() -> None:
+    code = "import sys, handler; print(sorted({'boto3', 'nacl', 'paramiko', 'sqlalchemy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "[]"
