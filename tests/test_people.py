@@ -308,7 +308,7 @@ def test_two_are_followed_in_one_pass(service: Service) -> None:
         alone = [[f for _, f in Tracker(Search(nets.detector), nets.pose, c, natural=True).run(frames)] for c in choices]
         both = [f for _, f in _together(frames, [Tracker(search, nets.pose, c, natural=True) for c in choices])]
     assert list(zip(*alone, strict=True)) == both
-    assert search.passes <= len(frames)
+    assert search.passes <= len(frames) + len(frames) // WINDOW, "a window's last frame also at half size, if that is in vain"
     assert all(any(own) for own in alone)
 
 
