@@ -1,9 +1,9 @@
-"""What a dub needs beside lips in time: a mouth that rests in silence, and the clip's own sound in place.
+"""What a dub needs beside lips in time: a mouth that rests in silence and opens as wide as asked, the clip's sound in place.
 
     python -m benchmarks.dubbing [--json] [--quick]
 
 Drawn people whose mouths are known speak held-out sentences; their clips talk by themselves, or rest. Mouths are measured as
-`benchmarks.sync` does. Needs requirements-bench.txt.
+`benchmarks.sync` does, the picture at the ends of openness as `benchmarks.picture` does. Needs requirements-bench.txt.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import subprocess
 import tempfile
 import wave
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks import common
+from benchmarks import common, picture
 from benchmarks.nets import chosen_dtype
 from benchmarks.sync import (
     CLIP_FPS,
@@ -34,22 +35,24 @@ from benchmarks.sync import (
     Clip,
     Floats,
     Ruler,
+    closures,
     correlation,
     patch,
     silent_spans,
     source,
 )
 from musetalk import LipSync, Options
-from musetalk.options import Silence
 from pipeline.media import ffmpeg, probe, read_speech, with_background
 from pipeline.settings import REPOSITORY
 from training import speech
 from training.presenter import Identity, Mouth, draw, idle
 
 FPS = Fraction(25)
+SPEAKS = 0.2  # true opening from which a mouth counts as open
 INSIDE = 0.12  # seconds from a silence's ends in which the mouth comes to rest
 MOVES = 0.05  # opening by which a still mouth may change between two frames
 LIMIT = 1 << 24  # pixels
+OPENNESSES = (0.5, 0.75, 1.0, 1.25, 1.5)
 
 
 def clip_of(lipsync: LipSync, seed: int, talks: speech.Utterance | None) -> Clip:
@@ -62,9 +65,9 @@ def clip_of(lipsync: LipSync, seed: int, talks: speech.Utterance | None) -> Clip
     return Clip(who, poses, frames, lipsync.prepare(frames, Options()))
 
 
-def dub(lipsync: LipSync, clip: Clip, ruler: Ruler, spoken: speech.Utterance, silence: Silence) -> tuple[Case, Floats]:
+def dub(lipsync: LipSync, clip: Clip, ruler: Ruler, spoken: speech.Utterance, **options: Any) -> tuple[Case, Floats]:
     """Speak and measure; also how much each frame's mouth differs from the one before, head upright: mean levels."""
-    frames = list(lipsync.speak(clip.avatar, spoken.pcm, FPS, Options(batch_size=8, silence=silence)))
+    frames = list(lipsync.speak(clip.avatar, spoken.pcm, FPS, Options(batch_size=8, **options)))
     poses = [clip.poses[source(i)] for i in range(len(frames))]
     truth = np.stack([speech.sample(spoken.track, float(i / FPS)) for i in range(len(frames))])
     seen = torch.stack([patch(f, clip.who, p) for f, p in zip(frames, poses, strict=True)])
@@ -78,15 +81,20 @@ def silent(spoken: speech.Utterance, count: int, inside: float) -> NDArray[np.bo
     return np.any([(at > a + inside) & (at < b - inside) for a, b in silent_spans(spoken)], axis=0)
 
 
+def held_out() -> list[speech.Utterance]:
+    """A sentence for each of three voices."""
+    return [speech.utter([speech.HELD_OUT[v[:2]][3]], v) for v in speech.TRAINED_VOICES_HELD_OUT_SENTENCES[:3]]
+
+
 def of_silence(lipsync: LipSync, quick: bool) -> dict[str, Any]:
     """Stillness and closure in silences, joints against speech, and the speech against `silence: model`."""
-    sentences = [speech.utter([speech.HELD_OUT[v[:2]][3]], v) for v in speech.TRAINED_VOICES_HELD_OUT_SENTENCES[:3]]
+    sentences = held_out()
     still, shut, joints, change = [], [], [], []
     for k, seed in enumerate(common.progress("dubbing", IDENTITIES[: 1 if quick else 3])):
         ruler, spoken = Ruler(Identity.random(seed)), sentences[k]
         for talks in (sentences[(k + 1) % 3], None):
             clip = clip_of(lipsync, seed, talks)
-            (case, moved), (before, _) = (dub(lipsync, clip, ruler, spoken, s) for s in ("auto", "model"))
+            (case, moved), (before, _) = (dub(lipsync, clip, ruler, spoken, silence=s) for s in ("auto", "model"))
             count, opening = len(case.frames), case.measured[:, 0]
             quiet, near = silent(spoken, count, INSIDE), silent(spoken, count, 0.0)
             shut += list(opening[quiet] < CLOSED)
@@ -98,6 +106,44 @@ def of_silence(lipsync: LipSync, quick: bool) -> dict[str, Any]:
                               - correlation(before.measured[said, 0], case.truth[said, 0])))
     return {"silence_still": float(np.mean(still)), "silence_closed": float(np.mean(shut)), "joint_jump_ratio": max(joints),
             "corr_change": max(change)}
+
+
+def of_openness(lipsync: LipSync, quick: bool) -> dict[str, Any]:
+    """How the mean opening of a speaking mouth grows with openness, at least: from one value to the next, on any clip. The
+    share of p, b, m at which the lips met, at its worst value. By what share figures of the picture are worse at the ends.
+    """
+    openings: list[list[float]] = []  # by clip, by value
+    shut: dict[float, list[bool]] = {value: [] for value in OPENNESSES}
+    for seed, spoken in list(zip(IDENTITIES, held_out(), strict=False))[: 1 if quick else None]:
+        ruler, clip = Ruler(Identity.random(seed)), clip_of(lipsync, seed, None)
+        cases = {value: dub(lipsync, clip, ruler, spoken, openness=value)[0] for value in OPENNESSES}
+        openings.append([float(case.measured[case.truth[:, 0] > SPEAKS, 0].mean()) for case in cases.values()])
+        for value, case in cases.items():
+            shut[value] += closures(case, spoken)
+    by_clip = np.array(openings)
+    gains = dict(zip(OPENNESSES, (by_clip / by_clip[:, [2]]).mean(axis=0), strict=True))
+    return {"openness_slope_min": float((np.diff(by_clip) / np.diff(OPENNESSES)).min()),
+            "openness_closures": min(float(np.mean(met)) for met in shut.values()),
+            "openness_picture_fall": picture_fall(lipsync, picture.CLIPS[: 1 if quick else 2], gains)}
+
+
+def picture_fall(lipsync: LipSync, clips: Sequence[picture.Clip], gains: dict[float, float]) -> float:
+    """By what share figures of `benchmarks.picture` are worse at the ends of openness than at 1, at most: against a truth whose
+    mouth opens as much more, or less, as the film's does.
+    """
+    spoken, falls = speech.utter([picture.SENTENCE], picture.VOICE), []
+    for clip in clips:
+        plain = picture.material(clip, spoken)
+        masks = picture.film(lipsync, clip, plain, "official").masks
+        avatar = picture.prepared(lipsync, clip, plain, Options(), found=False)
+        figures = []
+        for value in (1.0, OPENNESSES[0], OPENNESSES[-1]):
+            options = Options(openness=value, silence="model")
+            shown = list(lipsync.speak(avatar, plain.pcm, Fraction(clip.fps), options))[: clip.frames]
+            figures.append(picture.judge(clip, picture.material(clip, spoken, gains[value]), shown, masks))
+        falls += [(picture.loss(name, now[name]) - picture.loss(name, was)) / was
+                  for now in figures[1:] for name, was in figures[0].items()]
+    return max(falls)
 
 
 def background_offset() -> int:
@@ -137,7 +183,8 @@ def main() -> None:
     options = parser.parse_args()
     common.needs("espeakng_loader")
     lipsync = LipSync.load(options.model_dir, dtype=chosen_dtype(torch.device("cpu")))
-    figures = {**of_silence(lipsync, options.quick), "background_offset_samples": background_offset()}
+    figures = {**of_silence(lipsync, options.quick), "background_offset_samples": background_offset(),
+               **of_openness(lipsync, options.quick)}
     figures = {name: round(value, 4) for name, value in figures.items()}
     if not options.json:
         for name, value in figures.items():

@@ -15,7 +15,7 @@ import argparse
 import json
 import subprocess
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from pipeline.settings import REPOSITORY
 from training import speech
 from training.clips import Motion, Shot
 from training.light import Light
+from training.presenter import Mouth
 from training.wide import HELD_OUT
 
 Picture = NDArray[np.uint8]
@@ -92,16 +93,21 @@ class Material:
     pcm: NDArray[np.float32]
 
 
-def material(clip: Clip, spoken: speech.Utterance) -> Material:
-    """Render a clip, of somebody that no network was trained on."""
+def material(clip: Clip, spoken: speech.Utterance, opens: float = 1.0) -> Material:
+    """Render a clip, of somebody that no network was trained on; the true mouth opens `opens` times as wide as it is spoken."""
     width, height = (2 * (round(clip.face * k) // 2) for k in (1.5, 1.8))
     shot = Shot.of(HELD_OUT + clip.seed, face=clip.face, size=(width, height), fps=clip.fps, motion=clip.motion,
                    light=clip.light, glasses=0, **clip.materials)
-    frames = list(shot.frames(lambda t: spoken.mouth(t + SKIP), clip.frames))
+    frames = list(shot.frames(lambda t: opened(spoken.mouth(t + SKIP), opens), clip.frames))
     start = round(SKIP * speech.RATE)
     pcm = spoken.pcm[start : start + round(clip.frames / clip.fps * speech.RATE)]
     return Material([f.source for f in frames], [f.truth for f in frames], [f.labels for f in frames],
                     [f.landmarks for f in frames], pcm)
+
+
+def opened(mouth: Mouth, times: float) -> Mouth:
+    """A mouth that is so many times as wide open."""
+    return replace(mouth, open=min(times * mouth.open, 1.0))
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,8 @@ class LipSync:
             heard = np.ravel(np.asarray(pcm, np.float32))
             pcm = raised(heard)
             resting = silence.resting(heard, fps, frame_count(len(heard), fps)) if options.silence == "auto" else resting
-        return Prompts(self.nets.whisper, pcm, fps, options.audio_padding_left, options.audio_padding_right, resting)
+        return Prompts(self.nets.whisper, pcm, fps, options.audio_padding_left, options.audio_padding_right, resting,
+                       options.openness)
 
     def speak(
         self, avatar: Avatar, pcm: np.ndarray, fps: Fraction = Fraction(25), options: Options | None = None,

@@ -17,7 +17,7 @@ Silence = Literal["auto", "model", "rest"]
 V1: dict[str, Any] = {"extra_margin": 0, "parsing_mode": "raw"}  # upstream's other defaults, for MuseTalk 1.0
 
 
-def _option(default: Any, description: str, *, ge: int | None = None, le: int | None = None, avatar: bool = False) -> Any:
+def _option(default: Any, description: str, *, ge: float | None = None, le: float | None = None, avatar: bool = False) -> Any:
     """A field with its range (inclusive); `avatar`: it changes what is prepared from the source clip."""
     limits = {k: v for k, v in (("ge", ge), ("le", le)) if v is not None}
     return field(default=default, metadata={"description": description, "limits": limits, "avatar": avatar})
@@ -40,6 +40,7 @@ class Options:
         "largest", "which face speaks; N counts from the left", ge=0, le=99, avatar=True)
     loop: Loop = _option("pingpong", "what follows the clip's end")
     silence: Silence = _option("auto", "in silences; auto: closed; rest: the source's")
+    openness: float = _option(1.0, "how wide the mouth opens, 0.5 to 1.5", ge=0.5, le=1.5)
     seed: int | None = _option(None, "sample the posterior of the VAE with this seed; default: its mean",
                                ge=0, le=2**63 - 1, avatar=True)
     batch_size: int = _option(8, "frames generated at once", ge=1, le=64)

@@ -132,7 +132,7 @@ def test_defaults() -> None:
     p = request.params
     assert (p.rate, p.extra_margin, p.parsing_mode, p.left_cheek_width, p.right_cheek_width) == (25, 10, "jaw", 90, 90)
     assert (p.audio_padding_left, p.audio_padding_right, p.loop, p.face, p.fit) == (2, 2, "pingpong", "largest", "pad")
-    assert (p.upscale, p.silence, p.seed, p.batch_size) == (False, "auto", None, None)
+    assert (p.upscale, p.silence, p.openness, p.seed, p.batch_size) == (False, "auto", 1.0, None, None)
     assert parse({**JOB, "params": None, "resolution": None}) == request
 
 

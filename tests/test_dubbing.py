@@ -178,7 +178,9 @@ def test_a_film_as_long_as_its_clip_with_its_sound(
     assert abs(seconds - 1) < 0.05, "the clip's sound goes on after the speech"
 
 
-@pytest.mark.parametrize("params", [{"length": "film"}, {"background": 1.5}, {"background": -0.1}])
+@pytest.mark.parametrize("params", [
+    {"length": "film"}, {"background": 1.5}, {"background": -0.1}, {"openness": 0.4}, {"openness": 1.6},
+    {"openness": float("nan")}], ids=str)
 def test_bad_values_are_named(service: Service, params: dict[str, Any]) -> None:
     body = service.run_job({"musetalk_job_id": "x", "video_url": "a", "audio_url": "b", "params": params})
     assert body["details"]["field"] == f"params.{next(iter(params))}"

@@ -163,7 +163,7 @@ def test_parameters_do_something(service: Service, short_clip: Path, short_speec
 
     base, seeded = frames(), frames(seed=5)
     for params in ({"parsing_mode": "raw"}, {"extra_margin": 30}, {"left_cheek_width": 20}, {"audio_padding_left": 4,
-                   "audio_padding_right": 0}, {"silence": "rest"}, {"silence": "model"}):
+                   "audio_padding_right": 0}, {"silence": "rest"}, {"silence": "model"}, {"openness": 1.5}):
         assert (frames(**params) != base).any(), params
     assert np.abs(frames(batch_size=3).astype(int) - base).mean() < 0.02, "the batch size only rounds differently"
     assert (seeded != base).any()

@@ -80,6 +80,23 @@ def test_a_sentence_is_heard_at_its_time_wherever_it_is_said(lipsync: LipSync, w
         assert away[0] < 0.8 * min(away[-1], away[1]), (begin, away)
 
 
+@torch.inference_mode()
+def test_openness_moves_the_tokens_away_from_silence(lipsync: LipSync, words: Floats) -> None:
+    """On the line from those of silence through those that are heard, which 1 keeps to the bit; a mouth at rest stays so."""
+    pcm = np.concatenate([words[8000:16000], np.zeros(8000, np.float32)])
+    heard = Prompts(lipsync.nets.whisper, pcm, FPS)
+    same = lipsync.prompts(pcm, FPS, Options(silence="model", openness=1.0))
+    assert torch.equal(same.batch(range(12)), heard.batch(range(12)))
+    narrow, wide = (lipsync.prompts(pcm, FPS, Options(openness=value)) for value in (0.5, 1.5))
+    speaks, rests = list(range(12)), [22, 23, 24]
+    closed = narrow.silence + narrow.positions
+    for asked, gain in ((narrow, 0.7), (wide, 1.1)):
+        torch.testing.assert_close(asked.batch(speaks), torch.lerp(closed.expand(12, -1, -1), heard.batch(speaks), gain))
+    assert narrow.resting[22:] == [1.0, 1.0, 1.0]
+    assert torch.equal(narrow.batch(rests), closed.expand(3, -1, -1))
+    assert torch.equal(wide.batch(rests), narrow.batch(rests))
+
+
 @dataclass(frozen=True)
 class Mouths:
     """A drawn face that speaks, and its measure."""
@@ -88,10 +105,10 @@ class Mouths:
     clip: Clip
     ruler: Ruler
 
-    def openings(self, pcm: Floats, frames: range) -> Floats:
+    def openings(self, pcm: Floats, frames: range, openness: float = 1.0) -> Floats:
         """Measured openings of some frames of a speech, (N,)."""
-        images = itertools.islice(self.lipsync.speak(self.clip.avatar, pcm, FPS, Options(quality="fast", batch_size=16)),
-                                  frames.start, frames.stop)
+        options = Options(quality="fast", batch_size=16, openness=openness)
+        images = itertools.islice(self.lipsync.speak(self.clip.avatar, pcm, FPS, options), frames.start, frames.stop)
         return self.ruler.measure(list(images), [self.clip.poses[source(i)] for i in frames])[:, 0]
 
 
@@ -118,6 +135,12 @@ def test_quiet_speech_moves_the_mouth_as_loud_speech_does(mouths: Mouths, words:
         print(f"peaks at {db} dBFS: correlation {correlation(opening, truth):.3f}, amplitude {opening.std() / wide:.2f}")
         assert correlation(opening, truth) > 0.88
         assert opening.std() > 0.85 * wide
+
+
+def test_a_mouth_opens_as_wide_as_asked(mouths: Mouths, words: Floats) -> None:
+    """On average over 20 frames of speech."""
+    narrow, spoken, wide = (mouths.openings(words[8000:], range(20), value).mean() for value in (0.5, 1.0, 1.5))
+    assert narrow < 0.85 * spoken < spoken < 0.98 * wide
 
 
 @pytest.mark.full

@@ -46,7 +46,7 @@ def film(service: Service, job: dict[str, Any], matrix: str = "bt709") -> tuple[
 
 
 @pytest.mark.parametrize("params", [
-    {"batch_size": 5}, {"finish": "official", "batch_size": 3, "loop": "repeat"},
+    {"batch_size": 5, "openness": 1.5}, {"finish": "official", "batch_size": 3, "loop": "repeat"},
     pytest.param({"batch_size": 64, "quality": "fast", "silence": "rest"}, marks=pytest.mark.full)], ids=str)
 def test_a_frame_is_the_films(service: Service, fresh: Service, job: dict[str, str], params: dict[str, Any]) -> None:
     """Bit for bit what the job hands to the encoder, whether or not the clip was prepared before; the job then finds it so.
@@ -78,7 +78,8 @@ def test_only_what_changes_the_avatar_prepares_anew(service: Service, fresh: Ser
     with fresh.preview(job) as preview:
         preview.frame(parse({**job, "params": {"batch_size": 4}}), 0.3)
         with failing(service.engine.load().nets.detector, AssertionError("prepared again")):
-            for params in ({"audio_padding_left": 0}, {"quality": "fast"}, {"silence": "rest"}, {"batch_size": 2}):
+            for params in ({"audio_padding_left": 0}, {"quality": "fast"}, {"silence": "rest"}, {"openness": 0.5},
+                           {"batch_size": 2}):
                 preview.frame(parse({**job, "params": params}), 0.3 if "batch_size" in params else 0.1)
         with failing(service.engine.load().nets.detector, KeyError("prepared")), pytest.raises(KeyError, match="prepared"):
             preview.frame(parse({**job, "params": {"extra_margin": 30}}), 0.1)

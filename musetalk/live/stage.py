@@ -124,7 +124,7 @@ class Stage:
         self.nets, self.fps, self.stride, self.lead, self.clock = nets, fps, stride, lead, clock or Real()
         self.state = State.of(nets)
         self.hearing = Hearing(nets.whisper, fps, self.options.audio_padding_left, self.options.audio_padding_right,
-                               self.options.finish == "natural")
+                               self.options.finish == "natural", self.options.openness)
         self.state.generator.record(self.options.batch_size, len(self.hearing.silence))
         if capacity is None:
             capacity, self.stride = self._carried()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from musetalk.nets.unet import audio_positions
 from musetalk.nets.whisper import WhisperEncoder
-from musetalk.sound.features import SAMPLE_RATE, STEP_RATE, log_mel
+from musetalk.sound.features import SAMPLE_RATE, STEP_RATE, log_mel, token_gain
 from musetalk.sound.level import raised
 from musetalk.sound.silence import resting_at
 
@@ -55,8 +55,10 @@ class Listened:
 class Hearing:
     """Windows -> tokens, for any number of sessions at once."""
 
-    def __init__(self, net: WhisperEncoder, fps: Fraction, left: int = 2, right: int = 2, natural: bool = True) -> None:
-        self.net, self.fps, self.left, self.natural = net, fps, left, natural
+    def __init__(
+        self, net: WhisperEncoder, fps: Fraction, left: int = 2, right: int = 2, natural: bool = True, openness: float = 1.0,
+    ) -> None:
+        self.net, self.fps, self.left, self.natural, self.gain = net, fps, left, natural, token_gain(openness)
         self.steps = 2 * (left + right + 1)
         silence = self._states([np.zeros(HEARD, np.float32)])[0]
         middle = len(silence) // 2
@@ -77,8 +79,8 @@ class Hearing:
         return torch.stack(out)
 
     def shown(self, tokens: Tensor, share: float) -> Tensor:
-        """Tokens (T, C) as the generator takes them, the mouth at rest by `share`."""
-        return torch.lerp(tokens, self.silence, share) + self.positions
+        """Tokens (T, C) as the generator takes them, the mouth at rest by `share` and else as open as asked."""
+        return torch.lerp(self.silence, tokens, self.gain * (1 - share)) + self.positions
 
     def nearer(self, share: float, wanted: float, frames: int) -> float:
         """The share of rest that follows `share`, so many frames later, on its way to `wanted` without a jump."""

@@ -105,7 +105,7 @@ class Preview:
             fps, roles = shape.source.fps, cast(state, shape, self.inputs.voices, options)
             samples = self._samples(request.params.length, fps, waiting)
             prompts = [self._prompts(role.voices, samples, fps, options.audio_padding_left, options.audio_padding_right,
-                                     options.finish, options.silence) for role in roles]
+                                     options.finish, options.silence, options.openness) for role in roles]
             output = min(max(int(second * fps), 0), len(prompts[0]) - 1)
             first = output - output % options.batch_size
             batch = range(first, min(first + options.batch_size, len(prompts[0])))
@@ -155,8 +155,9 @@ class Preview:
 
     def _heard(
         self, voices: tuple[int, ...], samples: int, fps: Fraction, left: int, right: int, finish: Finish, silence: Silence,
+        openness: float,
     ) -> Prompts:
-        options = Options(audio_padding_left=left, audio_padding_right=right, finish=finish, silence=silence)
+        options = Options(audio_padding_left=left, audio_padding_right=right, finish=finish, silence=silence, openness=openness)
         said = Role(options, None, voices, "").pcm(self.inputs.voices, samples)
         return self.engine.load().prompts(said, fps, options)
 
