@@ -56,7 +56,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("inputs", nargs="+", metavar="VIDEO AUDIO",
                         help="files or URLs, in pairs; either may be a video, VIDEO a still")
     add = parser.add_argument
-    add("-o", "--output", help="film to write, .mp4, .webm or .mov, or a folder (default: out.mp4)")
+    add("-o", "--output", help="film to write (.mp4, .webm, .mov), or a folder (default: out.mp4)")
     add("--overwrite", action="store_true", help="replace an output that exists")
     add("--preview", action="store_true", help="the first second only, to tune the options")
     add("--estimate", action="store_true", help="make nothing: say how long it would take")
