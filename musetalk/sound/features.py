@@ -27,7 +27,7 @@ PIECE = 30 * SAMPLE_RATE  # Whisper hears 30 s at a time
 STEP_RATE = 50  # encoder steps per second
 # By how much tokens move for openness below 1 and above; farther out, pictures of wide mouths lose over 5 %
 # (`benchmarks.dubbing`).
-NARROWER, WIDER = 0.6, 0.2
+NARROWER, WIDER = 0.6, 0.16
 LARGEST_CUT = Fraction(21, 1000)  # seconds of the speech's end without a frame: half a frame at 24000/1001 fps
 
 
