@@ -324,14 +324,19 @@ def parse(job_input: Any, job_id: str | None = None) -> JobRequest:
     try:
         request = (Estimate if "estimate" in values else JobRequest).model_validate(values)
     except ValidationError as e:
-        if not missing or e.errors()[0]["loc"][0] in ("musetalk_job_id", "video_url"):
-            raise _explain(e) from None
+        if missing and e.errors()[0]["loc"][0] not in ("musetalk_job_id", "video_url"):
+            raise _no_speech() from None
+        raise _explain(e) from None
+    if missing:
+        raise _no_speech()
     if request.params.stream and request.params.format != "mp4":
         raise BadRequest(f"params.stream: a stream is H.264 as mp4 has it, not {request.params.format}; leave one of the two out",
                          stage="validation", field="params.stream")
-    if missing:
-        raise BadRequest("audio_url: Field required", stage="validation", field="audio_url")
     return request
+
+
+def _no_speech() -> BadRequest:
+    return BadRequest("audio_url: Field required", stage="validation", field="audio_url")
 
 
 def id_of(job_input: Any, job_id: str) -> str:

@@ -307,7 +307,8 @@ def test_faces_are_listed_and_speak(
     assert summary == f"{sheet}: 1 people"
     assert m.probe(sheet, 1 << 20).picture.width == 324
     box, second = row.split()[-1], row.split()[-2]
-    told = [str(short_clip), "--speaker", f"{short_speech}@{box}:{second}@0.2", "-o", str(film), "--preview", "--json"]
+    told = [str(short_clip), "--speaker", f"{short_speech}@{box}:{second}@0.2", "-o", str(film), "--preview", "--json",
+            "--silence", "model"]
     assert cli.main(told) == 0
     (speaker,) = json.loads(capsys.readouterr().out)["metrics"]["speakers"]
     assert (film.exists(), speaker["frames"]) == (True, 25 + 2), "a second of speech, and the ramp before it"
