@@ -432,8 +432,6 @@ def test_two_tabs_keep_apart_and_leave_nothing(page: Server, open_tab: Callable[
     until(lambda: phone.js("return document.querySelector('img#source')?.naturalWidth"), 10)
     width = phone.js("return [document.documentElement.scrollWidth, window.innerWidth]")
     assert width[0] <= width[1] + 2, "nothing sticks out of a narrow window"
-    if os.environ.get("UPDATE_SCREENSHOTS"):
-        phone.driver.save_screenshot(str(SCREENSHOT.with_name("phone.png")))
     assert not page.held() <= before
     phone.close()
     until(lambda: page.held() <= before, 30)
