@@ -36,7 +36,8 @@ test: install-dev
 	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 test-full: install-dev  ## published-size networks, fault harness, image build
-	$(BIN)/python -m pytest -n 3 --dist worksteal -m "full or not full"
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 test-certificate: install  ## a certificate chain for trying out content credentials, in ./test-certificate
 	$(BIN)/python scripts/make_test_certificate.py test-certificate

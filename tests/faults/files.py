@@ -298,13 +298,13 @@ def hung_child(w: World) -> Body:
     """An ffmpeg that hangs and ignores SIGTERM, with a child of its own: its whole group is killed at the time limit."""
     script, folder = w.folder / "hangs.sh", w.folder / "hung"
     folder.mkdir()
-    script.write_text("#!/bin/sh\ntrap '' TERM\nsh -c 'trap \"\" TERM; sleep 999; : hangs.sh'\n")
+    script.write_text(f"#!/bin/sh\ntrap '' TERM\nsh -c 'trap \"\" TERM; sleep 999; : {script}'\n")
     script.chmod(0o755)
     done = subprocess.run(
         [sys.executable, "-m", "pipeline", str(w.clip), str(w.speech), "-o", f"{folder}/", "--json", "--model-dir", str(DEMO)],
         cwd=REPOSITORY, env={**os.environ, "IMAGEIO_FFMPEG_EXE": str(script), "TMPDIR": str(folder)}, capture_output=True,
         text=True, timeout=PROBE_SEC + 60)
-    left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if b"hangs.sh" in _read(p)]
+    left = [p for p in Path("/proc").glob("[0-9]*/cmdline") if os.fsencode(script) in _read(p)]
     assert not left, "a process of the hung group lives on"
     return dict(json.loads(done.stdout))
 

@@ -209,7 +209,7 @@ ROWS = [
     Row("storage", "a presigned PUT at a private address", lambda w: w.job(
         w.another(download_allow_hosts=("127.0.0.1",)), output_put_url="https://10.0.0.1/x"), REFUSED),
     Row("storage", "a presigned PUT that is never answered", put_job("hangs/x"), processing("upload", True),
-        limit_sec=40, aside=True),
+        limit_sec=UPLOAD_SEC + 30, aside=True),
     Row("storage", "a stream", streamed()),
     Row("storage", "a stream: reset, 503 and a lost answer", streamed(
         fakes.reset, fakes.status(503, "service_unavailable"), fakes.lost_answer)),
