@@ -167,8 +167,8 @@ def recorded(page: Any, seconds: float, path: Path) -> tuple[np.ndarray, np.ndar
 
 
 def mouths(pictures: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """The opening in each received picture, whose place in the clip is found by what surrounds the mouth; and which pictures are
-    new: a stage that is late shows one again.
+    """The opening in each received picture, whose place in the clip is found by what surrounds the mouth; and which pictures
+    are new: a stage that is late shows one again.
     """
     from pipeline.live.clip import frames
 
