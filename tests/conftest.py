@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import http.server
 import logging
 import os
 import subprocess
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +21,8 @@ from pipeline.media import FilmWriter, ffmpeg
 from pipeline.run import Service
 from pipeline.settings import REPOSITORY, Settings
 from tests.fakes.b2 import B2
+from tests.fakes.loopback import served
+from tests.fakes.s3 import S3
 from training.scenes import cut_out, picture
 
 SAMPLES = REPOSITORY / "samples"
@@ -108,21 +106,11 @@ def log_levels() -> Iterator[None]:
         logger.setLevel(level)
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    """Serves files without logging."""
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing."""
-
-
 @pytest.fixture(scope="session")
 def samples_url() -> Iterator[str]:
     """Base URL of a loopback server with the samples."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(SAMPLES)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with served(SAMPLES) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")
@@ -193,6 +181,14 @@ def word(media: Callable[..., Path]) -> Path:
 def b2() -> Iterator[B2]:
     """A B2 on loopback."""
     server = B2()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3() -> Iterator[S3]:
+    """An S3 on loopback."""
+    server = S3()
     yield server
     server.close()
 

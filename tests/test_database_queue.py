@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import http.server
 import json
 import os
 import signal
@@ -13,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,8 @@ from pipeline.queue import schema
 from pipeline.queue.__main__ import submit
 from pipeline.queue.table import Connector, Manager, pool
 from pipeline.settings import REPOSITORY
-from tests.conftest import Quiet, make_media
+from tests.conftest import make_media
+from tests.fakes.loopback import served
 from tests.fakes.postgres import Cluster, cluster, new_database
 from tests.fakes.workers import DatabaseWorker, free_port
 
@@ -102,12 +101,8 @@ def endless(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]
     folder = tmp_path_factory.mktemp("endless")
     make_media(folder / "long.wav", "-f", "lavfi", "-i", "sine=220:d=300")
     (folder / "still.png").write_bytes((REPOSITORY / "samples/still.png").read_bytes())
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    base = f"http://127.0.0.1:{server.server_port}"
-    yield {"video_url": f"{base}/still.png?sig=canary-signature", "audio_url": f"{base}/long.wav", "resolution": "240p"}
-    server.shutdown()
-    server.server_close()
+    with served(folder) as base:
+        yield {"video_url": f"{base}/still.png?sig=canary-signature", "audio_url": f"{base}/long.wav", "resolution": "240p"}
 
 
 # -- how a job ends -----------------------------------------------------------------------------------------------------

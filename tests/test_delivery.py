@@ -33,13 +33,6 @@ def receiver() -> Iterator[Receiver]:
     receiver.close()
 
 
-@pytest.fixture
-def s3() -> Iterator[S3]:
-    server = S3()
-    yield server
-    server.close()
-
-
 def put(url: str, path: Path, control: Control | None = None, hosts: tuple[str, ...] = ("127.0.0.0/8",)) -> str:
     """The film's URL; nothing that is said holds the signature, and no thread is left behind."""
     try:

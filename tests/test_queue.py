@@ -21,6 +21,7 @@ from pipeline.run import job_folder, remove_stale
 from pipeline.settings import REPOSITORY
 from tests.conftest import make_media, temporary_files
 from tests.fakes.b2 import B2
+from tests.fakes.loopback import served
 from tests.fakes.platform import API_KEY, Platform
 from tests.fakes.s3 import S3
 from tests.fakes.workers import QueueWorker, broken_weights
@@ -100,26 +101,17 @@ def test_bad_requests(worker: QueueWorker, job_input: object) -> None:
 
 def test_cancel_stops_the_work_and_the_next_job_runs(worker: QueueWorker, samples_url: str, tmp_path: Path) -> None:
     long = make_media(tmp_path / "long.wav", "-f", "lavfi", "-i", "sine=220:d=300")
-    served = REPOSITORY / "samples"
-    assert served.is_dir()
-    import http.server
-    from functools import partial
-
-    from tests.conftest import Quiet
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    worker.platform.submit("queue-long", job(samples_url, audio_url=f"http://127.0.0.1:{server.server_port}/{long.name}"))
-    worker.platform.wait_taken("queue-long")
-    time.sleep(2)
-    worker.platform.stop("queue-long")
-    began = time.monotonic()
-    worker.platform.submit("queue-next", job(samples_url, video_url=f"{samples_url}/none.mp4"))
-    worker.platform.wait("queue-next", 60)
-    assert time.monotonic() - began < 45, "the cancelled job would have run for minutes"
-    assert "queue-long" not in worker.platform.results, "a cancelled job sends no result"
-    server.shutdown()
-    server.server_close()
+    assert (REPOSITORY / "samples").is_dir()
+    with served(tmp_path) as url:
+        worker.platform.submit("queue-long", job(samples_url, audio_url=f"{url}/{long.name}"))
+        worker.platform.wait_taken("queue-long")
+        time.sleep(2)
+        worker.platform.stop("queue-long")
+        began = time.monotonic()
+        worker.platform.submit("queue-next", job(samples_url, video_url=f"{samples_url}/none.mp4"))
+        worker.platform.wait("queue-next", 60)
+        assert time.monotonic() - began < 45, "the cancelled job would have run for minutes"
+        assert "queue-long" not in worker.platform.results, "a cancelled job sends no result"
 
 
 def test_orchestrator_example(worker: QueueWorker, samples_url: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import itertools
 import json
 import re
@@ -14,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +28,8 @@ from pipeline.run import Service
 from pipeline.schema import StreamMetrics
 from pipeline.settings import Settings
 from pipeline.transfer.storage import LocalStorage, Storage, storage_of
-from tests.conftest import Quiet
 from tests.fakes import b2 as fakes
+from tests.fakes.loopback import Quiet, served
 from tests.fakes.s3 import S3
 from tests.faults.device import mounted
 
@@ -64,11 +62,8 @@ class Web(Quiet):
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Place]:
     out = tmp_path / "out"
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Web, directory=str(out)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield Place(LocalStorage(out), f"http://127.0.0.1:{server.server_port}")
-    server.shutdown()
-    server.server_close()
+    with served(out, Web) as url:
+        yield Place(LocalStorage(out), url)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,13 +19,6 @@ from tests.fakes.s3 import S3
 from tests.test_storage import children
 
 KEY = "avatar/outputs/job-1.mp4"
-
-
-@pytest.fixture
-def s3() -> Iterator[S3]:
-    server = S3()
-    yield server
-    server.close()
 
 
 @pytest.fixture

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote, unquote
 
+from tests.fakes import loopback
+from tests.fakes.loopback import Loopback
+
 Fault = Callable[[http.server.BaseHTTPRequestHandler], bool]  # True when it has answered (or hung up)
 
 CAPABILITIES = ("listBuckets", "readFiles", "writeFiles", "listFiles")
@@ -25,14 +28,10 @@ BUCKET: dict[str, Any] = {
 }
 
 
-class Routes(http.server.BaseHTTPRequestHandler):
+class Routes(loopback.Routes):
     """The native API under /b2api, uploads and downloads."""
 
     b2: B2
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing."""
 
     def do_GET(self) -> None:
         self._api(b"")
@@ -218,13 +217,6 @@ class Routes(http.server.BaseHTTPRequestHandler):
         self.answer({"status": code, "code": name, "message": message}, code, headers)
 
 
-class Server(http.server.ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, *_: Any) -> None:
-        """Clients that hang up are part of the test."""
-
-
 @dataclass
 class Large:
     """A large file that is not finished: what was asked for, and its parts by number."""
@@ -233,7 +225,7 @@ class Large:
     parts: dict[int, bytes]
 
 
-class B2:
+class B2(Loopback):
     """Objects by name (all versions kept). `faults` are taken one for each upload, first come first served.
 
     `broken` holds a fault for every call of a name, or of any HEAD. `hangs` names the call that is never answered, or
@@ -258,9 +250,7 @@ class B2:
         self.calls: list[str] = []
         self.bucket = "talking-avatar"
         self.key_id, self.key = "canary-key-id", "canary-app-key"
-        self.server = Server(("127.0.0.1", 0), type("Routes", (Routes,), {"b2": self}))
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.serve(Routes, b2=self)
 
     def environment(self) -> dict[str, str]:
         """What a worker needs to use this storage."""
@@ -275,8 +265,7 @@ class B2:
     def close(self) -> None:
         """Shut down."""
         self.closed.set()
-        self.server.shutdown()
-        self.server.server_close()
+        super().close()
 
 
 def status(code: int, name: str, message: str = "no", headers: dict[str, str] | None = None) -> Fault:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.server
 import json
 import queue
 import threading
@@ -11,11 +10,14 @@ import uuid
 from typing import Any
 from urllib.parse import urlsplit
 
+from tests.fakes import loopback
+from tests.fakes.loopback import Loopback
+
 POLL_SEC = 1.0
 API_KEY = "canary-api-key"
 
 
-class Platform:
+class Platform(Loopback):
     """Start it, `submit` jobs, `wait` for their results; `environment` makes the real SDK talk to it."""
 
     def __init__(self) -> None:
@@ -27,12 +29,11 @@ class Platform:
         self.pings: list[str] = []
         self.taken: dict[str, float] = {}
         self._changed = threading.Condition()
-        self.server = Server(self)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.serve(Routes, platform=self)
 
     @property
     def environment(self) -> dict[str, str]:
-        base = f"http://127.0.0.1:{self.server.server_port}"
+        base = self.url
         return {
             "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID?gpu=x", "RUNPOD_WEBHOOK_PING": f"{base}/ping/$RUNPOD_POD_ID",
             "RUNPOD_WEBHOOK_POST_OUTPUT": f"{base}/job-done/$ID?gpu=x",
@@ -82,31 +83,22 @@ class Platform:
             self.results[job_id], self.raw[job_id] = value, raw
             self._changed.notify_all()
 
-    def close(self) -> None:
-        """Shut down."""
-        self.server.shutdown()
-        self.server.server_close()
 
-
-class Routes(http.server.BaseHTTPRequestHandler):
+class Routes(loopback.Routes):
     """The platform's addresses, as the SDK and the orchestrator call them."""
 
-    server: Server
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing."""
+    platform: Platform
 
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
         if path.startswith("/job-take/"):
-            self._poll(self.server.platform.jobs, lambda job: (self.server.platform._took(job["id"]), job)[1])
+            self._poll(self.platform.jobs, lambda job: (self.platform._took(job["id"]), job)[1])
         elif path.startswith("/v2/endpoint/status/"):
-            self._answer(200, self.server.platform.state(path.rsplit("/", 1)[-1]))
+            self._answer(200, self.platform.state(path.rsplit("/", 1)[-1]))
         elif path.startswith("/job-stop/"):
-            self._poll(self.server.platform.stops, lambda job_id: {"jobsToStop": [job_id]})
+            self._poll(self.platform.stops, lambda job_id: {"jobsToStop": [job_id]})
         else:
-            self.server.platform.pings.append(self.path)
+            self.platform.pings.append(self.path)
             self._answer(200, {})
 
     def do_POST(self) -> None:
@@ -116,16 +108,16 @@ class Routes(http.server.BaseHTTPRequestHandler):
         kind, job_id = urlsplit(self.path).path.split("/")[1:3]
         value = json.loads(body)
         if kind == "job-done" and not (isinstance(value, dict) and value.get("status") == "IN_PROGRESS"):
-            self.server.platform._done(job_id, value, body)
+            self.platform._done(job_id, value, body)
         else:
-            self.server.platform.progress.append((job_id, value, time.monotonic()))
+            self.platform.progress.append((job_id, value, time.monotonic()))
         return self._answer(200, {})
 
     def _run(self, job_input: Any) -> None:
         if self.headers["Authorization"] != f"Bearer {API_KEY}":
             return self._answer(401, {})
         job_id = f"run-{uuid.uuid4().hex}"
-        self.server.platform.submit(job_id, job_input)
+        self.platform.submit(job_id, job_input)
         return self._answer(200, {"id": job_id, "status": "IN_QUEUE"})
 
     def _poll(self, source: queue.Queue[Any], shape: Any) -> None:
@@ -141,16 +133,3 @@ class Routes(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Knows the platform it answers for."""
-
-    daemon_threads = True
-
-    def __init__(self, platform: Platform) -> None:
-        self.platform = platform
-        super().__init__(("127.0.0.1", 0), Routes)
-
-    def handle_error(self, *_: Any) -> None:
-        """Workers that die are part of the test."""

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import http.server
 import socket
 import threading
 import time
 from collections import defaultdict
-from typing import Any
 from urllib.parse import urlsplit
 
-from tests.fakes.sources import Server
+from tests.fakes import loopback
+from tests.fakes.loopback import Loopback
 
 EXPIRED = b"<Error><Code>AccessDenied</Code><Message>Request has expired</Message></Error>"
 SLOW = b"<Error><Code>RequestTimeout</Code><Message>too slow</Message></Error>"
 
 
-class Receiver:
+class Receiver(Loopback):
     """Takes PUT and POST at /ok, /status/503, /flaky/2, /expired, /hangs, ... ; `taken` holds whole bodies alone."""
 
     def __init__(self) -> None:
@@ -24,25 +23,18 @@ class Receiver:
         self.headers: list[dict[str, str]] = []
         self.hits: list[tuple[float, str]] = []
         self.hanging, self.closed = threading.Event(), threading.Event()
-        self.server = Server(("127.0.0.1", 0), type("Routes", (Routes,), {"receiver": self}))
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.serve(Routes, receiver=self)
 
     def close(self) -> None:
         """Shut down."""
         self.closed.set()
-        self.server.shutdown()
-        self.server.server_close()
+        super().close()
 
 
-class Routes(http.server.BaseHTTPRequestHandler):
+class Routes(loopback.Routes):
     """One method for each kind of path, with the rest of the path."""
 
     receiver: Receiver
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing."""
 
     def do_PUT(self) -> None:
         path = urlsplit(self.path).path

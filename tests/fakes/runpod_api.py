@@ -5,22 +5,21 @@
 
 from __future__ import annotations
 
-import http.server
 import json
-import threading
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 
-from tests.fakes.sources import Server
+from tests.fakes import loopback
+from tests.fakes.loopback import Loopback
 
 SCHEMAS = json.loads(Path(__file__).with_suffix(".json").read_text())
 KEY = "canary-runpod-key"
 
 
-class RunPodApi:
+class RunPodApi(Loopback):
     """Collections by path, and the calls in order. `weights` is how the pod's download ends; `faults`: call -> status, once."""
 
     def __init__(self) -> None:
@@ -29,24 +28,13 @@ class RunPodApi:
         self.bodies: list[dict[str, Any]] = []
         self.faults: dict[str, int] = {}
         self.weights, self.polls = "0", 0
-        self.server = Server(("127.0.0.1", 0), type("Routes", (Routes,), {"api": self}))
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def close(self) -> None:
-        """Shut down."""
-        self.server.shutdown()
-        self.server.server_close()
+        self.serve(Routes, api=self)
 
 
-class Routes(http.server.BaseHTTPRequestHandler):
+class Routes(loopback.Routes):
     """The addresses that the deployment uses."""
 
     api: RunPodApi
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing."""
 
     def answer(self, code: int, value: Any) -> None:
         data = value.encode() if isinstance(value, str) else json.dumps(value).encode() if value is not None else b""

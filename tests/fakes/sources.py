@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import base64
 import gzip
-import http.server
 import socket
-import threading
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
+
+from tests.fakes import loopback
+from tests.fakes.loopback import Loopback
 
 GOOD = b"media" * 2000
 
 
-class Routes(http.server.BaseHTTPRequestHandler):
+class Routes(loopback.Routes):
     """One method for each kind of path: (rest of the path, how often it was asked for)."""
 
     sources: Sources
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None:
-        """Say nothing."""
 
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
@@ -166,31 +162,14 @@ class Routes(http.server.BaseHTTPRequestHandler):
         self.send(b"", 302, Location=bytes.fromhex(target).decode())
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Leaves no thread to wait for."""
-
-    daemon_threads = True
-
-    def handle_error(self, *_: Any) -> None:
-        """Clients that hang up are part of the test."""
-
-
-class Sources:
+class Sources(Loopback):
     """Serves /good, /status/404, /flaky/2, /reset, /drip, ... and counts the requests for each path."""
 
     def __init__(self) -> None:
         self.hits: Counter[str] = Counter()
         self.folder = Path()  # of /file/...
-        self.server = Server(("127.0.0.1", 0), type("Routes", (Routes,), {"sources": self}))
-        self.port = self.server.server_port
-        self.url = f"http://127.0.0.1:{self.port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.serve(Routes, sources=self)
 
     def redirect_to(self, target: str) -> str:
         """A URL that redirects to `target`."""
         return f"{self.url}/to/{target.encode().hex()}"
-
-    def close(self) -> None:
-        """Shut down."""
-        self.server.shutdown()
-        self.server.server_close()
