@@ -238,6 +238,17 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def device_named(name: str) -> torch.device:
+    """`auto` is a GPU where torch sees one, else the CPU."""
+    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def dtype_named(name: str) -> torch.dtype | None:
+    """None for `auto`: `default_dtype` of the device."""
+    dtype: torch.dtype | None = None if name == "auto" else getattr(torch, name)
+    return dtype
+
+
 def version_of(folder: Path) -> str:
     """`v15` or `v1`, by which UNet lies in the folder."""
     return "v1" if find(folder, UNET15.files) is None and find(folder, UNET10.files) else "v15"

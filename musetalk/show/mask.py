@@ -27,7 +27,7 @@ MOUTH_AT = (0.5, 0.8)  # where a face's place has its mouth, shares of its width
 LIPS_WITHIN = (0.31, 0.18)  # how far from there lips may lie, shares: some parsers label a whole beard as lips
 CLOSED = 0.06  # of the lips' width's square: how much of a closed mouth's inside is seen at most
 SAME = 16.0  # levels by which no part of a face differs from a mixture of two parsed ones, so that their masks serve it, mixed
-PARTS = 32  # such parts across a face
+CELLS = 32  # such parts across a face
 LIPS_GROW = 0.03  # how far the lips' map reaches beyond the labelled lips, shares of the place's side
 
 
@@ -67,7 +67,7 @@ def to_parse(crops: Tensor) -> list[int]:
     """Which of some faces on end, crops (N, S, S, 3) uint8, have to be parsed: the first, the last, and so many in between that
     each other one's lower half looks like a mixture of its parsed neighbours.
     """
-    side = max(crops.shape[1] // PARTS, 1)
+    side = max(crops.shape[1] // CELLS, 1)
     lower = crops[:, crops.shape[1] // 2 :].float().mean(-1)[:, None]
     seen = F.avg_pool2d(lower, side)[:, 0].cpu()
     spans, parsed = [(0, len(crops) - 1)], {0, len(crops) - 1}

@@ -17,7 +17,7 @@ import torch
 
 from musetalk import AvatarCache, BadAudio, BadCheckpoint, LipSync, NoFace, NonFiniteOutput, Options, steps
 from musetalk.avatar import Avatar
-from musetalk.checkpoints import digests
+from musetalk.checkpoints import device_named, digests, dtype_named
 from musetalk.draw import layout
 from musetalk.draw.interruption import interruptible
 from musetalk.draw.recorded import numerics, out_of_memory
@@ -65,8 +65,7 @@ class Engine:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        name = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(name)
+        self.device = device_named(settings.device)
         folder = settings.cache_dir if settings.cache_max_gb > 0 else None
         self.cache = AvatarCache(folder, int(settings.cache_max_gb * 1e9))
         if folder is not None:
@@ -93,9 +92,8 @@ class Engine:
         with self._loading:
             if self._lipsync is None:
                 check_device(self.settings.device, self.device, self.settings.on_runpod)
-                dtype = None if self.settings.dtype == "auto" else getattr(torch, self.settings.dtype)
                 with translated("inference"):
-                    lipsync = LipSync.load(self.settings.model_dir, self.device, dtype)
+                    lipsync = LipSync.load(self.settings.model_dir, self.device, dtype_named(self.settings.dtype))
                     if self.settings.quality == "fast" and lipsync.nets.tiny is None:
                         raise BadCheckpoint(f"QUALITY=fast: {self.settings.model_dir} has no tiny decoder (taesd/); set "
                                             "exact, or add it with python -m pipeline.weights fetch", file="taesd/")

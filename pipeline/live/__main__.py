@@ -14,7 +14,6 @@ from pathlib import Path
 
 import aioice.ice
 import av
-import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import FileResponse
@@ -22,6 +21,7 @@ from pydantic import BaseModel
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from musetalk import Avatar, LipSync, MuseTalkError, NoRoom, Options, Stage
+from musetalk.checkpoints import device_named, dtype_named
 from pipeline.job import logs, signals
 from pipeline.live.clip import frames
 from pipeline.live.peer import Peer
@@ -84,12 +84,9 @@ def stay_on_loopback() -> None:
 
 def build(settings: Settings, clip: Path, height: int, quality: str | None) -> tuple[Stage, Avatar]:
     """The networks and the avatar. Raises MuseTalkError, av.FFmpegError."""
-    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    device = settings.device if settings.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    lipsync = LipSync.load(settings.model_dir, device, dtype)
-    quality = quality or ("exact" if lipsync.nets.tiny is None else "fast")
-    options = Options.for_version(lipsync.nets.version, quality=quality)
-    return Stage(lipsync.nets, options), lipsync.prepare(frames(clip, height, FRAMES), options)
+    lipsync = LipSync.load(settings.model_dir, device_named(settings.device), dtype_named(settings.dtype))
+    stage = Stage(lipsync.nets, Options.for_version(lipsync.nets.version, quality=quality) if quality else None)
+    return stage, lipsync.prepare(frames(clip, height, FRAMES), stage.options)
 
 
 def main() -> int:
