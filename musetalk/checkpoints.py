@@ -170,11 +170,17 @@ def read_state(path: Path) -> Mapping[str, Any]:
 
 
 def _read_torch(path: Path) -> Any:
-    mapped = zipfile.is_zipfile(path)  # only the zip format can be memory-mapped
+    mapped = _is_archive(path)  # only the zip format can be memory-mapped
     try:
         return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError:
         return torch.load(path, map_location="cpu", mmap=mapped, weights_only=False, pickle_module=TensorPickle())
+
+
+def _is_archive(path: Path) -> bool:
+    """Whether torch takes the file for a zip file: by its first bytes (zipfile.is_zipfile raises on some damaged ones)."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def find(folder: Path, names: tuple[str, ...]) -> Path | None:
@@ -364,7 +370,7 @@ def check_archive(path: Path) -> None:
 
     Files of other formats have none, nor has a file that torch was told to write without.
     """
-    if not zipfile.is_zipfile(path):
+    if not _is_archive(path):
         return
     try:
         with zipfile.ZipFile(path) as archive:

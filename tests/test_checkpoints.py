@@ -216,6 +216,17 @@ def test_an_archive_with_any_changed_byte_is_whole_or_refused(tmp_path_factory: 
     assert torch.equal(state["b"], torch.ones(7))
 
 
+def test_an_archive_that_says_it_lies_on_several_disks_is_whole_or_refused(tmp_path: Path) -> None:
+    """zipfile.is_zipfile raises BadZipFile on it, in place of an answer."""
+    path = tmp_path / "w.pth"
+    torch.save({"a": torch.arange(300.0)}, path)
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x06\x07") + 16] = 2  # the ZIP64 locator's number of disks
+    path.write_bytes(data)
+    with pytest.raises(BadCheckpoint, match=r"w.pth: damaged"):
+        checkpoints.check_archive(path)
+
+
 @pytest.mark.parametrize("form", ["diffusers", "original"])
 def test_the_tiny_decoder_loads_in_both_published_layouts(folder: Path, form: str) -> None:
     shutil.rmtree(folder / "taesd", ignore_errors=True)
