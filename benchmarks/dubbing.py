@@ -42,7 +42,8 @@ from benchmarks.sync import (
     source,
 )
 from musetalk import LipSync, Options
-from pipeline.media import ffmpeg, probe, read_speech, with_background
+from pipeline.ffmpeg import ffmpeg, probe
+from pipeline.media import read_speech, with_background
 from pipeline.settings import REPOSITORY
 from training import speech
 from training.presenter import Identity, Mouth, draw, idle

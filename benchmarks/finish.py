@@ -34,7 +34,7 @@ from musetalk.draw.generator import FaceGenerator
 from musetalk.geometry import subpixel
 from musetalk.pixels.resample import pillow_resize
 from musetalk.show import finish, mask
-from pipeline.media import ffmpeg
+from pipeline.ffmpeg import ffmpeg
 from pipeline.settings import REPOSITORY
 from training import speech
 

@@ -45,8 +45,9 @@ from musetalk.order import source_index
 from musetalk.show import mask
 from musetalk.steps import Frame, Speaker, blend, follow, frame, speech_weights
 from musetalk.steps import generate as generate_faces
+from pipeline.ffmpeg import child
 from pipeline.film import stream
-from pipeline.media import FrameReader, FrameSource, child
+from pipeline.media import FrameReader, FrameSource
 from pipeline.run import Service
 from pipeline.schema import parse
 from pipeline.settings import REPOSITORY, Settings

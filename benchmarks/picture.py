@@ -38,7 +38,7 @@ from musetalk.geometry.upstream import crop, face_box
 from musetalk.options import Finish, Quality
 from musetalk.pixels.resample import pillow_resize
 from musetalk.steps import GROUP, State, add_entries
-from pipeline.media import ffmpeg
+from pipeline.ffmpeg import ffmpeg
 from pipeline.settings import REPOSITORY
 from training import speech
 from training.clips import Motion, Shot

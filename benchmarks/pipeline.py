@@ -22,12 +22,14 @@ import torch
 
 from benchmarks import common
 from musetalk.draw.generator import FaceGenerator
-from pipeline.film import runner, stream
+from pipeline.ffmpeg import ffmpeg
+from pipeline.film import stream
 from pipeline.film.engine import Engine
-from pipeline.film.runner import Stage
 from pipeline.film.validate import Inputs, validate
+from pipeline.job import runner
 from pipeline.job.control import Control
-from pipeline.media import ffmpeg, video_encoder
+from pipeline.job.runner import Stage
+from pipeline.media import video_encoder
 from pipeline.schema import Part, parse
 from pipeline.settings import REPOSITORY, Settings
 from pipeline.transfer.download import Source

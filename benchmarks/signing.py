@@ -22,9 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks import common
+from pipeline.ffmpeg import ffmpeg
 from pipeline.job.control import Control
 from pipeline.mark.marker import Making, Marker
-from pipeline.media import ffmpeg
 from pipeline.settings import REPOSITORY, Settings
 from scripts.make_test_certificate import make
 

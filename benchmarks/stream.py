@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
+from pipeline.ffmpeg import ffmpeg
 from pipeline.job.control import Control
-from pipeline.media import SEGMENT_SEC, ffmpeg
+from pipeline.media import SEGMENT_SEC
 from pipeline.run import Service
 from pipeline.settings import Settings, asset
 

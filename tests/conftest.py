@@ -17,7 +17,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads tha
 import torch
 from torch import nn
 
-from pipeline.media import FilmWriter, ffmpeg
+from pipeline.ffmpeg import ffmpeg
+from pipeline.media import FilmWriter
 from pipeline.run import Service
 from pipeline.settings import REPOSITORY, Settings
 from tests.fakes.b2 import B2

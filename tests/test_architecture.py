@@ -24,9 +24,10 @@ MUSETALK = {
 }
 PIPELINE = {
     "errors": "", "settings": "", "job": "errors settings", "schema": "errors", "weights": "",
-    "media": "errors job settings", "transfer": "errors job media settings", "mark": "errors job media settings transfer",
+    "ffmpeg": "errors job settings", "media": "errors ffmpeg job settings", "transfer": "errors ffmpeg job settings",
+    "mark": "errors ffmpeg job settings transfer",
     "provenance": "mark",
-    "film": "errors job mark media schema settings transfer",
+    "film": "errors ffmpeg job mark media schema settings transfer",
     "run": "errors film job mark media schema settings transfer",
     "http": "errors job run settings transfer", "server": "errors http job run schema settings",
     "queue": "errors http job run settings",
@@ -35,7 +36,7 @@ PIPELINE = {
     "live": "job settings",
 }
 USES_MUSETALK = {"film", "live", "weights"}  # schema: its options alone
-OUTSIDE = {"subprocess": "media transfer", "requests": "transfer weights", "runpod": "handler", "b2sdk": "transfer",
+OUTSIDE = {"subprocess": "ffmpeg media transfer", "requests": "transfer weights", "runpod": "handler", "b2sdk": "transfer",
            "boto3": "transfer", "botocore": "transfer", "fastapi": "http live page server", "uvicorn": "http live server",
            "c2pa": "mark provenance", "nicegui": "page", "PIL": "page",
            "aiortc": "live", "av": "live", "livekit": "live", "procrastinate": "queue", "psycopg": "queue"}

@@ -14,7 +14,7 @@ import torch
 
 from musetalk import Avatar, LipSync, NoFace, Options
 from musetalk.steps import FRAMES_HELD, GROUP, RGB, Frame, Speaker, State, blend, follow, frames_to_read, generate, prepare
-from pipeline.media import ffmpeg
+from pipeline.ffmpeg import ffmpeg
 from pipeline.run import Service
 
 OUTPUTS = 5

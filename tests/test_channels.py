@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import media as m
-from pipeline.media import Speech, read_speech
+from pipeline.ffmpeg import probe
+from pipeline.media import SAMPLE_RATE, Speech, read_speech
 from tests.conftest import SAMPLES, make_media
 
 PIXELS = 8_847_360
-RATE = m.SAMPLE_RATE
+RATE = SAMPLE_RATE
 Make = Callable[..., Path]
 Floats = np.ndarray
 WORDS = ("-t", "2", "-i", str(SAMPLES / "speech.wav"))
@@ -22,7 +22,7 @@ NAMES = ("FL", "FR", "FC", "LFE", "BL", "BR", "FLC", "FRC", "BC", "SL", "SR", "T
 
 
 def speech(path: Path, folder: Path) -> Speech:
-    return read_speech(m.probe(path, PIXELS), folder / "decoded.wav", 60, 30, PIXELS)
+    return read_speech(probe(path, PIXELS), folder / "decoded.wav", 60, 30, PIXELS)
 
 
 def wav(path: Path, channels: Sequence[Floats], names: str = "") -> Path:
@@ -106,7 +106,7 @@ def test_any_layout_of_channels_is_decoded(words: Floats, names: str, count: int
     assert likeness(spoken, words) > 0.99
     assert spoken.channels == min(count, 2)
     assert spoken.seconds == pytest.approx(2, abs=0.01)
-    film = m.probe(spoken.path, PIXELS).audio
+    film = probe(spoken.path, PIXELS).audio
     assert film
     assert (film.layout, film.rate) == ("mono" if count == 1 else "stereo", 48_000)
     sides = np.frombuffer(spoken.path.read_bytes()[-4 * 90_000 :], "<i2").reshape(-1, 2 if count > 1 else 1).astype(float)

@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 
 from pipeline import __version__
-from pipeline import media as m
 from pipeline import shell as cli
+from pipeline.ffmpeg import probe
 from pipeline.schema import Params
 from pipeline.settings import REPOSITORY
 from tests.conftest import make_media
@@ -48,7 +48,7 @@ def test_preview_is_the_first_second(
     said = capsys.readouterr()
     assert said.out.startswith(f"{out}: 30 frames")
     assert said.err == "", "no bar where nobody looks"
-    assert m.probe(out, 10**7).duration == pytest.approx(1.0, abs=0.1)
+    assert probe(out, 10**7).duration == pytest.approx(1.0, abs=0.1)
     assert [p.name for p in out.parent.iterdir()] == ["o.mp4"]
 
 
@@ -59,7 +59,7 @@ def test_a_stream_lies_beside_the_film(
     assert cli.main([str(short_clip), str(short_speech), "-o", str(out), "--preview", "--stream"]) == 0
     assert capsys.readouterr().err == f"can be played: {(out.parent / 'o.hls' / 'playlist.m3u8').as_uri()}\n"
     assert sorted(p.name for p in out.parent.iterdir()) == ["o.hls", "o.mp4"]
-    assert m.probe(out, 10**7).duration == pytest.approx(1.0, abs=0.1)
+    assert probe(out, 10**7).duration == pytest.approx(1.0, abs=0.1)
     assert cli.main([str(short_clip), str(short_speech), "-o", str(tmp_path / "ü.mp4"), "--stream"]) == 2
     assert "with --stream the name may hold" in capsys.readouterr().err
 
@@ -305,7 +305,7 @@ def test_faces_are_listed_and_speak(
     header, row, summary = capsys.readouterr().out.splitlines()
     assert header.split() == ["number", "first", "last", "share", "best", "box"]
     assert summary == f"{sheet}: 1 people"
-    assert m.probe(sheet, 1 << 20).picture.width == 324
+    assert probe(sheet, 1 << 20).picture.width == 324
     box, second = row.split()[-1], row.split()[-2]
     told = [str(short_clip), "--speaker", f"{short_speech}@{box}:{second}@0.2", "-o", str(film), "--preview", "--json",
             "--silence", "model"]

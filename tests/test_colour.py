@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import media as m
+from pipeline.ffmpeg import probe
 from tests.conftest import SAMPLES
 from tests.test_media import PIXELS, Make, frames, source
 
@@ -88,7 +88,7 @@ def test_every_matrix_of_h264_is_read_or_named(media: Make, tmp_path: Path, numb
     """Grey is grey in each of them; a colour that is made with the matrix and read with it is the same."""
     path = media(f"matrix {number}.mp4", "-f", "lavfi", "-i", "color=0x808080:s=320x180:r=25:d=0.2", "-c:v", "libx264",
                  "-pix_fmt", "yuv420p", "-bsf:v", f"h264_metadata=matrix_coefficients={number}")
-    info = m.probe(path, PIXELS)
+    info = probe(path, PIXELS)
     if number == 11:
         assert "smpte2085" in info.undecodable
         return

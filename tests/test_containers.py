@@ -12,9 +12,9 @@ import pytest
 
 from pipeline import provenance
 from pipeline.errors import BadRequest
+from pipeline.ffmpeg import ffmpeg, probe
 from pipeline.job.control import Control
 from pipeline.mark.marker import Marker
-from pipeline.media import ffmpeg, probe
 from pipeline.run import Service
 from pipeline.schema import parse
 from tests.conftest import SAMPLES, encoded, make_media

@@ -13,8 +13,8 @@ import pytest
 from musetalk.options import Loop
 from musetalk.pixels.colour import Colour
 from musetalk.steps import Yuv420
-from pipeline.film.runner import Buffers
 from pipeline.film.stages import Decode
+from pipeline.job.runner import Buffers
 from tests.test_media import Make, frames, source
 
 CODECS = {"mp4": ("-c:v", "libx264", "-movflags", "+faststart"), "ts": ("-c:v", "libx264"), "avi": ("-c:v", "mpeg4")}

@@ -25,11 +25,11 @@ from musetalk.checkpoints import default_dtype
 from musetalk.errors import SameFace
 from musetalk.face import detect
 from musetalk.steps import Painted, generating, preparing
-from pipeline import media
 from pipeline.errors import DeviceLost, JobError, NoDevice, OutOfMemory
+from pipeline.ffmpeg import probe
 from pipeline.film import engine
 from pipeline.job import logs
-from pipeline.media import encoder
+from pipeline.media import FilmWriter, FrameReader, FrameSource, encoder, read_speech
 from pipeline.run import Service
 from pipeline.settings import BadSetting, Settings
 from tests.conftest import encoded
@@ -266,10 +266,10 @@ def test_which_encoder_runs_and_why_is_logged(caplog: pytest.LogCaptureFixture, 
 
 def test_the_encoder_has_no_limit_of_addresses(short_clip: Path, short_speech: Path, tmp_path: Path) -> None:
     """CUDA reserves far more than it uses; what reads a stranger's file keeps its limit."""
-    info = media.probe(short_clip, 1 << 20)
-    source = media.FrameSource(info, 640, 360, Fraction(25), (), 1 << 20)
-    sound = media.read_speech(media.probe(short_speech, 1 << 20), tmp_path / "s.wav", 60, 30, 1 << 20)
-    reader, writer = media.FrameReader(source, 0, 1), media.FilmWriter(tmp_path / "o.mp4", source, sound, 1.0)
+    info = probe(short_clip, 1 << 20)
+    source = FrameSource(info, 640, 360, Fraction(25), (), 1 << 20)
+    sound = read_speech(probe(short_speech, 1 << 20), tmp_path / "s.wav", 60, 30, 1 << 20)
+    reader, writer = FrameReader(source, 0, 1), FilmWriter(tmp_path / "o.mp4", source, sound, 1.0)
     with closing(reader), closing(writer):
         rows = [next(row for row in Path(f"/proc/{one._child.pid}/limits").read_text().splitlines() if "address space" in row)
                 for one in (reader, writer)]

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.media import ffmpeg
+from pipeline.ffmpeg import ffmpeg
 from pipeline.settings import REPOSITORY, Settings, table
 from tests.conftest import SAMPLES
 

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 from pipeline.errors import BadMedia, Cancelled, DeadlineExceeded
+from pipeline.ffmpeg import ffmpeg, probe
 from pipeline.film.length import clip_frames, lasting
 from pipeline.film.validate import Inputs, with_room
 from pipeline.job.control import Control
-from pipeline.media import Speech, ffmpeg, probe, read_speech, with_background
+from pipeline.media import Speech, read_speech, with_background
 from pipeline.run import Service
 from pipeline.schema import Params
 from tests.conftest import SAMPLES, encoded

@@ -18,7 +18,7 @@ from musetalk import AvatarCache, LipSync, Options, checkpoints
 from musetalk.draw.generator import FaceGenerator
 from musetalk.pixels.colour import Colour, Planes, from_rgb, to_rgb
 from musetalk.show.blend import paste
-from pipeline import media
+from pipeline.ffmpeg import probe
 from pipeline.film import engine
 from pipeline.job.control import Control
 from pipeline.media import FrameReader, FrameSource
@@ -35,7 +35,7 @@ def run(service: Service, video: Path, audio: Path, job_id: str = "engine", **ch
 
 def decode(path: Path, fps: Fraction = Fraction(25)) -> np.ndarray:
     """All frames of a file, (N, H * W * 3 / 2)."""
-    info = media.probe(path, 10**7)
+    info = probe(path, 10**7)
     assert info.video
     source = FrameSource(info, info.video.width, info.video.height, fps, (), 10**7)
     reader, out = FrameReader(source), []
@@ -66,7 +66,7 @@ def another(service: Service, **changes: Any) -> Service:
 
 def test_output_is_as_long_as_the_speech(service: Service, short_clip: Path, short_speech: Path) -> None:
     body = run(service, short_clip, short_speech)
-    info = media.probe(output(body), 10**7)
+    info = probe(output(body), 10**7)
     assert body["metrics"]["frames"] == 40
     assert info.duration == pytest.approx(1.6, abs=0.05)
     assert len(decode(output(body))) == 40
@@ -107,7 +107,7 @@ def test_a_still_image_speaks(service: Service, short_speech: Path) -> None:
 def test_shape_and_rate(service: Service, short_clip: Path, short_speech: Path) -> None:
     body = run(service, short_clip, short_speech, aspect_ratio="1:1", resolution="240p",
                params={"fit": "crop", "fps": 29.97})
-    info = media.probe(output(body), 10**7)
+    info = probe(output(body), 10**7)
     assert info.video
     assert (info.video.width, info.video.height) == (240, 240)
     assert info.video.fps == pytest.approx(29.97, abs=0.01)

@@ -19,7 +19,7 @@ from musetalk.errors import NoFastLane, NonFiniteOutput
 from musetalk.nets.fast import can_pack
 from musetalk.nets.tiny import Tiny, TinyConfig
 from pipeline.errors import ModelBroken
-from pipeline.media import ffmpeg
+from pipeline.ffmpeg import ffmpeg
 from pipeline.run import Service
 from pipeline.settings import Settings
 from tests.conftest import DEMO

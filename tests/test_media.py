@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import media as m
 from pipeline.errors import BadMedia, Cancelled, DeadlineExceeded, FfmpegFailed, JobError
+from pipeline.ffmpeg import ACCEPTED, child, probe
 from pipeline.job.control import Control
-from pipeline.media import FilmWriter, FrameReader, FrameSource, Speech, child, encoder, plan, read_speech
+from pipeline.media import FilmWriter, FrameReader, FrameSource, Speech, encoder, plan, read_speech
 from pipeline.settings import REPOSITORY
 from tests.conftest import SAMPLES
 from tests.faults.fuzz import mutate
@@ -31,7 +31,7 @@ MOVING = "testsrc2=s=320x180:r={rate}:d=2"
 
 
 def source(path: Path, fps: str = "25", **request: object) -> FrameSource:
-    info = m.probe(path, PIXELS)
+    info = probe(path, PIXELS)
     assert info.video
     values = {"aspect_ratio": "source", "resolution": "source", "fit": "pad", "upscale": False, **request}
     g = plan(info.video.width, info.video.height, max_pixels=PIXELS, **values)  # type: ignore[arg-type]
@@ -50,14 +50,14 @@ def frames(src: FrameSource, start: int = 0, count: int = 1 << 20) -> np.ndarray
 
 
 def speech(path: Path, seconds: float = 60, first: float | None = None) -> Speech:
-    return read_speech(m.probe(path, PIXELS), path.with_suffix(".decoded.wav"), seconds, 30, PIXELS, first)
+    return read_speech(probe(path, PIXELS), path.with_suffix(".decoded.wav"), seconds, 30, PIXELS, first)
 
 
 def test_probe(media: Make) -> None:
     tagged = media("tagged.mp4", "-f", "lavfi", "-i", MOVING.format(rate="30000/1001"), "-f", "lavfi", "-i", "sine=d=2",
                    "-c:v", "libx264", "-pix_fmt", "yuv420p", "-colorspace", "bt709", "-color_range", "tv", "-color_primaries",
                    "bt709", "-color_trc", "bt709", "-c:a", "aac", "-ac", "2")
-    info = m.probe(tagged, PIXELS)
+    info = probe(tagged, PIXELS)
     assert info.video
     assert info.audio
     assert (info.video.width, info.video.height) == (320, 180)
@@ -170,7 +170,7 @@ def test_hdr_becomes_bt709(media: Make, tmp_path: Path, transfer: str) -> None:
         writer.write(frame)
     writer.finish(60)
     writer.close()
-    out = m.probe(tmp_path / "o.mp4", PIXELS).video
+    out = probe(tmp_path / "o.mp4", PIXELS).video
     assert out
     assert (out.color_space, out.color_primaries, out.color_transfer, out.color_range) == ("bt709", "bt709", "bt709", "tv")
 
@@ -179,7 +179,7 @@ def test_interlaced_is_deinterlaced(media: Make) -> None:
     """Fields of a moving picture lie beside each other in every other line; afterwards lines do not jump."""
     moving = ("-f", "lavfi", "-i", "testsrc2=s=320x180:r=50:d=1")
     comb = media("comb.mkv", *moving, "-vf", "interlace=scan=tff:lowpass=off", "-c:v", "ffv1", "-field_order", "tt")
-    video = m.probe(comb, PIXELS).video
+    video = probe(comb, PIXELS).video
     assert video
     assert video.interlaced
 
@@ -266,7 +266,7 @@ def test_any_common_sound(media: Make, name: str, rate: int, channels: int) -> N
     codec = {"ogg": ["-c:a", "libvorbis"], "opus": ["-c:a", "libopus"]}.get(name.rsplit(".", 1)[1], [])
     picture = ["-f", "lavfi", "-i", MOVING.format(rate=25), "-c:v", "libx264"] if name.endswith("mp4") else []
     path = media(name, "-f", "lavfi", "-i", "sine=440:d=2:r=48000", *picture, *codec, "-ar", str(rate), "-ac", str(channels))
-    info = m.probe(path, PIXELS)
+    info = probe(path, PIXELS)
     assert info.audio
     assert info.audio.channels == channels
     pcm = speech(path).pcm
@@ -286,15 +286,15 @@ def test_mono_is_the_mean_of_the_channels(media: Make) -> None:
 def test_the_readme_names_what_is_accepted() -> None:
     readme = (REPOSITORY / "docs/formats.md").read_text()
     table = dict(re.findall(r"^\| (clip|still|speech) \| (.*) \|$", readme, re.MULTILINE))
-    assert table == {"clip": f"{m.ACCEPTED['video']}; {m.ACCEPTED['animation']}", "still": m.ACCEPTED["picture"],
-                     "speech": m.ACCEPTED["audio"].replace("video above", "clip")}
+    assert table == {"clip": f"{ACCEPTED['video']}; {ACCEPTED['animation']}", "still": ACCEPTED["picture"],
+                     "speech": ACCEPTED["audio"].replace("video above", "clip")}
 
 
 def test_cover_art_is_no_video(media: Make) -> None:
     art = media("art.png", "-f", "lavfi", "-i", "testsrc2=s=320x180", "-frames:v", "1")
     song = media("song.mp3", "-f", "lavfi", "-i", "sine=d=1", "-i", str(art), "-map", "0", "-map", "1",
                  "-disposition:v", "attached_pic", "-c:v", "copy")
-    info = m.probe(song, PIXELS)
+    info = probe(song, PIXELS)
     assert info.video is None
     assert info.audio
 
@@ -311,7 +311,7 @@ def test_what_is_not_media(tmp_path: Path, name: str, content: bytes, words: str
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(BadMedia, match=words):
-        m.probe(path, PIXELS)
+        probe(path, PIXELS)
 
 
 def test_encoded_file_has_the_sound_and_the_tags(media: Make, tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_encoded_file_has_the_sound_and_the_tags(media: Make, tmp_path: Path) ->
         writer.write(frame)
     writer.finish(60)
     writer.close()
-    info = m.probe(tmp_path / "o.mp4", PIXELS)
+    info = probe(tmp_path / "o.mp4", PIXELS)
     assert info.video
     assert (info.video.color_space, info.video.color_range, info.video.fps) == ("bt709", "tv", 25.0)
     assert info.duration == pytest.approx(2.0, abs=0.05)
@@ -346,7 +346,7 @@ def test_damaged_sound_never_hangs_the_encoder(media: Make, tmp_path: Path) -> N
     pictures = frames(src, 0, 4)
 
     def encode(number: int) -> None:
-        info = m.probe(tmp_path / "damaged.mp3", PIXELS)
+        info = probe(tmp_path / "damaged.mp3", PIXELS)
         damaged = read_speech(info, tmp_path / f"{number}.wav", 60, 10, PIXELS)
         writer = FilmWriter(tmp_path / f"{number}.mp4", src, damaged, 0.16)
         try:

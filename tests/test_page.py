@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import requests
 
-from pipeline.media import ffmpeg
+from pipeline.ffmpeg import ffmpeg
 from pipeline.page.controls import PLAIN
 from pipeline.schema import JobRequest, Params, parse
 from pipeline.settings import REPOSITORY

@@ -12,9 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import media as m
 from pipeline.errors import BadMedia
-from pipeline.media import child
+from pipeline.ffmpeg import child, probe
 from tests.test_media import MOVING, PIXELS, Make, frames, source, speech
 
 PICTURE = ("-f", "lavfi", "-i", MOVING.format(rate=25))
@@ -22,7 +21,7 @@ SOUND = ("-f", "lavfi", "-i", "sine=d=2")
 
 
 def facts(path: Path) -> tuple[object, ...]:
-    info = m.probe(path, PIXELS)
+    info = probe(path, PIXELS)
     return info.format, info.duration, info.video and astuple(info.video), info.audio and astuple(info.audio), info.undecodable
 
 
@@ -65,7 +64,7 @@ def test_names_of_tags_and_languages_are_no_lines_of_the_description(media: Make
         assert name.encode() in data
         data = data.replace(name.encode(), forged.ljust(len(name)).encode())
     (tmp_path / "forged.mkv").write_bytes(data)
-    want = m.probe(plain, PIXELS)
+    want = probe(plain, PIXELS)
     assert want.video
     assert (want.video.width, want.video.fps, want.audio and want.audio.index) == (320, 25.0, 1)
     assert facts(tmp_path / "forged.mkv") == facts(plain)
@@ -87,7 +86,7 @@ def test_a_language_describes_no_other_picture(media: Make, tmp_path: Path, forg
     assert b"x" * 40 in data
     (tmp_path / "forged.mkv").write_bytes(data.replace(b"x" * 40, forged.ljust(40).encode()))
     try:
-        info = m.probe(tmp_path / "forged.mkv", PIXELS)
+        info = probe(tmp_path / "forged.mkv", PIXELS)
     except BadMedia:
         return
     assert info.undecodable or facts(tmp_path / "forged.mkv") == facts(plain)
@@ -150,7 +149,7 @@ def test_a_delay_of_10_ms_or_less_is_100_ms(media: Make, tmp_path: Path, kind: s
             data[at + 30 : at + 34] = struct.pack(">I", zlib.crc32(data[at : at + 30]))
     path = tmp_path / f"delays.{kind}"
     path.write_bytes(data)
-    assert m.probe(path, PIXELS).video
+    assert probe(path, PIXELS).video
     src = source(path, "100")
     whole = frames(src)
     assert abs(len(whole) - 25 * shown / 10) <= 2
@@ -162,7 +161,7 @@ def test_a_cut_picture_is_called_damaged(media: Make, tmp_path: Path) -> None:
     data = media("cut.png", "-f", "lavfi", "-i", "testsrc2=s=320x180", "-frames:v", "1").read_bytes()
     for kept in (100, 60):
         (tmp_path / "cut.png").write_bytes(data[:kept])
-        said = m.probe(tmp_path / "cut.png", PIXELS).undecodable
+        said = probe(tmp_path / "cut.png", PIXELS).undecodable
         assert said.startswith("the file is damaged or cut off")
         assert not re.search("encoder|0x|Task|null|Conversion", said)
 

@@ -21,9 +21,10 @@ import pytest
 import requests
 
 from pipeline.errors import Cancelled, DeadlineExceeded, DiskFull
+from pipeline.ffmpeg import ffmpeg, probe
 from pipeline.film.rendition import Rendition
 from pipeline.job.control import Control
-from pipeline.media import FilmWriter, FrameSource, Speech, encoder, ffmpeg, probe, read_speech
+from pipeline.media import FilmWriter, FrameSource, Speech, encoder, read_speech
 from pipeline.run import Service
 from pipeline.schema import StreamMetrics
 from pipeline.settings import Settings

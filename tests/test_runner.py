@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from pipeline.errors import Cancelled, DeadlineExceeded
-from pipeline.film import runner
-from pipeline.film.runner import Buffers, Stage, Together
+from pipeline.job import runner
 from pipeline.job.control import Control
+from pipeline.job.runner import Buffers, Stage, Together
 from pipeline.settings import REPOSITORY
 
 
@@ -213,8 +213,8 @@ def test_each_thread_works_in_its_context() -> None:
 CROWDED = """
 import resource, threading
 from pathlib import Path
-from pipeline.film import runner
-from pipeline.film.runner import Buffers
+from pipeline.job import runner
+from pipeline.job.runner import Buffers
 from pipeline.job.control import Control
 from pipeline.settings import REPOSITORY
 from tests.test_runner import Sink, Source, Step, same

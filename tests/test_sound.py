@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import media as m
 from pipeline.errors import FfmpegFailed
-from pipeline.media import FilmWriter, FrameReader, FrameSource, Speech, read_speech
+from pipeline.ffmpeg import ffmpeg, probe
+from pipeline.media import SAMPLE_RATE, FilmWriter, FrameReader, FrameSource, Speech, read_speech
 from tests.conftest import SAMPLES
 from tests.faults.world import children
 
@@ -30,12 +30,12 @@ GAP = "asetpts='PTS+gt(T,0.9)*0.6/TB'"
 
 
 def speech(path: Path, folder: Path, first: float | None = None) -> Speech:
-    return read_speech(m.probe(path, PIXELS), folder / "decoded.wav", 60, 30, PIXELS, first)
+    return read_speech(probe(path, PIXELS), folder / "decoded.wav", 60, 30, PIXELS, first)
 
 
 def output(spoken: Speech, clip: Path, folder: Path) -> Path:
     """The MP4 of a speech over a grey picture."""
-    source = FrameSource(m.probe(clip, PIXELS), 64, 64, Fraction(25), (), PIXELS)
+    source = FrameSource(probe(clip, PIXELS), 64, 64, Fraction(25), (), PIXELS)
     reader, frame = FrameReader(source), np.empty(source.frame_bytes, np.uint8)
     assert reader.read_into(frame)
     reader.close()
@@ -53,7 +53,7 @@ def lag(a: np.ndarray, b: np.ndarray) -> float:
     size = 1 << (len(a) + len(b)).bit_length()
     correlation = np.fft.irfft(np.fft.rfft(a, size) * np.conj(np.fft.rfft(b, size)))
     at = int(correlation.argmax())
-    return (at - size if at > size // 2 else at) / m.SAMPLE_RATE
+    return (at - size if at > size // 2 else at) / SAMPLE_RATE
 
 
 def ogg_twice(make: Make) -> Path:
@@ -85,7 +85,7 @@ ROWS: dict[str, tuple[str, tuple[str, ...], float]] = {
 def shorten_header(flac: Path) -> None:
     """Let STREAMINFO state half a second: the low 32 of its 36 bits of samples, 21 bytes into the file."""
     data = bytearray(flac.read_bytes())
-    data[22:26] = (m.SAMPLE_RATE // 2).to_bytes(4, "big")
+    data[22:26] = (SAMPLE_RATE // 2).to_bytes(4, "big")
     flac.write_bytes(data)
 
 
@@ -99,14 +99,14 @@ def test_the_viewer_hears_what_the_mouth_was_generated_from(media: Make, tmp_pat
     spoken = speech(file, tmp_path)
     heard = speech(output(spoken, media("grey.mp4", *PICTURE), tmp_path), tmp_path).pcm
     assert abs(lag(heard, spoken.pcm)) <= 0.010
-    assert abs(len(heard) - len(spoken.pcm)) <= 0.1 * m.SAMPLE_RATE
+    assert abs(len(heard) - len(spoken.pcm)) <= 0.1 * SAMPLE_RATE
     if late:
         assert abs(lag(spoken.pcm, whole) - late) <= 0.03
-        assert len(spoken.pcm) / m.SAMPLE_RATE == pytest.approx(2 + late, abs=0.05), "its end is not cut off"
+        assert len(spoken.pcm) / SAMPLE_RATE == pytest.approx(2 + late, abs=0.05), "its end is not cut off"
     if "header" in row:
         assert len(spoken.pcm) == pytest.approx(len(whole), abs=160), "its end is not cut off"
     if "gap" in row:
-        assert len(spoken.pcm) / m.SAMPLE_RATE == pytest.approx(2.6, abs=0.05)
+        assert len(spoken.pcm) / SAMPLE_RATE == pytest.approx(2.6, abs=0.05)
 
 
 def stated(data: bytes, chunk: bytes, layout: str, size: int) -> bytes:
@@ -169,7 +169,7 @@ def test_a_speech_that_is_cut_says_how_much_is_missing(media: Make, tmp_path: Pa
 ])
 def test_a_header_that_does_not_know_the_length_is_no_damage(tmp_path: Path, kind: str, arguments: tuple[str, ...]) -> None:
     """As programs write that send while they record: ffmpeg into a pipe, which it cannot go back in."""
-    streamed = subprocess.run([m.ffmpeg(), "-v", "error", *WORDS, *arguments], check=True, stdout=subprocess.PIPE).stdout
+    streamed = subprocess.run([ffmpeg(), "-v", "error", *WORDS, *arguments], check=True, stdout=subprocess.PIPE).stdout
     (tmp_path / f"streamed.{kind}").write_bytes(streamed)
     spoken = speech(tmp_path / f"streamed.{kind}", tmp_path)
     assert spoken.seconds == pytest.approx(2, abs=0.15)
@@ -187,7 +187,7 @@ def test_a_sound_that_ends_before_its_picture_is_no_damage(media: Make, tmp_path
 def test_timestamps_that_begin_anew_go_on(media: Make, tmp_path: Path) -> None:
     twice = speech(ogg_twice(media), tmp_path)
     assert twice.seconds == pytest.approx(2.0, abs=0.05)
-    halves = twice.pcm[: m.SAMPLE_RATE], twice.pcm[m.SAMPLE_RATE : 2 * m.SAMPLE_RATE]
+    halves = twice.pcm[: SAMPLE_RATE], twice.pcm[SAMPLE_RATE : 2 * SAMPLE_RATE]
     assert np.abs(halves[1]).mean() == pytest.approx(np.abs(halves[0]).mean(), rel=0.1)
 
 
@@ -199,20 +199,20 @@ def test_a_gap_of_a_day_takes_no_memory(media: Make, tmp_path: Path) -> None:
 def test_only_the_first_seconds(media: Make, tmp_path: Path) -> None:
     spoken = speech(media("clock-a.wav", *WORDS), tmp_path, 0.5)
     assert spoken.seconds == pytest.approx(0.5, abs=0.01)
-    assert m.probe(spoken.path, PIXELS).duration == pytest.approx(0.5, abs=0.01)
+    assert probe(spoken.path, PIXELS).duration == pytest.approx(0.5, abs=0.01)
 
 
 def test_wav_and_mouth_are_the_same_samples(media: Make, tmp_path: Path) -> None:
     spoken = speech(media("clock-s.m4a", *WORDS, "-ac", "2", "-ar", "44100"), tmp_path)
     assert (spoken.rate, spoken.channels, spoken.damaged) == (44100, 2, "")
-    again = read_speech(m.probe(spoken.path, PIXELS), tmp_path / "again.wav", 60, 30, PIXELS)
+    again = read_speech(probe(spoken.path, PIXELS), tmp_path / "again.wav", 60, 30, PIXELS)
     assert len(again.pcm) == len(spoken.pcm)
     assert np.abs(again.pcm - spoken.pcm).max() < 1e-3
 
 
 def test_a_decoder_that_is_killed_is_not_the_end_of_the_speech(media: Make, tmp_path: Path) -> None:
     path = media("minutes.flac", "-f", "lavfi", "-i", "sine=220:r=48000:d=1500", "-ac", "2")
-    info = m.probe(path, PIXELS)
+    info = probe(path, PIXELS)
     before = set(children())
 
     def murder() -> None:

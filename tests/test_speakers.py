@@ -16,7 +16,8 @@ from benchmarks.speakers import crowd
 from musetalk.face import detect
 from musetalk.geometry.box import Box
 from pipeline.errors import BadRequest
-from pipeline.media import FrameReader, FrameSource, probe
+from pipeline.ffmpeg import probe
+from pipeline.media import FrameReader, FrameSource
 from pipeline.run import Service
 from pipeline.schema import JobRequest, parse
 from tests.conftest import SAMPLES, encoded, make_film, make_media

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.media import probe
+from pipeline.ffmpeg import probe
 from tests import exif, heif
 from tests.conftest import make_media
 from tests.test_media import MOVING, PIXELS, Make, frames, source

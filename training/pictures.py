@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.media import ffmpeg
+from pipeline.ffmpeg import ffmpeg
 from training import samples, speech
 from training.presenter import Identity, Mouth, draw
 

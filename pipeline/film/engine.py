@@ -42,8 +42,9 @@ from pipeline.errors import (
     Stage,
     Unfit,
 )
+from pipeline.ffmpeg import probe
 from pipeline.job.metrics import gpu_driver, gpu_name
-from pipeline.media import FrameReader, FrameSource, probe, video_encoder
+from pipeline.media import FrameReader, FrameSource, video_encoder
 from pipeline.settings import Settings, try_writing
 
 log = logging.getLogger("musetalk.engine")

@@ -18,9 +18,10 @@ from musetalk.face.survey import Seen, survey
 from musetalk.pixels.colour import Colour
 from musetalk.steps import Yuv420
 from pipeline.errors import NoFaceFound
+from pipeline.ffmpeg import MediaInfo
 from pipeline.film.engine import FPS, Engine
 from pipeline.job.control import Control
-from pipeline.media import FrameReader, FrameSource, MediaInfo, write_jpeg
+from pipeline.media import FrameReader, FrameSource, write_jpeg
 from pipeline.media.geometry import plan
 from pipeline.schema import FoundFace
 

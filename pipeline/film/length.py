@@ -11,7 +11,8 @@ import numpy as np
 
 from musetalk.sound.features import frame_count
 from pipeline.errors import BadMedia
-from pipeline.media import SAMPLE_RATE, FrameSource, MediaInfo, Speech, count_frames
+from pipeline.ffmpeg import MediaInfo
+from pipeline.media import SAMPLE_RATE, FrameSource, Speech, count_frames
 
 COUNTED = 2  # pixels a side of the pictures that are counted
 

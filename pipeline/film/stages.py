@@ -19,7 +19,7 @@ from musetalk.options import Loop
 from musetalk.order import Run, runs
 from musetalk.steps import Form, Frame
 from pipeline.errors import BadMedia, ProcessingError
-from pipeline.film.runner import ROOM, Buffers, Stage
+from pipeline.job.runner import ROOM, Buffers, Stage
 from pipeline.media import FilmWriter, FrameReader, FrameSource
 
 CHUNK_BYTES = 96 << 20  # frames held to play a clip backwards

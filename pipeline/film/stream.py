@@ -1,6 +1,6 @@
 """One job's film: decode -> prepare -> generate -> blend -> encode.
 
-A frame enters each stage once, in this order, in a buffer of its own; `pipeline.film.runner` runs the stages at once.
+A frame enters each stage once, in this order, in a buffer of its own; `pipeline.job.runner` runs the stages at once.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from musetalk.pixels.colour import Colour
 from musetalk.sound.features import Prompts, frame_count
 from musetalk.steps import Frame, Speaker, State, Yuv420
 from pipeline.errors import NoFaceFound
-from pipeline.film import runner
+from pipeline.ffmpeg import MediaInfo
 from pipeline.film.cast import Picture, Role, cast
 from pipeline.film.engine import Engine
-from pipeline.film.runner import ROOM, Buffers, Stage, Together
 from pipeline.film.stages import Decode, Encode, Pixels, Step
 from pipeline.film.validate import Inputs
+from pipeline.job import runner
 from pipeline.job.control import Control
+from pipeline.job.runner import ROOM, Buffers, Stage, Together
 from pipeline.mark.marker import tags
-from pipeline.media import CONTAINERS, FilmWriter, FrameSource, MediaInfo, plan
+from pipeline.media import CONTAINERS, FilmWriter, FrameSource, plan
 from pipeline.schema import JobRequest, SpeakerMetrics
 from pipeline.transfer.interruptible import in_thread
 

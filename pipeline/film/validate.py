@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline import media
 from pipeline.errors import BadMedia, JobError
+from pipeline.ffmpeg import MediaInfo, packet_seconds, probe
+from pipeline.ffmpeg.formats import ACCEPTED
 from pipeline.film.length import clip_frames, lasting
 from pipeline.job.control import Control
-from pipeline.media import MediaInfo, Speech
-from pipeline.media.formats import ACCEPTED
+from pipeline.media import Speech, read_speech, with_background
 from pipeline.media.mixing import mix
 from pipeline.media.sound import RATES, SAMPLE_RATE, film_rate
 from pipeline.schema import Params, Part
@@ -74,7 +74,7 @@ def validate_clip(video: Source, settings: Settings, control: Control) -> MediaI
     """Probe the clip; raises BadMedia."""
     pixels = settings.max_pixels
     with _named(video, "video_url"):
-        clip = _known_whole(media.probe(video.path, pixels, control.check), video)
+        clip = _known_whole(probe(video.path, pixels, control.check), video)
     _check_clip(clip, settings)
     _check_length(clip, clip.picture.index, "video_url", settings.max_video_sec, "MAX_VIDEO_SEC", pixels, control)
     return clip
@@ -84,7 +84,7 @@ def _sound(part: Part, source: Source, settings: Settings, control: Control) -> 
     """A speech's file, probed."""
     control.check()
     with _named(source, part.field):
-        info = _known_whole(media.probe(source.path, settings.max_pixels, control.check), source)
+        info = _known_whole(probe(source.path, settings.max_pixels, control.check), source)
     if info.audio is None:
         raise BadMedia(f"{part.field}: the file has no sound track (taken: {ACCEPTED['audio']})", field=part.field,
                        reason="no_audio")
@@ -98,8 +98,8 @@ def _voice(part: Part, source: Source, info: MediaInfo, path: Path, rate: int, e
     control.check()
     longest = settings.max_audio_sec
     with _named(source, part.field):
-        speech = media.read_speech(info, path, longest, DECODE_SEC, settings.max_pixels,
-                                   None if end == math.inf else end - part.start, control.check, rate)
+        speech = read_speech(info, path, longest, DECODE_SEC, settings.max_pixels,
+                             None if end == math.inf else end - part.start, control.check, rate)
     if (seconds := part.start + speech.seconds) > longest + 0.5:
         raise _too_long(part.field, seconds, longest, "MAX_AUDIO_SEC")
     return Voice(part, speech)
@@ -121,7 +121,7 @@ def with_room(inputs: Inputs, params: Params, folder: Path, settings: Settings, 
     if params.length == "clip":
         speech = lasting(speech, clip_frames(clip, params.rate, pixels, control.check), params.rate)
     if params.background:
-        speech = media.with_background(speech, clip, params.background, folder / "mixed.wav", DECODE_SEC, pixels, control.check)
+        speech = with_background(speech, clip, params.background, folder / "mixed.wav", DECODE_SEC, pixels, control.check)
     return replace(inputs, speech=speech)
 
 
@@ -157,7 +157,7 @@ def _check_length(
 ) -> None:
     """Refuse what is too long; a header that says so is not believed, the packets are."""
     if info.duration and info.duration > limit:
-        seconds = media.packet_seconds(info, index, max_pixels, control.check)
+        seconds = packet_seconds(info, index, max_pixels, control.check)
         if seconds > limit:
             raise _too_long(field, seconds, limit, name)
 

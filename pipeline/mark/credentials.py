@@ -19,9 +19,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from pipeline.errors import SigningFailed
+from pipeline.ffmpeg.child import MEMORY_LIMIT
 from pipeline.job.control import Control
 from pipeline.mark.sign import OFFLINE, native_signer, state_of
-from pipeline.media.child import MEMORY_LIMIT
 from pipeline.settings import BadSetting, Settings
 from pipeline.transfer.helper import Helper, HelperFailed
 

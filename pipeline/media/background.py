@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import BadMedia
-from pipeline.media import child
-from pipeline.media.formats import guarded
-from pipeline.media.probe import MediaInfo
+from pipeline.ffmpeg import child
+from pipeline.ffmpeg.formats import guarded
+from pipeline.ffmpeg.probe import MediaInfo
 from pipeline.media.sound import MOVED_START, Speech, on_one_clock
 
 PIECE = 1 << 20  # samples that are mixed at once

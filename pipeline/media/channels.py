@@ -7,37 +7,13 @@ where films put the speech. One is chosen for the whole speech by measured power
 
 from __future__ import annotations
 
-import functools
-import re
-
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.media import child
-
 Floats = NDArray[np.float32]
 CENTRES = ("FC", "BC", "TC", "TFC", "TBC", "BFC")
-STEREO = ("FL", "FR")
 CENTRE_POWER = 10 ** (-20 / 10)  # of the mean's: a centre channel below that is empty
 OPPOSITE = 0.5  # a mean with less than this share of the difference's power has lost sound to opposite phase
-
-
-@functools.cache
-def layouts() -> dict[str, tuple[str, ...]]:
-    """Channel names of each of ffmpeg's named layouts."""
-    _, out, _ = child.run([child.ffmpeg(), "-hide_banner", "-layouts"], child.PROBE_SEC, limited=False)
-    listed = out.decode().partition("Standard channel layouts:")[2]
-    return {name: tuple(parts.split("+")) for name, parts in re.findall(r"^(\S+) +(\w+(?:\+\w+)*)$", listed, re.MULTILINE)}
-
-
-def channel_names(layout: str) -> tuple[str, ...]:
-    """The channels of a layout as ffmpeg's log states it; those that nobody names are called by nothing ("")."""
-    if listed := re.match(r"(\d+) channels(?: \((.*)\))?", layout):
-        names = tuple(name.partition("@")[0] for name in (listed[2] or "").split("+"))
-        return names if len(names) == int(listed[1]) else ("",) * int(listed[1])
-    if sphere := re.match(r"ambisonic (\d+)", layout):  # the first channel hears all around, the others are directions
-        return ("FC", *["LFE"] * ((int(sphere[1]) + 1) ** 2 - 1))
-    return layouts().get(layout.partition(" (")[0].strip(), STEREO)
 
 
 def side(number: int, name: str) -> int:

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import FfmpegFailed
-from pipeline.media import child
-from pipeline.media.child import Child
+from pipeline.ffmpeg import child
+from pipeline.ffmpeg.child import Child
+from pipeline.ffmpeg.probe import VideoInfo
 from pipeline.media.frames import FrameSource
-from pipeline.media.probe import VideoInfo
 from pipeline.media.sound import Speech
 
 log = logging.getLogger("musetalk.media")

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import FfmpegFailed
-from pipeline.media import child
-from pipeline.media.child import END_SEC, Child
-from pipeline.media.formats import guarded
-from pipeline.media.probe import CONVERTED, MATRICES, MediaInfo, VideoInfo, filtered
+from pipeline.ffmpeg import child
+from pipeline.ffmpeg.child import END_SEC, Child
+from pipeline.ffmpeg.formats import guarded
+from pipeline.ffmpeg.probe import CONVERTED, MATRICES, MediaInfo, VideoInfo, filtered
 
 FRAME = b"FRAME\n"  # what y4m puts before each frame
 # The clip's first shape fills the frame; a part of another shape, in files put one after the other, fits into it with bars.

@@ -10,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import BadMedia
-from pipeline.media import child
-from pipeline.media.channels import STEREO, candidates, channel_names, is_mixable, loudest_speech, to_stereo
-from pipeline.media.child import tail
-from pipeline.media.formats import guarded
-from pipeline.media.probe import AudioInfo, MediaInfo
+from pipeline.ffmpeg import child
+from pipeline.ffmpeg.child import tail
+from pipeline.ffmpeg.description import STEREO, channel_names
+from pipeline.ffmpeg.formats import guarded
+from pipeline.ffmpeg.probe import AudioInfo, MediaInfo
+from pipeline.media.channels import candidates, is_mixable, loudest_speech, to_stereo
 
 SAMPLE_RATE = 16_000  # Hz of `Speech.pcm`
 RATES = (44_100, 48_000)  # Hz of the sound as it is passed on

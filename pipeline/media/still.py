@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import FfmpegFailed
-from pipeline.media import child
+from pipeline.ffmpeg import child
 
 JPEG_SEC = 30.0  # to write one
 

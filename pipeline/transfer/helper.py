@@ -20,9 +20,9 @@ import weakref
 from collections.abc import Iterator
 from typing import IO, Any
 
+from pipeline.ffmpeg.child import kill, spawn
 from pipeline.job import redact
 from pipeline.job.control import Control
-from pipeline.media.child import kill, spawn
 from pipeline.settings import REPOSITORY, helper_environment
 
 POLL_SEC = 0.1  # between looks whether the job has to stop

@@ -12,9 +12,9 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.ffmpeg import probe
+from pipeline.ffmpeg.child import PROBE_SEC
 from pipeline.job.control import Control
-from pipeline.media import probe
-from pipeline.media.child import PROBE_SEC
 from pipeline.run import status_of
 from pipeline.settings import REPOSITORY
 from tests import exif, heif

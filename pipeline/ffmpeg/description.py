@@ -7,15 +7,19 @@ What stands behind the nonce, and the stream's type and codec right before it, a
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.ffmpeg import child
+
 _STREAM = re.compile(r"^ *Stream (group )?#0:(\d+)")
 _CODEC = re.compile(r": (Video|Audio|Subtitle|Data|Attachment|Unknown|Tile Grid): (\w+)")
 _DURATION = re.compile(r"^  Duration: (\d{2,6}):(\d\d):(\d\d\.\d\d), ")
 _TIME_BASE_OF_ITEMS = re.compile(r"\b1 fps, 1 tbr, 1 tbn\b")
+STEREO = ("FL", "FR")
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # ffmpeg's own decoders of these leave the alpha plane out
 
 
@@ -99,3 +103,21 @@ def _stream(line: str, nonce: str) -> Stream | None:
         return None
     kind, codec = codecs[-1]  # before it there is the stream's language, which may be any words of a stranger's
     return Stream(int(name[2]), kind, codec, text.replace(nonce, ","), bool(name[1]))
+
+
+@functools.cache
+def layouts() -> dict[str, tuple[str, ...]]:
+    """Channel names of each of ffmpeg's named layouts."""
+    _, out, _ = child.run([child.ffmpeg(), "-hide_banner", "-layouts"], child.PROBE_SEC, limited=False)
+    listed = out.decode().partition("Standard channel layouts:")[2]
+    return {name: tuple(parts.split("+")) for name, parts in re.findall(r"^(\S+) +(\w+(?:\+\w+)*)$", listed, re.MULTILINE)}
+
+
+def channel_names(layout: str) -> tuple[str, ...]:
+    """The channels of a layout as ffmpeg's log states it; those that nobody names are called by nothing ("")."""
+    if listed := re.match(r"(\d+) channels(?: \((.*)\))?", layout):
+        names = tuple(name.partition("@")[0] for name in (listed[2] or "").split("+"))
+        return names if len(names) == int(listed[1]) else ("",) * int(listed[1])
+    if sphere := re.match(r"ambisonic (\d+)", layout):  # the first channel hears all around, the others are directions
+        return ("FC", *["LFE"] * ((int(sphere[1]) + 1) ** 2 - 1))
+    return layouts().get(layout.partition(" (")[0].strip(), STEREO)

@@ -14,11 +14,10 @@ from fractions import Fraction
 from pathlib import Path
 
 from pipeline.errors import BadMedia
-from pipeline.media import child
-from pipeline.media.channels import channel_names
-from pipeline.media.child import tail
-from pipeline.media.description import Stream, read_description
-from pipeline.media.formats import ACCEPTED_TEXT, UNKNOWN, Opener, guarded, opener
+from pipeline.ffmpeg import child
+from pipeline.ffmpeg.child import tail
+from pipeline.ffmpeg.description import Stream, channel_names, read_description
+from pipeline.ffmpeg.formats import ACCEPTED_TEXT, UNKNOWN, Opener, guarded, opener
 
 MATRICES = {"bt709": "bt709", "smpte170m": "bt601", "bt470bg": "bt601", "fcc": "bt601", "bt2020nc": "bt2020"}
 CONVERTED = ("ycgco", "smpte240m", "chroma-derived-nc", "chroma-derived-c", "bt2020c", "ictcp")  # to another while decoding
