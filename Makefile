@@ -1,6 +1,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: install install-dev run page live test test-full test-certificate bench gpu-report lock check lint types
+# compiled and rewritten tests are kept, whatever the machine says: three workers import all of them
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest
+WORKERS := -n 3 --dist worksteal
+.PHONY: install install-dev run page live test test-long test-full test-certificate bench gpu-report lock check lint types
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -33,11 +36,13 @@ live: .venv/installed-live  ## speak through a presenter in the browser, live: h
 	$(BIN)/python -m pipeline.live
 
 test: install-dev
-	$(BIN)/python -m pytest -n 3 --dist worksteal
+	$(PYTEST) $(WORKERS)
 
-test-full: install-dev  ## published-size networks, fault harness, image build
-	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not alone"
-	$(BIN)/python -m pytest -m alone
+test-long: install-dev  ## published-size networks, fault harness, image build; then what needs the machine to itself
+	$(PYTEST) $(WORKERS) -m full -rs
+	$(PYTEST) -m alone -rs
+
+test-full: test test-long
 
 test-certificate: install  ## a certificate chain for trying out content credentials, in ./test-certificate
 	$(BIN)/python scripts/make_test_certificate.py test-certificate

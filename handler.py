@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
 import json
 import logging
@@ -13,23 +12,22 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any, cast
 
+from pipeline.job.imports import kept
+
 os.environ.setdefault("RUNPOD_DEBUG_LEVEL", "INFO")  # the SDK's default, DEBUG, prints whole inputs with signed URLs
 
 # importing the SDK would wait 1 s for a child process that looks for the CPU's name, which only its own debugger reports
 sys.modules["cpuinfo"] = cast(Any, SimpleNamespace(get_cpu_info=dict))
 sys.modules["paramiko"] = cast(Any, SimpleNamespace())  # and its command line's SSH, with two libraries of ciphers
-gc.disable()  # what is imported stays: to look through it for garbage again and again takes a fifth of the start
+with kept():
+    import runpod
 
-import runpod
-
-from pipeline.job import bar, logs
-from pipeline.job.control import Control
-from pipeline.run import Service
-from pipeline.settings import BadSetting, Settings
+    from pipeline.job import bar, logs
+    from pipeline.job.control import Control
+    from pipeline.run import Service
+    from pipeline.settings import BadSetting, Settings
 
 del sys.modules["paramiko"]
-gc.freeze()
-gc.enable()
 log = logging.getLogger("musetalk.handler")
 LAST_PROGRESS = 0.95  # updates travel in unordered threads: none may overtake the result
 

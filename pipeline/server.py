@@ -18,24 +18,27 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Any
 
-import uvicorn
-from fastapi import Depends, FastAPI, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from pipeline.job.imports import kept
 
-from pipeline.errors import BadRequest, Busy, Cancelled, catalogue
-from pipeline.http.callbacks import Callbacks, Tell
-from pipeline.http.figures import Figures
-from pipeline.http.followed import Followed, FollowedJobs, digest, prefers_async
-from pipeline.http.guard import Guard, answer_error, answer_http_error, read_json
-from pipeline.http.jobs import Job, JobQueue
-from pipeline.http.protocol import BACKLOG, LimitedProtocol, connection_limit, listen
-from pipeline.job import logs
-from pipeline.run import Service, failure, status_of
-from pipeline.schema import Callback, Estimate, Failure, FindFaces, JobRequest, JobState, SelfTest, Success, id_of
-from pipeline.settings import BadSetting, Settings
+with kept():
+    import uvicorn
+    from fastapi import Depends, FastAPI, Request, Response
+    from fastapi.responses import JSONResponse, PlainTextResponse
+    from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
+
+    from pipeline.errors import BadRequest, Busy, Cancelled, catalogue
+    from pipeline.http.callbacks import Callbacks, Tell
+    from pipeline.http.figures import Figures
+    from pipeline.http.followed import Followed, FollowedJobs, digest, prefers_async
+    from pipeline.http.guard import Guard, answer_error, answer_http_error, read_json
+    from pipeline.http.jobs import Job, JobQueue
+    from pipeline.http.protocol import BACKLOG, LimitedProtocol, connection_limit, listen
+    from pipeline.job import logs
+    from pipeline.run import Service, failure, status_of
+    from pipeline.schema import Callback, Estimate, Failure, FindFaces, JobRequest, JobState, SelfTest, Success, id_of
+    from pipeline.settings import BadSetting, Settings
 
 log = logging.getLogger("musetalk.server")
 

@@ -20,6 +20,7 @@ from pipeline import __version__
 from pipeline.errors import BadRequest
 from pipeline.job import bar, logs
 from pipeline.job.control import Control
+from pipeline.job.imports import kept
 from pipeline.schema import JOB_ID, FindFaces, Format, Params, parse
 from pipeline.settings import BadSetting, Settings
 
@@ -257,7 +258,8 @@ def run(arguments: argparse.Namespace) -> int:
     codes = []
     with working_folder(made[0].output) as folder:
         try:
-            from pipeline.run import Service  # torch takes its time: not before the command line is understood
+            with kept():  # torch takes its time: not before the command line is understood
+                from pipeline.run import Service
 
             service = Service(settings.model_copy(update={
                 "storage": "local", "local_storage_dir": made[0].output.parent if arguments.stream else folder,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin starve what the tests wait for
+gc.disable()  # until all is imported, which stays
 import torch
 from torch import nn
 
@@ -29,6 +32,12 @@ from training.scenes import cut_out, picture
 SAMPLES = REPOSITORY / "samples"
 DEMO = REPOSITORY / "models" / "demo"
 torch.set_num_threads(2)
+
+
+def pytest_collection_finish() -> None:
+    """As `pipeline.job.imports.kept` does for the doors."""
+    gc.freeze()
+    gc.enable()
 
 
 LONG = ("test_request_limit.py", "test_image.py", "test_training.py", "test_package.py")
@@ -108,9 +117,11 @@ def log_levels() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def samples_url() -> Iterator[str]:
-    """Base URL of a loopback server with the samples."""
-    with served(SAMPLES) as url:
+def samples_url(short_speech: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Base URL of a loopback server with the samples, and `short.wav`."""
+    folder = shutil.copytree(SAMPLES, tmp_path_factory.mktemp("served") / "samples")
+    shutil.copy(short_speech, folder)
+    with served(folder) as url:
         yield url
 
 

@@ -82,7 +82,8 @@ def signed(headers: dict[str, str], body: bytes) -> bool:
 
 
 def test_a_job_that_nobody_waits_for(door: str, folder: Path, receiver: Receiver, samples_url: str) -> None:
-    request = job(samples_url, musetalk_job_id="async-1", callback_url=f"{receiver.url}/ok/x?{QUERY}", params={"stream": True})
+    request = job(samples_url, musetalk_job_id="async-1", callback_url=f"{receiver.url}/ok/x?{QUERY}", params={"stream": True},
+                  audio_url=f"{samples_url}/speech.wav")
     began = time.monotonic()
     answer = requests.post(f"{door}/generate", json=request, headers=ASYNC, timeout=60)
     assert time.monotonic() - began < 5

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -22,11 +22,10 @@ from tests.conftest import DEMO
 from tests.test_hearing import words  # noqa: F401 (a fixture)
 
 rtc = pytest.importorskip("livekit.rtc", reason='the extra "livekit" is not installed')
-from livekit.agents.voice.avatar import AvatarRunner, QueueAudioOutput  # noqa: E402
+if TYPE_CHECKING:
+    from livekit.agents.voice.avatar import QueueAudioOutput
 
-from pipeline.live.livekit import RATE, Generator, options_of  # noqa: E402
-
-Floats = np.ndarray
+Floats, RATE = np.ndarray, 16_000
 
 
 class Room:
@@ -63,6 +62,10 @@ async def say(voice: QueueAudioOutput, pcm: Floats, rate: int = 48_000) -> None:
 
 async def talk(speaker: LiveSpeaker, pcm: Floats, interrupt_after: int | None) -> tuple[Any, list[Any], list[Any], Room]:
     """What an agent learns about its playback, and what the runner pushed to the room, video and sound apart."""
+    from livekit.agents.voice.avatar import AvatarRunner, QueueAudioOutput  # seconds, which only who runs this spends
+
+    from pipeline.live.livekit import Generator, options_of
+
     room, voice, finished = Room(), QueueAudioOutput(), asyncio.Event()
     runner = AvatarRunner(room, audio_recv=voice, video_gen=Generator(speaker), options=options_of(speaker))
     pushed: list[Any] = []

@@ -108,18 +108,19 @@ def turning() -> list[Scene]:
 
 
 FILMS = {  # a film, who is chosen in its first frame, and the share of frames in which the followed one speaks
-    "past each other, 8 pixels a frame": (crossing(8, False), "leftmost", 0.6),
-    "past each other, 14 pixels a frame": (crossing(14, True), "leftmost", 0.7),
-    "cuts": (cuts(), "largest", 0.62),
-    "behind and back": (behind(), "leftmost", 0.3),
-    "leaves and returns": (leaving(), "rightmost", 0.25),
-    "turns while passing": (turning(), "leftmost", 0.45),
+    "past each other, 8 pixels a frame": (lambda: crossing(8, False), "leftmost", 0.6),
+    "past each other, 14 pixels a frame": (lambda: crossing(14, True), "leftmost", 0.7),
+    "cuts": (cuts, "largest", 0.62),
+    "behind and back": (behind, "leftmost", 0.3),
+    "leaves and returns": (leaving, "rightmost", 0.25),
+    "turns while passing": (turning, "leftmost", 0.45),
 }
 
 
 @pytest.mark.parametrize("name", FILMS)
 def test_the_one_who_was_chosen_speaks(service: Service, name: str) -> None:
-    film, choice, share = FILMS[name]
+    make, choice, share = FILMS[name]
+    film = make()
     verdict = judged(told(service, frames_of(film), choice), film)
     assert "w" not in verdict, verdict
     assert verdict.count("r") >= share * len(film), verdict

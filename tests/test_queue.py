@@ -38,7 +38,8 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QueueWorker]:
 
 
 def job(samples_url: str, **changes: object) -> dict[str, object]:
-    return {"video_url": f"{samples_url}/still.png?sig=canary-signature", "audio_url": f"{samples_url}/speech.wav",
+    """A short one: a still image speaks for 1.6 s."""
+    return {"video_url": f"{samples_url}/still.png?sig=canary-signature", "audio_url": f"{samples_url}/short.wav",
             "resolution": "480p", **changes}
 
 
@@ -55,7 +56,7 @@ def test_success(worker: QueueWorker, samples_url: str) -> None:
 
 
 def test_a_stream_is_told_in_numbered_updates(worker: QueueWorker, samples_url: str) -> None:
-    worker.platform.submit("queue-stream", job(samples_url, params={"stream": True}))
+    worker.platform.submit("queue-stream", job(samples_url, params={"stream": True}, audio_url=f"{samples_url}/speech.wav"))
     body = worker.platform.wait("queue-stream")["output"]
     playlist = f"{worker.b2.url}/file/talking-avatar/avatar/outputs/queue-stream.hls/playlist.m3u8"
     assert body["metrics"]["stream"]["playlist_url"] == playlist
@@ -132,7 +133,7 @@ def test_no_secret_in_logs_or_bodies(worker: QueueWorker) -> None:
 
 
 def test_sigterm_finishes_the_job_in_flight(worker: QueueWorker, samples_url: str) -> None:
-    worker.platform.submit("queue-last", job(samples_url))
+    worker.platform.submit("queue-last", job(samples_url, audio_url=f"{samples_url}/speech.wav"))
     worker.platform.wait_taken("queue-last")
     time.sleep(0.5)
     worker.process.send_signal(signal.SIGTERM)

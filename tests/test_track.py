@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from training.presenter import Identity, Mouth, Pose, draw
 WHO = Identity.random(10_003)
 
 
+@lru_cache
 def picture(x: float, y: float = 170.0, scale: float = 60.0) -> torch.Tensor:
     return torch.from_numpy(draw(480, 360, WHO, Pose(x, y, scale), Mouth()).image)
 
@@ -34,23 +36,23 @@ def empty() -> torch.Tensor:
 
 
 CLIPS = {
-    "still": [picture(240)] * 30,
-    "moving": [picture(160 + 6 * i, 170 + 10 * np.sin(i / 4)) for i in range(30)],
-    "leaves": [picture(240 + 2 * i) if i < 17 else empty() for i in range(30)],
-    "returns": [empty() if i < 13 else picture(240 - 2 * i) for i in range(30)],
-    "blinks out": [empty() if 14 <= i < 17 else picture(240) for i in range(30)],
-    "jumps": [picture(150) if i < 20 else picture(330) for i in range(30)],
+    "still": lambda: [picture(240)] * 30,
+    "moving": lambda: [picture(160 + 6 * i, 170 + 10 * np.sin(i / 4)) for i in range(30)],
+    "leaves": lambda: [picture(240 + 2 * i) if i < 17 else empty() for i in range(30)],
+    "returns": lambda: [empty() if i < 13 else picture(240 - 2 * i) for i in range(30)],
+    "blinks out": lambda: [empty() if 14 <= i < 17 else picture(240) for i in range(30)],
+    "jumps": lambda: [picture(150) if i < 20 else picture(330) for i in range(30)],
 }
 
 
 @pytest.mark.parametrize("name", CLIPS)
 def test_gated_tracking_gives_the_boxes_of_per_frame_detection(service: Service, name: str) -> None:
     lipsync: LipSync = service.engine.load()
-    gated = Tracker(Search(lipsync.nets.detector), lipsync.nets.pose)
+    clip, gated = CLIPS[name](), Tracker(Search(lipsync.nets.detector), lipsync.nets.pose)
     each = Tracker(Search(lipsync.nets.detector), lipsync.nets.pose, window=1)
     with torch.inference_mode():
-        got = [found for _, found in gated.run(CLIPS[name])]
-        want = [found for _, found in each.run(CLIPS[name])]
+        got = [found for _, found in gated.run(clip)]
+        want = [found for _, found in each.run(clip)]
     assert len(got) == 30
     assert [f is None for f in got] == [f is None for f in want]
     for a, b in zip(got, want, strict=True):

@@ -14,6 +14,7 @@ from procrastinate import App, SyncPsycopgConnector
 from procrastinate.exceptions import ConnectorException
 
 from pipeline.job import logs, redact
+from pipeline.job.imports import kept
 from pipeline.queue.schema import migrate
 from pipeline.queue.table import CONNECTION, TASK
 from pipeline.settings import BadSetting, Settings
@@ -89,7 +90,8 @@ def main(argv: list[str] | None = None) -> int:
             raise BadSetting("DATABASE_URL is not set: the queue lies in a PostgreSQL, e.g. postgresql://user:password@host/name")
         if arguments.command not in (None, "work"):
             return command(arguments, settings, settings.database_url)
-        from pipeline.queue.worker import work  # torch takes its time: not before the command line is understood
+        with kept():  # torch takes its time: not before the command line is understood
+            from pipeline.queue.worker import work
 
         return work(settings)
     except (BadUse, BadSetting) as e:
