@@ -82,9 +82,11 @@ class Ruler:
 
     def __init__(self, who: Identity) -> None:
         self.who = who
-        pose = Pose(SIDE / 2, SIDE / 2, 100.0)
+        width, height, scale = 128, 96, 100.0  # the mouth's surroundings alone are drawn
+        cx, cy = Head(who, Mouth(), Pose(0, 0, scale)).mouth_centre
+        pose = Pose(width / 2 - round(scale * cx), height / 2 - round(scale * (cy + 0.12)), scale)
         self.values = [(o, w) for o in OPENINGS for w in WIDTHS for _ in range(2)]
-        drawn = [patch(draw(SIDE, SIDE, who, pose, Mouth(float(o), float(w), teeth, 0.3)).image, who, pose)
+        drawn = [patch(draw(width, height, who, pose, Mouth(float(o), float(w), teeth, 0.3)).image, who, pose)
                  for o in OPENINGS for w in WIDTHS for teeth in (0.3, 0.8)]
         self.templates = torch.stack(drawn)
         self.table = torch.tensor(self.values)

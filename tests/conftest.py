@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import wave
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ gc.disable()  # until all is imported, which stays
 import torch
 from torch import nn
 
+from benchmarks.sync import Clip, Ruler, make_clip
 from pipeline.ffmpeg import ffmpeg
 from pipeline.media import FilmWriter
 from pipeline.run import Service
@@ -166,6 +168,25 @@ def short_clip(media: Callable[..., Path]) -> Path:
 def short_speech(media: Callable[..., Path]) -> Path:
     """The first 1.6 s of the sample speech."""
     return media("short.wav", "-i", str(SAMPLES / "speech.wav"), "-t", "1.6")
+
+
+@pytest.fixture(scope="session")
+def words() -> np.ndarray:
+    """The sample speech, 5.3 s at 16 kHz: (N,) float32 in -1..1."""
+    with wave.open(str(SAMPLES / "speech.wav")) as file:
+        return np.frombuffer(file.readframes(1 << 30), "<i2").astype(np.float32) / 32768
+
+
+@pytest.fixture(scope="session")
+def drawn(service: Service) -> Clip:
+    """A drawn presenter's prepared clip of 40 frames, 480 x 480."""
+    return make_clip(service.engine.load(), 5)
+
+
+@pytest.fixture(scope="session")
+def ruler(drawn: Clip) -> Ruler:
+    """What measures that presenter's mouth."""
+    return Ruler(drawn.who)
 
 
 def make_film(path: Path, frames: Sequence[torch.Tensor]) -> Path:

@@ -155,19 +155,24 @@ def test_the_second_job_prepares_nothing_and_gives_the_same_bytes(
     assert all(np.array_equal(a, b) for a, b in zip(fresh, written, strict=True))
 
 
-def test_parameters_do_something(service: Service, short_clip: Path, short_speech: Path, written: list[np.ndarray]) -> None:
-    def frames(**params: Any) -> np.ndarray:
+def test_parameters_do_something(
+    service: Service, short_clip: Path, short_speech: Path, word: Path, written: list[np.ndarray]
+) -> None:
+    def frames(speech: Path, **params: Any) -> np.ndarray:
         written.clear()
-        run(service, short_clip, short_speech, params=params)
+        run(service, short_clip, speech, params=params)
         return np.stack(written)
 
-    base, seeded = frames(), frames(seed=5)
-    for params in ({"parsing_mode": "raw"}, {"extra_margin": 30}, {"left_cheek_width": 20}, {"audio_padding_left": 4,
-                   "audio_padding_right": 0}, {"silence": "rest"}, {"silence": "model"}, {"openness": 1.5}):
-        assert (frames(**params) != base).any(), params
-    assert np.abs(frames(batch_size=3).astype(int) - base).mean() < 0.02, "the batch size only rounds differently"
+    paused = frames(short_speech)
+    for silence in ("rest", "model"):
+        assert (frames(short_speech, silence=silence) != paused).any(), silence
+    base, seeded = frames(word), frames(word, seed=5)
+    for params in ({"parsing_mode": "raw"}, {"extra_margin": 30}, {"left_cheek_width": 20}, {"openness": 1.5},
+                   {"audio_padding_left": 4, "audio_padding_right": 0}):
+        assert (frames(word, **params) != base).any(), params
+    assert np.abs(frames(word, batch_size=3).astype(int) - base).mean() < 0.02, "the batch size only rounds differently"
     assert (seeded != base).any()
-    assert (seeded == frames(seed=5)).all()
+    assert (seeded == frames(word, seed=5)).all()
 
 
 def test_bbox_shift_needs_the_older_weights(service: Service, short_clip: Path, short_speech: Path) -> None:

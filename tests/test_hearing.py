@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import wave
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.sync import Clip, Ruler, correlation, make_clip, source
+from benchmarks.sync import Clip, Ruler, correlation, source
 from musetalk import LipSync, Options
 from musetalk.sound.features import PIECE, SAMPLE_RATE, Prompts, whisper_states
 from pipeline.run import Service
@@ -26,13 +25,6 @@ Floats = np.ndarray
 @pytest.fixture(scope="module")
 def lipsync(service: Service) -> LipSync:
     return service.engine.load()
-
-
-@pytest.fixture(scope="module")
-def words() -> Floats:
-    """The sample speech, 5.3 s."""
-    with wave.open(str(SAMPLES / "speech.wav")) as file:
-        return np.frombuffer(file.readframes(1 << 30), "<i2").astype(np.float32) / 32768
 
 
 @torch.inference_mode()
@@ -113,9 +105,8 @@ class Mouths:
 
 
 @pytest.fixture(scope="module")
-def mouths(lipsync: LipSync) -> Mouths:
-    clip = make_clip(lipsync, 5)
-    return Mouths(lipsync, clip, Ruler(clip.who))
+def mouths(lipsync: LipSync, drawn: Clip, ruler: Ruler) -> Mouths:
+    return Mouths(lipsync, drawn, ruler)
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import wave
-
 import numpy as np
 import pytest
 
 from musetalk.sound.level import LARGEST_GAIN, NOISE, ORDINARY, level, raised
-from tests.conftest import SAMPLES
 
 Floats = np.ndarray
 RNG = np.random.default_rng(1)
@@ -22,12 +19,6 @@ def peak(pcm: Floats, db: float) -> Floats:
 def gain(pcm: Floats) -> float:
     """Decibels by which a sound is raised."""
     return float(20 * np.log10(raised(pcm).std() / pcm.std()))
-
-
-@pytest.fixture(scope="module")
-def words() -> Floats:
-    with wave.open(str(SAMPLES / "speech.wav")) as file:
-        return np.frombuffer(file.readframes(1 << 30), "<i2").astype(np.float32) / 32768
 
 
 def test_ordinary_speech_stays_to_the_bit(words: Floats) -> None:

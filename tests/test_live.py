@@ -13,16 +13,16 @@ import pytest
 import torch
 
 from benchmarks.live import Simulated, openings
-from benchmarks.sync import Clip, Ruler, make_clip
+from benchmarks.sync import Clip, Ruler
 from musetalk import Avatar, LipSync, NoRoom, Options, Stage
 from musetalk.errors import BadAudio
 from musetalk.live import Moment
 from musetalk.live.speech import Speech
 from musetalk.order import source_index
 from musetalk.sound.rolling import AHEAD, Hearing, Listened
+from pipeline.run import Service
 from pipeline.settings import REPOSITORY
-from tests.conftest import DEMO, failing
-from tests.test_hearing import words  # noqa: F401 (a fixture)
+from tests.conftest import failing
 
 RATE, FPS = 16_000, Fraction(25)
 FAST = Options(quality="fast")
@@ -30,8 +30,8 @@ Floats = np.ndarray
 
 
 @pytest.fixture(scope="module")
-def lipsync() -> LipSync:
-    return LipSync.load(DEMO)
+def lipsync(service: Service) -> LipSync:
+    return service.engine.load()
 
 
 def faceless(count: int = 3) -> Avatar:
@@ -106,7 +106,7 @@ def test_sound_that_comes_as_it_is_said_waits_for_what_is_heard(lipsync: LipSync
 
 
 @torch.inference_mode()
-def test_tokens_know_nothing_later_than_ahead(lipsync: LipSync, words: Floats) -> None:  # noqa: F811
+def test_tokens_know_nothing_later_than_ahead(lipsync: LipSync, words: Floats) -> None:
     """However much waits; and they are the same in any batch, and however the sound came."""
     hearing = Hearing(lipsync.nets.whisper, FPS)
     at = 40 * 640
@@ -130,7 +130,7 @@ def test_tokens_know_nothing_later_than_ahead(lipsync: LipSync, words: Floats) -
 
 
 @torch.inference_mode()
-def test_a_speech_is_heard_as_a_film_s(lipsync: LipSync, words: Floats) -> None:  # noqa: F811
+def test_a_speech_is_heard_as_a_film_s(lipsync: LipSync, words: Floats) -> None:
     """Frame by frame its tokens are most like those of the same frame of the film, not like its neighbours'."""
     hearing = Hearing(lipsync.nets.whisper, FPS)
     film = lipsync.prompts(words, FPS).batch(range(133)).flatten(1)
@@ -141,7 +141,7 @@ def test_a_speech_is_heard_as_a_film_s(lipsync: LipSync, words: Floats) -> None:
     assert away[0] < 0.8 * min(away[-1], away[1]), away
 
 
-def test_silence_is_told_by_what_was_heard(words: Floats) -> None:  # noqa: F811
+def test_silence_is_told_by_what_was_heard(words: Floats) -> None:
     """A pause is rest soon after it began, and speech is none; noise under the voice changes nothing."""
     noise = np.random.default_rng(1).standard_normal(3 * RATE).astype(np.float32) * 1e-3
     sound = noise + np.concatenate([words[6400 : 6400 + RATE], np.zeros(RATE, np.float32), words[6400 : 6400 + RATE]])
@@ -154,21 +154,11 @@ def test_silence_is_told_by_what_was_heard(words: Floats) -> None:  # noqa: F811
 # -- mouths --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def clip(lipsync: LipSync) -> Clip:
-    return make_clip(lipsync, 5)
-
-
-@pytest.fixture(scope="module")
-def ruler(clip: Clip) -> Ruler:
-    return Ruler(clip.who)
-
-
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_no_join_jumps(lipsync: LipSync, clip: Clip, ruler: Ruler, words: Floats, interrupted: bool) -> None:  # noqa: F811
+def test_no_join_jumps(lipsync: LipSync, drawn: Clip, ruler: Ruler, words: Floats, interrupted: bool) -> None:
     """Rest, speech, interruption, rest: no step between neighbours is larger than those within the speech."""
     clock = Simulated()
-    speaker = staged(lipsync, clock).open(clip.avatar)
+    speaker = staged(lipsync, clock).open(drawn.avatar)
     moments = []
     for n, moment in enumerate(islice(speaker, 45)):
         if n == 4:
@@ -177,7 +167,7 @@ def test_no_join_jumps(lipsync: LipSync, clip: Clip, ruler: Ruler, words: Floats
         if n == 17 and interrupted:  # where the mouth is widest
             speaker.clear()
         moments.append(moment)
-    mouth = openings(clip, ruler, moments)
+    mouth = openings(drawn, ruler, moments)
     spoken = [n for n, m in enumerate(moments) if m.sound.any()]
     steps = np.abs(np.diff(mouth))
     inside = steps[spoken[3] : spoken[-1]].max()
@@ -194,10 +184,10 @@ def test_no_join_jumps(lipsync: LipSync, clip: Clip, ruler: Ruler, words: Floats
 # -- a machine that is late ----------------------------------------------------------------------------------------------
 
 
-def test_a_late_machine_drops_frames_and_nothing_else(lipsync: LipSync, clip: Clip, words: Floats) -> None:  # noqa: F811
+def test_a_late_machine_drops_frames_and_nothing_else(lipsync: LipSync, drawn: Clip, words: Floats) -> None:
     """Batches that take 0.3 s: moments come at their times with their sound; the picture before is held and counted."""
     clock = Simulated(cost=0.3)
-    speaker = staged(lipsync, clock).open(clip.avatar)
+    speaker = staged(lipsync, clock).open(drawn.avatar)
     speaker.push(words[6400 : 6400 + RATE])
     speaker.end()
     times, moments = [], []
@@ -211,11 +201,11 @@ def test_a_late_machine_drops_frames_and_nothing_else(lipsync: LipSync, clip: Cl
     assert times[-1] - times[0] <= 24 / 25 + 0.3, "late by what the machine took at most, not by its sum"
 
 
-def test_a_slow_machine_makes_what_it_can(lipsync: LipSync, clip: Clip, words: Floats) -> None:  # noqa: F811
+def test_a_slow_machine_makes_what_it_can(lipsync: LipSync, drawn: Clip, words: Floats) -> None:
     """A tenth of a second a frame: not everything too late, but each frame that there is time for."""
     clock = Simulated()
     stage = staged(lipsync, clock)
-    speaker = stage.open(clip.avatar)
+    speaker = stage.open(drawn.avatar)
     speaker.push(words[6400 : 6400 + 2 * RATE])
 
     def takes(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
@@ -229,12 +219,12 @@ def test_a_slow_machine_makes_what_it_can(lipsync: LipSync, clip: Clip, words: F
     assert len({id(m.image) for m in moments[10:]}) >= 12
 
 
-def test_sessions_share_batches_and_are_refused_by_number(lipsync: LipSync, clip: Clip, words: Floats) -> None:  # noqa: F811
+def test_sessions_share_batches_and_are_refused_by_number(lipsync: LipSync, drawn: Clip, words: Floats) -> None:
     clock = Simulated()
     stage = staged(lipsync, clock, capacity=2)
-    two = [stage.open(clip.avatar), stage.open(clip.avatar)]
+    two = [stage.open(drawn.avatar), stage.open(drawn.avatar)]
     with pytest.raises(NoRoom, match="all 2 live sessions"):
-        stage.open(clip.avatar)
+        stage.open(drawn.avatar)
     sizes: list[int] = []
     hook = lipsync.nets.unet.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     for speaker in two:
@@ -257,8 +247,8 @@ def test_sessions_share_batches_and_are_refused_by_number(lipsync: LipSync, clip
     assert two[0] not in stage.sessions, "nothing is kept of what is over"
 
 
-def test_a_stride_of_two_holds_every_other_frame(lipsync: LipSync, clip: Clip, words: Floats) -> None:  # noqa: F811
-    speaker = staged(lipsync, Simulated(), stride=2).open(clip.avatar)
+def test_a_stride_of_two_holds_every_other_frame(lipsync: LipSync, drawn: Clip, words: Floats) -> None:
+    speaker = staged(lipsync, Simulated(), stride=2).open(drawn.avatar)
     speaker.push(words[6400 : 6400 + RATE // 2])
     moments = list(islice(speaker, 12))
     assert [a.image is b.image for a, b in pairwise(moments)] == [True, False] * 5 + [True]
@@ -271,9 +261,9 @@ def test_a_stage_measures_what_it_carries(lipsync: LipSync) -> None:
     assert stage.capacity == 1 or stage.stride == 1
 
 
-def test_a_thread_of_its_own_and_the_real_time(lipsync: LipSync, clip: Clip, words: Floats) -> None:  # noqa: F811
+def test_a_thread_of_its_own_and_the_real_time(lipsync: LipSync, drawn: Clip, words: Floats) -> None:
     with Stage(lipsync.nets, FAST, capacity=1) as stage:
-        speaker = stage.open(clip.avatar)
+        speaker = stage.open(drawn.avatar)
         speaker.push(words[6400 : 6400 + RATE])
         assert [round(m.time, 2) for m in islice(speaker, 3)] == [0.0, 0.04, 0.08]
         with pytest.raises(BadAudio):
@@ -283,14 +273,14 @@ def test_a_thread_of_its_own_and_the_real_time(lipsync: LipSync, clip: Clip, wor
     assert not stage.thread.is_alive()
 
 
-def test_what_ends_the_stage_is_raised_by_its_sessions(lipsync: LipSync, clip: Clip, words: Floats) -> None:  # noqa: F811
+def test_what_ends_the_stage_is_raised_by_its_sessions(lipsync: LipSync, drawn: Clip, words: Floats) -> None:
     with Stage(lipsync.nets, FAST, capacity=2) as stage, failing(lipsync.nets.unet, RuntimeError("broken")):
-        speaker = stage.open(clip.avatar)
+        speaker = stage.open(drawn.avatar)
         speaker.push(words[6400 : 6400 + RATE])
         with pytest.raises(RuntimeError, match="broken"):
             list(islice(speaker, 250))
         with pytest.raises(RuntimeError, match="broken"):
-            stage.open(clip.avatar)
+            stage.open(drawn.avatar)
 
 
 def test_the_worker_knows_nothing_of_it() -> None:

@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 
 from benchmarks.live import Simulated, openings
-from benchmarks.sync import Ruler, make_clip
-from musetalk import LipSync, LiveSpeaker, Options, Stage
+from benchmarks.sync import Clip, Ruler
+from musetalk import LiveSpeaker, Options, Stage
 from musetalk.live import Moment
+from pipeline.run import Service
 from pipeline.settings import REPOSITORY
-from tests.conftest import DEMO
-from tests.test_hearing import words  # noqa: F401 (a fixture)
 
 rtc = pytest.importorskip("livekit.rtc", reason='the extra "livekit" is not installed')
 if TYPE_CHECKING:
@@ -93,17 +92,16 @@ async def talk(speaker: LiveSpeaker, pcm: Floats, interrupt_after: int | None) -
 
 
 @pytest.mark.parametrize("interrupt_after", [None, 24])
-def test_an_agent_speaks_through_the_runner(words: Floats, interrupt_after: int | None) -> None:  # noqa: F811
-    lipsync = LipSync.load(DEMO)
-    clip, spoken = make_clip(lipsync, 5), words[6400 : 6400 + 24_000]
-    clock = Simulated()
-    stage = Stage(lipsync.nets, Options(quality="fast"), capacity=1, clock=clock)
+def test_an_agent_speaks_through_the_runner(service: Service, drawn: Clip, ruler: Ruler, words: Floats,
+                                            interrupt_after: int | None) -> None:
+    spoken, clock = words[6400 : 6400 + 24_000], Simulated()
+    stage = Stage(service.engine.load().nets, Options(quality="fast"), capacity=1, clock=clock)
     clock.work = stage.step
-    event, pictures, sounds, room = asyncio.run(talk(stage.open(clip.avatar), spoken, interrupt_after))
+    event, pictures, sounds, room = asyncio.run(talk(stage.open(drawn.avatar), spoken, interrupt_after))
     heard = np.concatenate([np.frombuffer(f.data, np.int16) for f in sounds]) / 32767
     assert [type(t) for t in room.tracks] == [rtc.LocalAudioTrack, rtc.LocalVideoTrack]
     assert event.interrupted is (interrupt_after is not None)
-    mouth = openings(clip, Ruler(clip.who), [
+    mouth = openings(drawn, ruler, [
         Moment(np.frombuffer(f.data, np.uint8).reshape(f.height, f.width, 3).copy(), heard, n / 25, False, None)
         for n, f in enumerate(pictures)])
     assert mouth.max() > 0.3, "he speaks"

@@ -109,17 +109,22 @@ def test_vae() -> None:
         close("vae logvar", logvar, g["logvar"], 5e-5, 5.3e-6)
         decoded = net.decode(torch.from_numpy(g["latent"]) * net.cfg.scaling_factor)[0]
     close("vae decode", decoded, g["decoded"], 1e-4, 2.0e-5)
+    levels = [((x / 2 + 0.5).clamp(0, 1) * 255).round() for x in (decoded, torch.from_numpy(g["decoded"]))]
+    assert float((levels[0] != levels[1]).float().mean()) <= 1e-3
+
+
+@pytest.mark.full  # `test_folded_upsampling` and the tiny decoder's tests are of the same, in small
+def test_vae_as_a_worker_runs_it() -> None:
+    g = golden("vae")
+    net = build(Vae, "vae_published")
+    latent = torch.from_numpy(g["latent"]) * net.cfg.scaling_factor
     fold_upsampling(net.decoder)
     with torch.inference_mode():
-        folded = net.decode(torch.from_numpy(g["latent"]) * net.cfg.scaling_factor)[0]
-        close("vae decode, upsampling folded", folded, g["decoded"], 1e-4, 2.0e-5)
-        half = net.to(torch.bfloat16, memory_format=torch.channels_last).decode(
-            (torch.from_numpy(g["latent"]) * net.cfg.scaling_factor).bfloat16())[0].float()
+        close("vae decode, upsampling folded", net.decode(latent)[0], g["decoded"], 1e-4, 2.0e-5)
+        half = net.to(torch.bfloat16, memory_format=torch.channels_last).decode(latent.bfloat16())[0].float()
     error = (half - torch.from_numpy(g["decoded"])).abs()
     print(f"vae decode bfloat16: mean {float(error.mean()):.4f}, max {float(error.max()):.3f}; reference 0.004, 0.03")
     assert float(error.mean()) < 0.01
-    levels = [((x / 2 + 0.5).clamp(0, 1) * 255).round() for x in (decoded, torch.from_numpy(g["decoded"]))]
-    assert float((levels[0] != levels[1]).float().mean()) <= 1e-3
 
 
 def test_the_vae_takes_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,12 +85,12 @@ def speaks(python: Path, folder: Path) -> None:
 
 def test_a_film_is_made_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     """The dependencies are those of this environment; the package is in a fresh one."""
-    venv.create(tmp_path / "venv", with_pip=True)
+    venv.create(tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
     purelib = subprocess.run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
                              capture_output=True, text=True, check=True).stdout.strip()
     Path(purelib, "dependencies.pth").write_text(sysconfig.get_path("purelib"))
-    pip("install", "--quiet", "--no-deps", str(wheel), python=str(python))
+    pip("--python", str(python), "install", "--quiet", "--no-deps", str(wheel))
     speaks(python, tmp_path)
 
 
