@@ -65,7 +65,7 @@ class Scene:
 
 
 SCENES = (Scene("still", 110, 3, 2, "rest"), Scene("moving", 110, 3, 2, "rest"), Scene("crossing", 110, 3, 2, "rest"),
-          Scene("cut", 150, 2, 2), Scene("cut", 240, 3, 3))
+          Scene("cut", 150, 2, 2), Scene("cut", 480, 3, 3))
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def said(k: int, frames: int, start: int) -> Voice:
 def sentences(k: int) -> speech.Utterance:
     """What speaker k says."""
     texts = speech.HELD_OUT[VOICES[k][:2]]
-    return speech.utter([texts[(k + i) % len(texts)] for i in range(4)], VOICES[k])
+    return speech.utter([texts[(k + i) % len(texts)] for i in range(8)], VOICES[k])
 
 
 def unrelated(scene: Scene, seen: Sequence[NDArray[np.bool_]]) -> list[Voice]:
@@ -117,7 +117,7 @@ def unrelated(scene: Scene, seen: Sequence[NDArray[np.bool_]]) -> list[Voice]:
         return max((abs(correlation(*pair)) for pair in pairs), default=0.0)
 
     for k in range(scene.speaking):
-        tries = [said(k, scene.frames, start) for start in range(60 if k else 1)]
+        tries = [said(k, scene.frames, start) for start in range(min(120, scene.frames // 2) if k else 1)]
         voices.append(min(tries, key=lambda voice: round(related(k, voice) / 0.04)))
     if scene.speaking < scene.count:
         voices.append(Voice(np.zeros(scene.frames * SAMPLES, np.float32), (0, scene.frames), np.zeros(scene.frames)))

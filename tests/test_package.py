@@ -5,6 +5,7 @@ from __future__ import annotations
 import email
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -94,10 +95,22 @@ def test_a_film_is_made_outside_the_checkout(wheel: Path, tmp_path: Path) -> Non
     speaks(python, tmp_path)
 
 
+def interpreters() -> list[str]:
+    """The Python that runs the tests, in CI the oldest that is taken; and the newest on the path or of pyenv's."""
+    found = {}
+    for minor in range(12, 20):
+        names = [shutil.which(f"python3.{minor}"), *Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/python3.{minor}")]
+        for name in filter(None, names):
+            if subprocess.run([str(name), "-c", "import venv, ensurepip"], capture_output=True).returncode == 0:
+                found[minor] = str(name)  # a shim of pyenv fails unless its version is chosen
+    return [sys.executable, *([found[max(found)]] if found else [])]
+
+
 @pytest.mark.full
-def test_a_film_is_made_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("interpreter", interpreters())
+def test_a_film_is_made_in_a_fresh_environment(wheel: Path, tmp_path: Path, interpreter: str) -> None:
     """Everything is installed as a user would."""
-    venv.create(tmp_path / "venv", with_pip=True)
+    subprocess.run([interpreter, "-m", "venv", str(tmp_path / "venv")], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     pip("install", "--quiet", f"{wheel}[page]", python=str(python))
     speaks(python, tmp_path)
