@@ -31,7 +31,7 @@ from musetalk.geometry.place import Place
 
 CHUNK_FRAMES = 32  # source frames
 CHUNKS_IN_MEMORY = 4  # chunks kept in memory while reading
-FORMAT = 12
+FORMAT = 13
 
 
 @dataclass(frozen=True)

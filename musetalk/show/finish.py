@@ -215,8 +215,10 @@ def crisp(drawing: Tensor, times: float) -> Tensor:
 
     Each pixel stays in the range of its 3 x 3 neighbours, so edges get neither halos nor stairs.
     """
+    if times <= 1:
+        return drawing
     low, average, high = _around(drawing)
-    sharp = drawing + CRISP * min(max(times - 1, 0), CRISP_TIMES) ** 3 * (drawing - average)
+    sharp = drawing + CRISP * min(times - 1, CRISP_TIMES) ** 3 * (drawing - average)
     if times > CRISP_FINER:
         sharp = F.interpolate(sharp, scale_factor=2, mode="bicubic")
         low, high = torch.split(F.interpolate(torch.cat([low, high]), scale_factor=2, mode="bilinear"), 1)
