@@ -71,9 +71,12 @@ def patch(image: NDArray[np.uint8], who: Identity, pose: Pose) -> torch.Tensor:
     y = torch.linspace(-0.22, 0.46, rows)[:, None] + cy
     c, s = np.cos(pose.roll), np.sin(pose.roll)
     px, py = pose.x + pose.scale * (c * x - s * y), pose.y + pose.scale * (s * x + c * y)
-    height, width = image.shape[:2]
-    grid = torch.stack([px / width * 2 - 1, py / height * 2 - 1], dim=-1)[None].float()
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
+    (top, bottom), (left, right) = (np.clip([int(p.min()) - 2, int(p.max()) + 3], [0, 1], [size - 1, size])
+                                    for p, size in zip((py, px), image.shape, strict=False))
+    near = image[top:bottom, left:right]
+    height, width = near.shape[:2]
+    grid = torch.stack([(px - left) / width * 2 - 1, (py - top) / height * 2 - 1], dim=-1)[None].float()
+    pixels = torch.from_numpy(near).permute(2, 0, 1)[None].float() / 255
     return F.grid_sample(pixels, grid, align_corners=False).flatten()
 
 

@@ -12,13 +12,15 @@ import pytest
 import torch
 
 from musetalk import LipSync, NoFace, Options
-from musetalk.face import detect
+from musetalk.face import detect, landmarks
+from musetalk.face.landmarks import PoseFrame
 from musetalk.face.people import Choice, Pointed, assigned, middle
 from musetalk.face.search import Search
 from musetalk.face.steady import Found, steadied
 from musetalk.face.track import WINDOW, Tracker, _together, follow, frames_needed
 from musetalk.geometry.box import Box
 from musetalk.geometry.place import Place
+from musetalk.nets.rtmpose import RtmPose
 from musetalk.nets.s3fd import S3fd
 from pipeline.run import Service
 from training.scenes import Spot, Where, background, cut_out, picture
@@ -29,18 +31,32 @@ ANNA, BELA = 7, 23
 
 @pytest.fixture(scope="module", autouse=True)
 def searched_once() -> Iterator[None]:
-    """The detector's findings in a picture are kept for all tests: many of them show the same films."""
+    """What detector and landmarks find in a picture is kept for all tests: many of them show the same films."""
     known: dict[bytes, list[detect.Detection]] = {}
-    search = detect.detect
+    seen: dict[tuple[bytes, PoseFrame | None], tuple[torch.Tensor, torch.Tensor]] = {}
+    search, look = detect.detect, landmarks.landmarks
+
+    def digest(frame: torch.Tensor) -> bytes:
+        return hashlib.sha256(repr(frame.shape).encode() + frame.numpy().tobytes()).digest()
 
     def found(net: S3fd, frame: torch.Tensor) -> list[detect.Detection]:
-        key = hashlib.sha256(repr(frame.shape).encode() + frame.numpy().tobytes()).digest()
+        key = digest(frame)
         if key not in known:
             known[key] = search(net, frame)
         return known[key]
 
+    def looked(net: RtmPose, frames: list[torch.Tensor],
+               regions: list[PoseFrame] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        keys = list(zip(map(digest, frames), regions or [None] * len(frames), strict=True))
+        if new := [i for i, key in enumerate(keys) if key not in seen]:
+            made = look(net, [frames[i] for i in new], regions and [regions[i] for i in new])
+            seen.update(zip([keys[i] for i in new], zip(*made, strict=True), strict=True))
+        points, scores = zip(*(seen[key] for key in keys), strict=True)
+        return torch.stack(points), torch.stack(scores)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(detect, "detect", found)
+        patch.setattr(landmarks, "landmarks", looked)
         yield
 
 

@@ -36,13 +36,25 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return make(tmp_path_factory.mktemp("certificate"))
 
 
-@pytest.fixture
-def film(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def encoded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished film as the encoder leaves it, with its tags."""
-    path = tmp_path / "output.mp4"
+    path = tmp_path_factory.mktemp("encoded") / "output.mp4"
     ffmpeg("-i", str(SAMPLES / "presenter.mp4"), "-i", str(SAMPLES / "speech.wav"), "-map", "0:v", "-map", "1:a",
            "-c:v", "copy", "-shortest", *tags(Settings.from_env({})), "-movflags", "+faststart", str(path))
     return path
+
+
+@pytest.fixture(scope="module")
+def before(encoded: Path) -> str:
+    """Digests of all its pictures and sound."""
+    return frames(encoded)
+
+
+@pytest.fixture
+def film(encoded: Path, tmp_path: Path) -> Path:
+    """That film, for a test to change."""
+    return Path(shutil.copy(encoded, tmp_path))
 
 
 def ffmpeg(*arguments: str) -> str:
@@ -74,11 +86,10 @@ def frames(path: Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_exiftool_finds_the_iptc_mark(film: Path) -> None:
+def test_exiftool_finds_the_iptc_mark(film: Path, before: str) -> None:
     tool = shutil.which("exiftool")
     if not tool:
         pytest.skip("exiftool (Debian: libimage-exiftool-perl) is not installed: the IPTC mark is not read by other software")
-    before = frames(film)
     mark = Marker(settings()).finish(film, making(), Control(60))
     said = json.loads(subprocess.run([tool, "-j", "-n", str(film)], capture_output=True, text=True, check=True).stdout)[0]
     assert said["DigitalSourceType"] == COMPOSITE
@@ -103,8 +114,7 @@ def test_the_label_can_be_switched_off(film: Path) -> None:
     assert film.read_bytes() == before
 
 
-def test_a_signed_film_is_valid_and_plays(film: Path, pair: tuple[Path, Path]) -> None:
-    before = frames(film)
+def test_a_signed_film_is_valid_and_plays(film: Path, before: str, pair: tuple[Path, Path]) -> None:
     mark = Marker(settings(pair, REVISION="revision-7")).finish(film, making(), Control(60))
     assert mark.written == "IPTC, C2PA"
     assert frames(film) == before
@@ -145,9 +155,9 @@ def middle_chunk(data: bytes, handler: bytes) -> int:
 
 
 @pytest.mark.parametrize("place", ["picture", "sound", "xmp"])
-def test_one_changed_byte_is_detected(film: Path, pair: tuple[Path, Path], place: str) -> None:
+def test_one_changed_byte_is_detected(film: Path, before: str, pair: tuple[Path, Path], place: str) -> None:
     Marker(settings(pair)).finish(film, making(), Control(60))
-    before, data = frames(film), bytearray(film.read_bytes())
+    data = bytearray(film.read_bytes())
     at = {"picture": middle_chunk(data, b"vide") + 20, "sound": middle_chunk(data, b"soun") + 20,
           "xmp": data.rindex(b"AISystemUsed>MuseTalk") + 14}[place]
     data[at] ^= 1
