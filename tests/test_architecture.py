@@ -20,7 +20,7 @@ MUSETALK = {
     "sound": "errors nets", "avatar": "geometry", "face": "errors geometry nets pixels",
     "draw": "checkpoints errors nets", "show": "geometry nets options pixels",
     "steps": "avatar checkpoints draw errors face geometry options pixels show sound",
-    "live": "avatar checkpoints draw errors options order sound steps",
+    "live": "avatar checkpoints draw errors options order pixels sound steps",
     "lipsync": "avatar checkpoints draw errors options order sound steps",
 }
 PIPELINE = {
@@ -34,7 +34,7 @@ PIPELINE = {
     "queue": "errors http job run settings",
     "shell": "errors job run schema settings", "__main__": "job shell",
     "page": "errors film job run schema settings", "handler": "job run settings",
-    "live": "job settings",
+    "live": "errors job settings",
 }
 USES_MUSETALK = {"film", "live", "weights"}  # schema: its options alone
 OUTSIDE = {"subprocess": "ffmpeg media transfer", "requests": "transfer weights", "runpod": "handler", "b2sdk": "transfer",

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import subprocess
 import sys
 import tempfile
 import threading
@@ -28,10 +29,11 @@ from musetalk.steps import Painted, generating, preparing
 from pipeline.errors import DeviceLost, JobError, NoDevice, OutOfMemory
 from pipeline.ffmpeg import probe
 from pipeline.film import engine
+from pipeline.job import device as job_device
 from pipeline.job import logs
 from pipeline.media import FilmWriter, FrameReader, FrameSource, encoder, read_speech
 from pipeline.run import Service
-from pipeline.settings import BadSetting, Settings
+from pipeline.settings import REPOSITORY, BadSetting, Settings
 from tests.conftest import encoded
 from tests.fakes import cuda
 from tests.fakes.b2 import B2
@@ -149,8 +151,8 @@ def test_a_gpu_that_cannot_be_used_is_said_in_one_line(
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(engine, "gpu_name", lambda: gpu)
-    monkeypatch.setattr(engine, "gpu_driver", lambda: gpu and "570.86")
+    monkeypatch.setattr(job_device, "gpu_name", lambda: gpu)
+    monkeypatch.setattr(job_device, "gpu_driver", lambda: gpu and "570.86")
     configured = settings.model_copy(update={"device": setting})
     configured._on_runpod = on_runpod
     service = Service(configured)
@@ -164,6 +166,17 @@ def test_a_gpu_that_cannot_be_used_is_said_in_one_line(
     assert "\n" not in caught.value.message
     assert (gpu or "no NVIDIA driver") in caught.value.message
     assert not gpu or "570.86" in caught.value.message
+
+
+def test_the_live_page_says_it_as_well() -> None:
+    pytest.importorskip("aiortc", reason='the extra "live" is not installed')
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    done = subprocess.run([sys.executable, "-m", "pipeline.live"], cwd=REPOSITORY, env={**os.environ, "DEVICE": "cuda"},
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: DEVICE=cuda: the GPU cannot be used: found ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_job_on_a_device_that_is_not_there_is_not_retried(

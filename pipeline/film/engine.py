@@ -36,14 +36,14 @@ from pipeline.errors import (
     DeviceLost,
     JobError,
     ModelBroken,
-    NoDevice,
     NoFaceFound,
     OutOfMemory,
     Stage,
     Unfit,
 )
 from pipeline.ffmpeg import probe
-from pipeline.job.metrics import gpu_driver, gpu_name
+from pipeline.job.device import check_device
+from pipeline.job.metrics import gpu_name
 from pipeline.media import FrameReader, FrameSource, video_encoder
 from pipeline.settings import Settings, try_writing
 
@@ -56,7 +56,6 @@ TURN_SEC = 0.1  # how often a job that waits for its turn looks whether it is st
 # preparing takes beside them, with the libraries' workspaces. docs/performance.md has the count.
 FRAME_BYTES, WEIGHT_BYTES, SPARE_BYTES = 90 << 20, 2048 << 20, 2048 << 20
 BATCHES = (1, 4, 8, 16)  # what a worker picks from: larger ones are no faster, and a frame waits for its whole batch
-DRIVERS = {"12": "525", "13": "580"}  # by CUDA's major version
 FACE = Path(__file__).with_name("warmup.jpg")  # a drawn face, for warming up
 FACE_BOX = Box(81, 116, 188, 236)  # where it is, should a detector not take the drawing for one
 
@@ -234,20 +233,6 @@ def batch_for(device: torch.device) -> int:
     _, total = torch.cuda.mem_get_info(device)
     fits = (total - WEIGHT_BYTES - SPARE_BYTES) // FRAME_BYTES
     return max((size for size in BATCHES if size <= fits), default=1)
-
-
-def check_device(setting: str, device: torch.device, on_runpod: bool) -> None:
-    """Raise NoDevice where a GPU was asked for or is paid for and cannot be used: driver found, driver needed."""
-    if device.type == "cuda" and torch.cuda.is_available():
-        return
-    name, driver = gpu_name(), gpu_driver()
-    if setting == "cpu" or (setting == "auto" and not on_runpod and name is None):
-        return
-    found = f"{name}, driver {driver}" if name else "no NVIDIA driver"
-    major = (torch.version.cuda or "").partition(".")[0]
-    needed = f"needs driver {DRIVERS.get(major, f'of CUDA {major}')} or newer" if major else "is built without CUDA"
-    raise NoDevice(f"DEVICE={setting}: the GPU cannot be used: found {found}; torch {torch.__version__} {needed}. DEVICE=cpu "
-                   "runs without a GPU", stage="inference", driver=driver, gpu=name)
 
 
 def _out_of_memory(_: Exception, stage: Stage) -> JobError:

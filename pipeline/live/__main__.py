@@ -22,7 +22,9 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from musetalk import Avatar, LipSync, MuseTalkError, NoRoom, Options, Stage
 from musetalk.checkpoints import device_named, dtype_named
+from pipeline.errors import NoDevice
 from pipeline.job import logs, signals
+from pipeline.job.device import check_device
 from pipeline.live.clip import frames
 from pipeline.live.peer import Peer
 from pipeline.settings import BadSetting, Settings, asset
@@ -83,8 +85,10 @@ def stay_on_loopback() -> None:
 
 
 def build(settings: Settings, clip: Path, height: int, quality: str | None) -> tuple[Stage, Avatar]:
-    """The networks and the avatar. Raises MuseTalkError, av.FFmpegError."""
-    lipsync = LipSync.load(settings.model_dir, device_named(settings.device), dtype_named(settings.dtype))
+    """The networks and the avatar. Raises NoDevice, MuseTalkError, av.FFmpegError."""
+    device = device_named(settings.device)
+    check_device(settings.device, device, settings.on_runpod)
+    lipsync = LipSync.load(settings.model_dir, device, dtype_named(settings.dtype))
     stage = Stage(lipsync.nets, Options.for_version(lipsync.nets.version, quality=quality) if quality else None)
     return stage, lipsync.prepare(frames(clip, height, FRAMES), stage.options)
 
@@ -102,7 +106,7 @@ def main() -> int:
     signals.exit_on_signals()
     try:
         stage, avatar = build(Settings.for_shell(), given.clip, given.height, given.quality)
-    except (BadSetting, MuseTalkError, av.FFmpegError, OSError) as e:
+    except (BadSetting, NoDevice, MuseTalkError, av.FFmpegError, OSError) as e:
         parser.exit(1, f"error: {e}\n")
     stay_on_loopback()
     with stage:
