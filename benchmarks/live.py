@@ -149,8 +149,9 @@ def lanes(nets: Networks) -> tuple[Quality, ...]:
 
 def session(speaker: LiveSpeaker, clip: Clip, ruler: Ruler, pcm: np.ndarray, seconds: float) -> Ran:
     """Speak for so long, as a microphone would; then interrupt in the middle of a word and wait for the mouth to close."""
-    began, latencies, made, last = time.perf_counter(), list[float](), 0, speaker.image
+    began, latencies, made, last = 0.0, list[float](), 0, speaker.image
     for moment in played(speaker, np.resize(pcm, round(seconds * speech.RATE) + 4 * speech.RATE), seconds):
+        began = began or time.perf_counter() - 1 / 25  # a frame's time before the first is shown
         made, last = made + (moment.image is not last), moment.image
         latencies += [] if moment.latency is None else [moment.latency]
     ran = Ran(made / (time.perf_counter() - began), speaker.frames, speaker.dropped, latencies, None)

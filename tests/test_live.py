@@ -45,7 +45,7 @@ def faceless(count: int = 3) -> Avatar:
 
 def staged(lipsync: LipSync, clock: Simulated, **given: Any) -> Stage:
     stage = Stage(lipsync.nets, FAST, clock=clock, **{"capacity": 4, **given})
-    clock.work = stage.step
+    clock.work, stage.workers = stage.step, 1
     return stage
 
 
@@ -154,15 +154,19 @@ def test_silence_is_told_by_what_was_heard(words: Floats) -> None:
 # -- mouths --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_no_join_jumps(lipsync: LipSync, drawn: Clip, ruler: Ruler, words: Floats, interrupted: bool) -> None:
-    """Rest, speech, interruption, rest: no step between neighbours is larger than those within the speech."""
+@pytest.mark.parametrize(("interrupted", "samples", "times"), [(False, 8_320, 0.6), (True, 25_600, 1.2)])
+def test_no_join_jumps(
+    lipsync: LipSync, drawn: Clip, ruler: Ruler, words: Floats, interrupted: bool, samples: int, times: float,
+) -> None:
+    """Rest, speech, interruption, rest: no step between neighbours is larger than those within the speech, and where nobody
+    interrupts all are smaller.
+    """
     clock = Simulated()
     speaker = staged(lipsync, clock).open(drawn.avatar)
     moments = []
     for n, moment in enumerate(islice(speaker, 45)):
         if n == 4:
-            speaker.push(words[8960 : 8960 + 25_600])  # begins and ends within words
+            speaker.push(words[8960 : 8960 + samples])  # begins and ends within words
             speaker.end()
         if n == 17 and interrupted:  # where the mouth is widest
             speaker.clear()
@@ -173,7 +177,7 @@ def test_no_join_jumps(lipsync: LipSync, drawn: Clip, ruler: Ruler, words: Float
     inside = steps[spoken[3] : spoken[-1]].max()
     joins = np.concatenate([steps[: spoken[3]], steps[spoken[-1] :]])
     assert inside > 0.1, "he speaks"
-    assert joins.max() <= 1.2 * inside
+    assert joins.max() <= times * inside
     assert mouth[:4].max() < 0.12
     if interrupted:
         assert spoken[-1] == 18, "the sound ends within a frame"
@@ -207,16 +211,21 @@ def test_a_slow_machine_makes_what_it_can(lipsync: LipSync, drawn: Clip, words: 
     stage = staged(lipsync, clock)
     speaker = stage.open(drawn.avatar)
     speaker.push(words[6400 : 6400 + 2 * RATE])
+    moments: list[Moment] = []  # kept: an array that is gone gives its id to another
 
     def takes(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
         clock.time += 0.1 * len(inputs[0])
 
     hook = lipsync.nets.unet.register_forward_pre_hook(takes)
+    began, seen = clock.now() + stage.lead, set()
     try:
-        moments = list(islice(speaker, 50))
+        for n, moment in enumerate(islice(speaker, 50)):
+            if clock.now() - began - n / 25 < 0.1:  # else it was late, and is here only as one thread makes and shows it
+                seen.add(id(moment.image))
+            moments.append(moment)
     finally:
         hook.remove()
-    assert len({id(m.image) for m in moments[10:]}) >= 12
+    assert len(seen) >= 12
 
 
 def test_sessions_share_batches_and_are_refused_by_number(lipsync: LipSync, drawn: Clip, words: Floats) -> None:
@@ -269,8 +278,8 @@ def test_a_thread_of_its_own_and_the_real_time(lipsync: LipSync, drawn: Clip, wo
         with pytest.raises(BadAudio):
             speaker.push(np.array([np.nan], np.float32))
     assert list(speaker) == []
-    assert stage.thread is not None
-    assert not stage.thread.is_alive()
+    assert stage.threads
+    assert not any(thread.is_alive() for thread in stage.threads)
 
 
 def test_what_ends_the_stage_is_raised_by_its_sessions(lipsync: LipSync, drawn: Clip, words: Floats) -> None:

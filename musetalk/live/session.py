@@ -11,7 +11,6 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from musetalk.avatar import Avatar
 from musetalk.errors import BadAudio
@@ -19,7 +18,7 @@ from musetalk.live.speech import Speech, Taken
 from musetalk.options import Loop
 from musetalk.order import source_index
 from musetalk.sound.features import SAMPLE_RATE
-from musetalk.sound.rolling import Sound
+from musetalk.sound.rolling import Listened, Sound, nearer
 
 FADE = 160  # samples over which interrupted sound falls silent: 10 ms
 
@@ -45,22 +44,21 @@ class Moment(NamedTuple):
 
 
 class Mouth(NamedTuple):
-    """How an output's mouth is: the share of rest, and what was heard last."""
+    """How an output's mouth is: the share of rest, and what was heard last; only what was heard decides its tokens."""
 
     output: int
     share: float
-    tokens: Tensor | None
+    heard: Listened | None
 
 
 @dataclass(eq=False)
 class Planned:
-    """A frame whose sound is settled: what is made for it, and how its mouth was."""
+    """A frame whose sound is settled; so is its mouth, once it is begun."""
 
     output: int
     taken: Taken
-    begun: bool = False
-    image: NDArray[np.uint8] | None = None
     mouth: Mouth | None = None
+    image: NDArray[np.uint8] | None = None
 
 
 class LiveSpeaker:
@@ -74,7 +72,7 @@ class LiveSpeaker:
         self.began: float | None = None  # when output 0 is due
         self.frames = self.dropped = 0  # shown so far; of them, those whose picture was not ready: the one before is held
         self.image = avatar.frames[0].numpy()  # the last one that was shown
-        self.mouth = self.shown = Mouth(-1, 1.0, None)  # of the last picture that was made, and of the last that was shown
+        self.mouth = self.shown = Mouth(-1, 1.0, None)  # of the last picture that was begun, and of the last that was shown
         self.error: BaseException | None = None
         self.closed = False
         self.lock = threading.Lock()
@@ -170,14 +168,19 @@ class LiveSpeaker:
                 return []
             now = self.clock.now()
             self.plan(math.floor((now + self.lead - self.began) * self.fps))
-            return [one for n, one in self.planned.items() if not one.begun and n % self.stride == 0 and self.due(n) > now]
+            return [one for n, one in self.planned.items() if one.mouth is None and n % self.stride == 0 and self.due(n) > now]
 
     def source(self, output: int) -> int:
         """The source frame of an output."""
         return source_index(output, len(self.avatar), self.loop)
 
-    def made(self, one: Planned, image: NDArray[np.uint8], mouth: Mouth) -> None:
-        """A picture is ready; it is thrown away where it was interrupted."""
+    def begin(self, one: Planned) -> Mouth | None:
+        """Settle the mouth of the next picture that is made; None where it was interrupted."""
         with self.lock:
-            if self.planned.get(one.output) is one:
-                one.image, one.mouth, self.mouth = image, mouth, mouth
+            if self.planned.get(one.output) is not one:
+                return None
+            last, share, before = self.mouth
+            heard = one.taken.heard
+            share = nearer(share, heard.resting() if heard else 1.0, (one.output - last) / float(self.fps))
+            one.mouth = self.mouth = Mouth(one.output, share, heard or before)
+            return one.mouth  # what was dropped since the last one was held: the mouth makes up for it

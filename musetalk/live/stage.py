@@ -7,7 +7,8 @@
             ...                                          # 25 a second, for ever
 
 A frame is begun `lead` before it is due, and with all others that are due: a batch is as large as the machine is late. What is
-not ready in time is not shown later; the frame before is held, and counted.
+not ready in time is not shown later; the frame before is held, and counted. On a CPU each core makes frames of its own: a team
+of threads that share one would wait for each other after every operation, and for whatever else the machine does.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,13 +32,14 @@ from musetalk.draw.recorded import examples
 from musetalk.errors import NoRoom
 from musetalk.live.session import Clock, LiveSpeaker, Mouth, Planned
 from musetalk.options import Options
-from musetalk.sound.rolling import Hearing
+from musetalk.pixels.threads import sharing
+from musetalk.sound.rolling import AHEAD, PAST, Hearing, Listened
 from musetalk.steps import RGB, Frame, Shown, Speaker, State, blend, paint
 
 LEAD = 0.16  # seconds
 SHARE = 0.7  # of the frames that the generator makes: the rest is hearing, painting, and a reserve
 EASE, FORGET = 0.2, 0.97  # how fast the machine's pace is learned, and that of other batches is forgotten
-BATCH = 4  # frames by which a CPU is measured; a GPU by a whole batch
+ROUNDS = 4  # in which the machine is measured; the fastest counts
 
 
 class Real:
@@ -84,34 +88,34 @@ class Said:
 
 @dataclass
 class Work:
-    """A session's part of a batch; its frames are numbered from 0."""
+    """A session's part of a batch, with its mouths settled; its frames are numbered from 0."""
 
     session: LiveSpeaker
     planned: list[Planned]
-    heard: dict[int, Tensor]  # tokens of those in which something is said
+    mouths: list[Mouth]
 
-    def frames(self, hearing: Hearing, options: Options) -> tuple[list[Frame], list[Shown], list[Mouth]]:
-        """The frames, the faces that they show, and each one's mouth."""
-        session, avatar = self.session, self.session.avatar
-        (last, share, tokens), mouths = session.mouth, list[Mouth]()
-        for k, one in enumerate(self.planned):
-            if k in self.heard:
-                tokens = self.heard[k]
-            heard = one.taken.heard
-            share = hearing.nearer(share, heard.resting() if k in self.heard and heard else 1.0, one.output - last)
-            last = one.output  # what was dropped in between was held: the mouth makes up for it
-            mouths.append(Mouth(last, share, tokens))
-        said = Said([hearing.shown(hearing.silence if t is None else t, s) for _, s, t in mouths], [s for _, s, _ in mouths])
-        speaker = Speaker(avatar, said, [1.0] * len(said), options)
-        sources = [session.source(one.output) for one in self.planned]
-        frames = [Frame(k, source, avatar.frames[source].clone(), RGB) for k, source in enumerate(sources)]
+    @property
+    def sources(self) -> list[int]:
+        """The frames' source frames."""
+        return [self.session.source(one.output) for one in self.planned]
+
+    def heard(self) -> dict[int, Listened]:
+        """What is heard, by the frame; nothing where the mouth rests, or no face is seen."""
+        return {k: mouth.heard for k, (mouth, source) in enumerate(zip(self.mouths, self.sources, strict=True))
+                if mouth.heard is not None and mouth.share < 1 and self.session.avatar.present[source]}
+
+    def frames(self, tokens: Sequence[Tensor], options: Options) -> tuple[list[Frame], list[Shown]]:
+        """The frames, and the faces that they show, of their tokens (T, C)."""
+        avatar = self.session.avatar
+        speaker = Speaker(avatar, Said(tokens, [mouth.share for mouth in self.mouths]), [1.0] * len(tokens), options)
+        frames = [Frame(k, source, avatar.frames[source].clone(), RGB) for k, source in enumerate(self.sources)]
         shown = [Shown(frame, speaker, face, weight) for frame in frames if (face := avatar[frame.source]) is not None
                  and (weight := speaker.weight(face, frame.output or 0)) > 0]
-        return frames, shown, mouths
+        return frames, shown
 
 
 class Stage:
-    """See the module docstring. One thread of its own makes the frames, once it is started."""
+    """See the module docstring. Threads of its own make the frames, once it is started."""
 
     def __init__(
         self, nets: Networks, options: Options | None = None, fps: Fraction = Fraction(25), capacity: int | None = None,
@@ -126,29 +130,54 @@ class Stage:
         self.hearing = Hearing(nets.whisper, fps, self.options.audio_padding_left, self.options.audio_padding_right,
                                self.options.finish == "natural", self.options.openness)
         self.state.generator.record(self.options.batch_size, len(self.hearing.silence))
+        self.cores = torch.get_num_threads() if nets.device.type == "cpu" else 1
+        self.workers = self.cores  # threads that make frames
         if capacity is None:
             capacity, self.stride = self._carried()
         self.capacity = capacity
         self.sessions: list[LiveSpeaker] = []
         self.lock = threading.Lock()
+        self.choosing = threading.Lock()  # held by the one worker that waits for what is due
         self.pace = Pace()
-        self.error: BaseException | None = None  # that ended the thread; raised by all sessions, and by `open`
-        self.thread: threading.Thread | None = None
+        self.error: BaseException | None = None  # that ended the threads; raised by all sessions, and by `open`
+        self.threads: list[threading.Thread] = []
         self.ending = threading.Event()
 
     def _carried(self) -> tuple[int, int]:
-        """How many sessions this machine carries, and every how manieth frame can be made for one."""
-        count = self.options.batch_size if self.nets.device.type == "cuda" else BATCH
+        """How many sessions this machine carries, and every how manieth frame can be made for one.
+
+        A frame that one core makes too late is made by more of them, and so by fewer workers, where that is sooner.
+        """
+        count = self.options.batch_size if self.nets.device.type == "cuda" else 1
+        took = self._took(count, self.workers)
+        while took > self.lead * SHARE and self.workers > 1 and (sooner := self._took(count, self.workers // 2)) < took:
+            took, self.workers = sooner, self.workers // 2
+        each = took / (count * self.workers) / SHARE * float(self.fps)  # share of the machine that a session takes
+        return max(1, math.floor(1 / each)), max(1, math.ceil(each))
+
+    def _took(self, count: int, workers: int) -> float:
+        """Seconds in which so many workers at once hear and generate `count` frames each."""
         latents, tokens = examples(self.nets.unet, self.nets.vae, count, len(self.hearing.silence))
         first = None if self.options.quality == "exact" else self.nets.vae.cfg.crop_size // 2
-        took = []
-        for _ in range(4):
-            began = time.perf_counter()
-            with self.state.clock.running():
+        heard = [Listened(np.zeros(PAST + AHEAD, np.float32), PAST, 0, False)] * count
+
+        def work() -> None:
+            with torch.inference_mode(), self.state.clock.running():
+                self.hearing.tokens(heard)
                 self.state.generator(latents, tokens, first)
-            took.append(time.perf_counter() - began)
-        each = min(took) / count / SHARE * float(self.fps)  # share of the machine that a session takes
-        return max(1, math.floor(1 / each)), max(1, math.ceil(each))
+
+        with sharing(workers, self.cores // workers) as begin:
+            pool = ThreadPoolExecutor(workers, "measure", begin)
+            for _ in range(workers):
+                pool.submit(int)
+        took = []
+        with pool:
+            for _ in range(ROUNDS):
+                began = time.perf_counter()
+                for each in [pool.submit(work) for _ in range(workers)]:
+                    each.result()
+                took.append(time.perf_counter() - began)
+        return min(took)
 
     def open(self, avatar: Avatar) -> LiveSpeaker:
         """A session with an avatar that `LipSync.prepare` made. Raises NoRoom when the machine carries no more, and
@@ -170,69 +199,97 @@ class Stage:
 
     # -- making frames --
 
-    @torch.inference_mode()
     def step(self) -> bool:
-        """Make what is due next, at most a batch; False where nothing is."""
-        with self.lock:
-            sessions = list(self._open())
-        wanted = [(one, planned) for one in sessions for planned in one.wanted()]
-        wanted = self._in_time(sorted(wanted, key=lambda w: w[0].due(w[1].output))[: self.options.batch_size])
-        for _, planned in wanted:
-            planned.begun = True
-        works = [Work(one, its, {}) for one in sessions if (its := [planned for session, planned in wanted if session is one])]
-        began = self.clock.now()
+        """Make what is due next; False where nothing is."""
+        works = self._due()
         self._make(works)
-        if works:
-            self.pace.took(len(wanted), self.clock.now() - began)
         return bool(works)
 
+    def _due(self) -> list[Work]:
+        """A worker's share of what is due, at most a batch; its mouths are settled, so that no other worker makes it."""
+        with self.lock:
+            sessions = list(self._open())
+        wanted = [(session, planned) for session in sessions for planned in session.wanted()]
+        wanted = self._in_time(sorted(wanted, key=lambda w: w[0].due(w[1].output)))
+        works = []
+        for session in sessions:
+            its = [planned for owner, planned in wanted if owner is session]
+            begun = [(planned, mouth) for planned in its if (mouth := session.begin(planned)) is not None]
+            if begun:
+                works.append(Work(session, [planned for planned, _ in begun], [mouth for _, mouth in begun]))
+        return works
+
     def _in_time(self, wanted: list[tuple[LiveSpeaker, Planned]]) -> list[tuple[LiveSpeaker, Planned]]:
-        """Of what is wanted, by its time, what can be made before the first of it is due; the last one is tried in any case.
+        """Of what is wanted, by its time, a worker's share that can be made before the first of it is due; the last one is
+        tried in any case.
 
         What is late is shown by nobody: a machine that tried everything would show nothing.
         """
         now = self.clock.now()
-        while len(wanted) > 1 and wanted[0][0].due(wanted[0][1].output) < now + self.pace.of(len(wanted)):
+        while len(wanted) > 1 and wanted[0][0].due(wanted[0][1].output) < now + self.pace.of(self._share(len(wanted))):
             wanted = wanted[1:]
-        return wanted
+        return wanted[: self._share(len(wanted))]
 
+    def _share(self, count: int) -> int:
+        return min(-(-count // self.workers), self.options.batch_size)
+
+    @torch.inference_mode()
     def _make(self, works: list[Work]) -> None:
         """Hear, generate and paint the frames of some sessions."""
-        heard = [(work, k, one.taken.heard) for work in works for k, one in enumerate(work.planned)
-                 if one.taken.heard is not None and work.session.avatar.present[work.session.source(one.output)]]
-        if heard:
-            for (work, k, _), tokens in zip(heard, self.hearing.tokens([h for *_, h in heard]), strict=True):
-                work.heard[k] = tokens
-        made = [work.frames(self.hearing, self.options) for work in works]
-        paint([one for _, shown, _ in made for one in shown], self.state)
-        for work, (frames, _, mouths) in zip(works, made, strict=True):
-            for one, frame, mouth in zip(work.planned, blend(frames), mouths, strict=True):
-                work.session.made(one, frame.buffer.numpy(), mouth)
+        if not works:
+            return
+        began = self.clock.now()
+        made = [work.frames(tokens, self.options) for work, tokens in zip(works, self._heard(works), strict=True)]
+        paint([one for _, shown in made for one in shown], self.state)
+        for work, (frames, _) in zip(works, made, strict=True):
+            for one, frame in zip(work.planned, blend(frames), strict=True):
+                one.image = frame.buffer.numpy()  # seen by nobody where it was interrupted
+        with self.lock:
+            self.pace.took(sum(len(work.planned) for work in works), self.clock.now() - began)
 
-    def _run(self) -> None:
+    def _heard(self, works: list[Work]) -> list[list[Tensor]]:
+        """The tokens of each frame."""
+        heard = [(i, k, what) for i, work in enumerate(works) for k, what in work.heard().items()]
+        tokens = self.hearing.tokens([what for *_, what in heard]) if heard else ()
+        found = {(i, k): its for (i, k, _), its in zip(heard, tokens, strict=True)}
+        return [[self.hearing.shown(found.get((i, k), self.hearing.silence), mouth.share)
+                 for k, mouth in enumerate(work.mouths)] for i, work in enumerate(works)]
+
+    def _run(self, begin: Callable[[], None]) -> None:
+        begin()
         try:
             while not self.ending.is_set():
-                if not self.step():
-                    self.ending.wait(1 / float(self.fps) / 8)
+                self._make(self._next())
         except BaseException as e:
+            self.ending.set()
             with self.lock:
                 self.error = e
                 for session in self.sessions:
                     session.error = e
 
+    def _next(self) -> list[Work]:
+        """What a worker makes next, as soon as something is due; nothing when the stage is closed."""
+        with self.choosing:
+            while not (works := self._due()) and not self.ending.wait(1 / float(self.fps) / 8):
+                pass
+            return works
+
     def start(self) -> Self:
-        """Let the stage's thread make frames from now on."""
-        self.thread = threading.Thread(target=self._run, name="live", daemon=True)
-        self.thread.start()
+        """Let the stage's threads make frames from now on."""
+        with sharing(self.workers, self.cores // self.workers) as begin:
+            self.threads = [threading.Thread(target=self._run, args=(begin,), name=f"live-{k}", daemon=True)
+                            for k in range(self.workers)]
+            for thread in self.threads:
+                thread.start()
         return self
 
     def close(self) -> None:
-        """End all sessions and the thread."""
+        """End all sessions and the threads."""
         for session in self.sessions:
             session.close()
         self.ending.set()
-        if self.thread is not None:
-            self.thread.join()
+        for thread in self.threads:
+            thread.join()
 
     def __enter__(self) -> Self:
         return self.start()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextvars
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TypeVar
 
@@ -19,27 +20,37 @@ T = TypeVar("T")
 MOST = 8  # parts at once: a CPU's usual batch
 
 
+@contextmanager
+def sharing(count: int, each: int) -> Iterator[Callable[[], None]]:
+    """Start `count` threads in this context, each of which first calls what it gives: `each` OpenMP threads are its own from
+    then on.
+
+    Each thread has its own number of them, but torch gives the number set last to every thread that starts later. So this ends
+    when all of them have started, and then the number for other threads is set back.
+    """
+    before, started = torch.get_num_threads(), threading.Barrier(count + 1)
+
+    def begin() -> None:
+        torch.get_num_threads()  # a thread's first call of torch takes the number for all: it must not come after this
+        torch.set_num_threads(each)
+        started.wait()
+
+    yield begin
+    started.wait()
+    torch.set_num_threads(before)
+
+
 @lru_cache(1)
 def threads() -> tuple[ThreadPoolExecutor, int] | None:
-    """The process's thread pool for parts, which share its cores, and its size; None on one core.
-
-    Each thread has its own number of OpenMP threads, but torch gives the number set last to every thread that starts later. So
-    all threads of the pool start here, and then the number for other threads is set back.
-    """
+    """The process's thread pool for parts, which share its cores, and its size; None on one core."""
     cores = torch.get_num_threads()
     count = min(cores, MOST)
     if count < 2:
         return None
-    started = threading.Barrier(count)
-
-    def start() -> None:
-        torch.get_num_threads()  # a thread's first call of torch takes the number for all: it must not come after this
-        torch.set_num_threads(cores // count)
-        started.wait()
-
-    pool = ThreadPoolExecutor(count, thread_name_prefix="parts", initializer=start)
-    wait([pool.submit(int) for _ in range(count)])
-    torch.set_num_threads(cores)
+    with sharing(count, cores // count) as begin:
+        pool = ThreadPoolExecutor(count, thread_name_prefix="parts", initializer=begin)
+        for _ in range(count):
+            pool.submit(int)
     return pool, count
 
 

@@ -31,6 +31,13 @@ EVENLY = (0.0, 0.2, 0.32, 0.4, 0.55, 1.0)  # shares of rest by which it closes i
 LEVELS = 12 * SAMPLE_RATE  # samples by which level and silence are told
 
 
+def nearer(share: float, wanted: float, seconds: float) -> float:
+    """The share of rest that follows `share`, so much later, on its way to `wanted` without a jump."""
+    evenly = np.linspace(0, 1, len(EVENLY))
+    at, to = np.interp([share, wanted], EVENLY, evenly)
+    return float(np.interp(np.clip(to, at - seconds / OPENING, at + seconds / CLOSING), evenly, EVENLY))
+
+
 @dataclass(frozen=True)
 class Listened:
     """What is heard for one frame: its first sample lies at `at` of `sound`; the utterance began at `begin`."""
@@ -81,13 +88,6 @@ class Hearing:
     def shown(self, tokens: Tensor, share: float) -> Tensor:
         """Tokens (T, C) as the generator takes them, the mouth at rest by `share` and else as open as asked."""
         return torch.lerp(self.silence, tokens, self.gain * (1 - share)) + self.positions
-
-    def nearer(self, share: float, wanted: float, frames: int) -> float:
-        """The share of rest that follows `share`, so many frames later, on its way to `wanted` without a jump."""
-        evenly = np.linspace(0, 1, len(EVENLY))
-        at, to = np.interp([share, wanted], EVENLY, evenly)
-        passed = frames / float(self.fps)
-        return float(np.interp(np.clip(to, at - passed / OPENING, at + passed / CLOSING), evenly, EVENLY))
 
     def _own_step(self, sample: int) -> int:
         """The step of a frame that begins with a sample of its utterance: `features.window_start`'s rule."""

@@ -25,6 +25,9 @@ def blend(frames: Iterable[Frame]) -> Generator[Frame, None, None]:
 def one_thread() -> Iterator[None]:
     """Small tensors are faster on one thread: the others would wait for cores that a decoder and an encoder hold."""
     threads = torch.get_num_threads()
+    if threads == 1:  # and it stays: a number that is set is every later thread's, too
+        yield
+        return
     torch.set_num_threads(1)
     try:
         yield
