@@ -143,8 +143,8 @@ class Peer:
         picture.pts, picture.time_base = round(moment.time * VIDEO_CLOCK), Fraction(1, VIDEO_CLOCK)
         self.picture.put(picture)
         self.waiting = np.concatenate([self.waiting, (np.clip(moment.sound, -1, 1) * 32767).astype(np.int16)])
-        while len(self.waiting) >= PACKET:
+        for k in range(len(self.waiting) // PACKET):
             voice = av.AudioFrame.from_ndarray(self.waiting[None, :PACKET], "s16", "mono")
             voice.sample_rate, voice.pts, voice.time_base = RATE, self.samples, Fraction(1, RATE)
             self.samples, self.waiting = self.samples + PACKET, self.waiting[PACKET:]
-            self.voice.put(voice)
+            self.loop.call_later(k * PACKET / RATE, self.voice.put, voice)  # a browser takes when it is sent for its time
