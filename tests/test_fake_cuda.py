@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -171,9 +171,10 @@ class Indexing(TorchFunctionMode):
 def clean_tables() -> Iterator[None]:
     """Tables kept by device must not mix with those of another test's device of the same name."""
     def forget() -> None:
-        for each in gc.get_objects():
-            if type(each) is functools._lru_cache_wrapper and str(each.__module__).startswith("musetalk"):
-                each.cache_clear()
+        for name, module in sys.modules.items():
+            for each in vars(module).values() if name.startswith("musetalk.") else ():
+                if type(each) is functools._lru_cache_wrapper:
+                    each.cache_clear()
 
     forget()
     try:
