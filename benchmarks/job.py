@@ -6,6 +6,8 @@ It runs on what the worker would: the environment says which device, weights and
 real face. `added_ms` is everything of a warm job over loopback that is not network forward passes, decode or encode: the stages
 download, validation (less ffmpeg's own time) and upload, and parsing, bookkeeping and cleaning up. `prepare_*_ms` are
 milliseconds a frame of the fresh job's steps, added over the threads that work at once; the networks' with their resampling.
+`beside_generation` is the rest of the fresh job's time over its generation's. `start_ratio` is `python handler.py` with the
+sample and a cached avatar in a new process over a warm job, imports, loading and its end included.
 `preparation_ratio` is the time to prepare a frame of the clip over that to speak it, both alone, without decoder and encoder.
 """
 
@@ -17,13 +19,14 @@ import functools
 import http.server
 import inspect
 import os
+import re
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -81,6 +84,25 @@ def import_to_ready() -> float:
     return float(done.stdout.split()[-1])
 
 
+def start_sec(folder: Path) -> float:
+    """Seconds of `python handler.py` in a new process, from its start to its end with the sample's result; avatar cached."""
+    environment = {**os.environ, "CACHE_DIR": str(folder / "start"), "LOCAL_STORAGE_DIR": str(folder / "films")}
+    command = partial(subprocess.run, [sys.executable, "handler.py"], env=environment, cwd=REPOSITORY, check=True,
+                      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command()  # fills the cache
+    return common.median([common.timed(command) for _ in range(3)])
+
+
+def slowest_imports(count: int = 10) -> dict[str, float]:
+    """Milliseconds that `import handler` spends in the packages that take longest, each without what it imports of others."""
+    done = subprocess.run([sys.executable, "-X", "importtime", "-c", "import handler"], stderr=subprocess.PIPE, text=True,
+                          check=True, cwd=REPOSITORY)
+    spent = Counter[str]()
+    for own, name in re.findall(r"^import time: +(\d+) \| +\d+ \| +([\w.]+)$", done.stderr, re.MULTILINE):
+        spent[name.partition(".")[0]] += int(own)
+    return {name: round(microseconds / 1000, 1) for name, microseconds in spent.most_common(count)}
+
+
 def health_ms(job: dict[str, str], folder: Path) -> dict[str, float]:
     """Median and slowest answer of GET /hc of a live server while a job runs in it."""
     with socket.socket() as free:
@@ -120,9 +142,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name, serving(options.clip, options.speech, Path(name)) as job:
         service = Service(Settings.from_env(loopback(Path(name))))
         service.engine.warm_up()
-        common.emit("job", import_to_ready_sec=round(import_to_ready(), 2),
-                    preparation_ratio=round(preparation_ratio(service, Path(name) / "in", options.rounds), 2),
-                    **measure(service, job, Path(name), options.rounds))
+        figures = measure(service, job, Path(name), options.rounds)
+        started = start_sec(Path(name))
+        common.emit("job", import_to_ready_sec=round(import_to_ready(), 2), start_sec=round(started, 2),
+                    start_ratio=round(started / figures["cached_wall_sec"], 2), imports_ms=slowest_imports(),
+                    preparation_ratio=round(preparation_ratio(service, Path(name) / "in", options.rounds), 2), **figures)
 
 
 @contextlib.contextmanager
@@ -159,7 +183,9 @@ def measure(service: Service, job: dict[str, str], folder: Path, rounds: int) ->
     wall, generation = (common.median([m[k] for m in cached]) for k in ("SCRIPT_WALL_TIME_SEC", "GENERATION_TIME_SEC"))
     preparation = fresh["SCRIPT_WALL_TIME_SEC"] - wall
     return {
-        "fresh_total_sec": fresh["total_time"], "fresh_stage_times": fresh["stage_times"],
+        "fresh_total_sec": fresh["total_time"],
+        "beside_generation": round(fresh["total_time"] / fresh["GENERATION_TIME_SEC"] - 1, 2),
+        "fresh_stage_times": fresh["stage_times"],
         "generation_sec": generation, "cached_wall_sec": wall, "preparation_sec": round(preparation, 3),
         **{f"prepare_{name}_ms": round(1000 * sec / fresh["frames"], 2) for name, sec in steps.items()},
         "cached_preparation_share": round(looked_up[0] / rounds / preparation, 5),
