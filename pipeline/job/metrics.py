@@ -82,13 +82,13 @@ def give_back_memory() -> None:
 
 def _resident_kb() -> int:
     """Resident kB of this process and its children; one that has not begun its own program yet still shares our memory."""
-    own = Path("/proc/self/exe").readlink()
+    own = Path("/proc/self/cmdline").read_bytes()
     total = _statm_kb("self")
     for task in Path("/proc/self/task").iterdir():
         with contextlib.suppress(OSError):
             for pid in (task / "children").read_text().split():
                 with contextlib.suppress(OSError):
-                    if Path(f"/proc/{pid}/exe").readlink() != own:
+                    if Path(f"/proc/{pid}/cmdline").read_bytes() != own:
                         total += _statm_kb(pid)
     return total
 
