@@ -342,7 +342,8 @@ def test_two_people_speak(open_tab: Callable[..., Tab], pair: Path, word: Path) 
         return json.loads(tab.text("#JSON"))
 
     def faces() -> list[str]:
-        return [face.text for face in tab.all(".face")]
+        found: list[str] = tab.js("return [...document.querySelectorAll('.face')].map(face => face.innerText)")
+        return found  # at once: an element that is asked later may have been drawn anew
 
     assert "speakers" not in asked()
     tab.changed(lambda: tab.js("document.querySelectorAll('.face')[1].click()"))
