@@ -39,11 +39,6 @@ def transparent(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
                       filters, *options)
 
 
-@pytest.fixture(scope="module")
-def word(short_speech: Path, media: Callable[..., Path]) -> Path:
-    return media("word.wav", "-i", str(short_speech), "-t", "0.4")
-
-
 def film(service: Service, clip: Path, speech: Path, **params: Any) -> dict[str, Any]:
     """A job's body; the job succeeds."""
     body = service.run_job({"musetalk_job_id": "contained", "video_url": str(clip), "audio_url": str(speech),
@@ -132,7 +127,7 @@ def test_an_opaque_clip_in_another_container(
     assert f"Audio: {sound}" in log
     assert "yuva" not in log
     assert "generated from the speech by an AI" in log
-    assert probe(path, 10**7).duration == pytest.approx(0.4, abs=0.05)
+    assert probe(path, 10**7).duration == pytest.approx(0.32, abs=0.05)
     told = provenance.read(path)
     assert told["marked"]
     assert body["metrics"]["provenance"] == "IPTC"

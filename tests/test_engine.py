@@ -136,13 +136,13 @@ def test_no_face_at_all_is_named(service: Service, short_speech: Path, media: Ma
 
 
 def test_the_second_job_prepares_nothing_and_gives_the_same_bytes(
-    service: Service, short_clip: Path, short_speech: Path, written: list[np.ndarray], tmp_path: Path
+    service: Service, short_clip: Path, word: Path, written: list[np.ndarray], tmp_path: Path
 ) -> None:
     service = another(service)
     service.engine.cache = AvatarCache(tmp_path, 10**9, memory=0)
-    first = run(service, short_clip, short_speech)
+    first = run(service, short_clip, word)
     fresh, written[:] = list(written), []
-    second = run(service, short_clip, short_speech)
+    second = run(service, short_clip, word)
     assert (first["metrics"]["avatar_cached"], second["metrics"]["avatar_cached"]) == (False, True)
     assert all(np.array_equal(a, b) for a, b in zip(fresh, written, strict=True))
     file = next(tmp_path.glob("*.avatar"))
@@ -150,7 +150,7 @@ def test_the_second_job_prepares_nothing_and_gives_the_same_bytes(
     damaged[len(damaged) // 2] ^= 1
     file.write_bytes(damaged)
     written.clear()
-    third = run(service, short_clip, short_speech)
+    third = run(service, short_clip, word)
     assert third["metrics"]["avatar_cached"] is False, "a damaged entry is rebuilt"
     assert all(np.array_equal(a, b) for a, b in zip(fresh, written, strict=True))
 
@@ -314,15 +314,15 @@ def test_out_of_memory_halves_the_batch(service: Service, short_clip: Path, shor
     (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "processing_error", True),
 ])
 def test_device_errors_injected(
-    service: Service, short_clip: Path, short_speech: Path, error: BaseException, leaf: str, retryable: bool
+    service: Service, short_clip: Path, word: Path, error: BaseException, leaf: str, retryable: bool
 ) -> None:
     fresh = another(service)
     with failing(fresh.engine.load().nets.unet, error):
-        body = run(fresh, short_clip, short_speech)
+        body = run(fresh, short_clip, word)
     assert (body["error_type"], body["retryable"]) == (leaf, retryable)
     if isinstance(error, torch.OutOfMemoryError):
         assert body["details"]["is_oom"] is True
-    again = run(fresh, short_clip, short_speech)
+    again = run(fresh, short_clip, word)
     if isinstance(error, torch.AcceleratorError):
         assert fresh.unfit
         assert "replaced" in again["error_message"]

@@ -87,10 +87,10 @@ def test_without_the_tiny_decoder(lipsync: LipSync, frames: list[np.ndarray]) ->
 
 @pytest.mark.parametrize("default", ["exact", "fast"])
 def test_a_worker_answers_by_lane(
-    lipsync: LipSync, settings: Settings, short_clip: Path, short_speech: Path, default: Any
+    lipsync: LipSync, settings: Settings, short_clip: Path, word: Path, default: Any
 ) -> None:
     service = Service(settings.model_copy(update={"quality": default}))
-    job = {"musetalk_job_id": "lane", "video_url": str(short_clip), "audio_url": str(short_speech)}
+    job = {"musetalk_job_id": "lane", "video_url": str(short_clip), "audio_url": str(word)}
     service.engine._lipsync = lipsync
     assert service.run_job(job)["metrics"]["lane"] == default
     service.engine._lipsync = LipSync(replace(lipsync.nets, tiny=None))

@@ -12,7 +12,6 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
@@ -81,20 +80,27 @@ def give_back_memory() -> None:
 
 
 def _resident_kb() -> int:
-    """Resident kB of this process and its children; one that has not begun its own program yet still shares our memory."""
-    own = Path("/proc/self/cmdline").read_bytes()
-    total = _statm_kb("self")
-    for task in Path("/proc/self/task").iterdir():
+    """Resident kB of this process and its children; one that has not begun its own program yet still shares our memory.
+
+    It is called all the time that a job takes, so by `os`, which takes half as long as `pathlib`.
+    """
+    own, total = _read("self/cmdline"), _statm_kb("self")
+    for task in os.listdir("/proc/self/task"):
         with contextlib.suppress(OSError):
-            for pid in (task / "children").read_text().split():
+            for pid in map(bytes.decode, _read(f"self/task/{task}/children").split()):
                 with contextlib.suppress(OSError):
-                    if Path(f"/proc/{pid}/cmdline").read_bytes() != own:
+                    if _read(f"{pid}/cmdline") != own:
                         total += _statm_kb(pid)
     return total
 
 
+def _read(name: str) -> bytes:
+    with open(f"/proc/{name}", "rb") as file:
+        return file.read()
+
+
 def _statm_kb(pid: str) -> int:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE_KB
+    return int(_read(f"{pid}/statm").split()[1]) * PAGE_KB
 
 
 def versions() -> dict[str, str | None]:
