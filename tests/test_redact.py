@@ -109,6 +109,7 @@ AROUND = st.text("xyz (){}[],.:;=&?%\\\n\"'", max_size=30)
 
 @given(SECRETS, st.sampled_from(sorted(ENCODINGS)), AROUND, AROUND, st.integers(0, 99))
 @example("a+b/c=d_e-f%2Bg", "base64 for URLs", "", "", 1)
+@example("0000000123\\\u00a1", "json", "", "", 0)
 @hypothesis_settings(max_examples=400, deadline=None)
 def test_nothing_of_a_secret_remains(secret: str, encoding: str, before: str, after: str, seed: int) -> None:
     said = ENCODINGS[encoding](secret, random.Random(seed))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -101,7 +102,8 @@ class Secrets:
         new = {p for p in parts if len(p) >= SHORTEST and not p.startswith("-----")} - self.values
         self.values |= new
         for value in new:
-            for view in _views(value.encode("utf-8", "replace")):
+            # a backslash before an escape is lost when escapes are undone, so the JSON form is undone here, too
+            for view in (*_views(value.encode("utf-8", "replace")), *_views(json.dumps(value).encode()[1:-1])):
                 if len(view.data) >= SHORTEST and view.data.translate(_FOLD).strip(b" /"):
                     self._plain[view.data.translate(_FOLD)] = _PROSE.fullmatch(value) is not None
                     self._base64.update(form.translate(_FOLD) for form in _inside_base64(view.data))
