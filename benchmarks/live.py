@@ -176,7 +176,7 @@ def running(lipsync: LipSync, options: Options, count: int, seconds: float) -> d
             ran = list(pool.map(lambda s: session(s, clip, ruler, spoken.pcm, seconds), speakers))
     latencies = [x for one in ran for x in one.latencies]
     ended = [one.interruption for one in ran if one.interruption is not None]
-    return {"frames_per_sec": min(one.frames_per_sec for one in ran), "stride": measured.stride,
+    return {"frames_per_sec": min(one.frames_per_sec for one in ran), "stride": max(one.stride for one in speakers),
             "dropped": sum(one.dropped for one in ran), "shown": sum(one.shown for one in ran), "sessions": count,
             "latency_ms": 1000 * common.median(latencies), "latency_max_ms": 1000 * max(latencies),
             "interruption_ms": 1000 * max(ended) if len(ended) == count else None, **capacities}

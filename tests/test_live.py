@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from itertools import islice, pairwise
 from typing import Any
@@ -188,6 +190,19 @@ def test_no_join_jumps(
 # -- a machine that is late ----------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def taking(lipsync: LipSync, clock: Simulated, seconds: float) -> Iterator[None]:
+    """Generating a face takes so long."""
+    def takes(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        clock.time += seconds * len(inputs[0])
+
+    hook = lipsync.nets.unet.register_forward_pre_hook(takes)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def test_a_late_machine_drops_frames_and_nothing_else(lipsync: LipSync, drawn: Clip, words: Floats) -> None:
     """Batches that take 0.3 s: moments come at their times with their sound; the picture before is held and counted."""
     clock = Simulated(cost=0.3)
@@ -213,19 +228,28 @@ def test_a_slow_machine_makes_what_it_can(lipsync: LipSync, drawn: Clip, words: 
     speaker.push(words[6400 : 6400 + 2 * RATE])
     moments: list[Moment] = []  # kept: an array that is gone gives its id to another
 
-    def takes(_: object, inputs: tuple[torch.Tensor, ...]) -> None:
-        clock.time += 0.1 * len(inputs[0])
-
-    hook = lipsync.nets.unet.register_forward_pre_hook(takes)
     began, seen = clock.now() + stage.lead, set()
-    try:
+    with taking(lipsync, clock, 0.1):
         for n, moment in enumerate(islice(speaker, 50)):
             if clock.now() - began - n / 25 < 0.1:  # else it was late, and is here only as one thread makes and shows it
                 seen.add(id(moment.image))
             moments.append(moment)
-    finally:
-        hook.remove()
     assert len(seen) >= 12
+
+
+def test_a_machine_that_cannot_make_all_makes_every_other_frame(lipsync: LipSync, drawn: Clip, words: Floats) -> None:
+    """And all of them again once it can."""
+    clock = Simulated()
+    speaker = staged(lipsync, clock).open(drawn.avatar)
+    speaker.push(np.tile(words[6400 : 6400 + RATE], 40))
+    with taking(lipsync, clock, 0.06):
+        list(islice(speaker, 60))
+        assert (speaker.stride, speaker.dropped > 5) == (2, True)
+        dropped = speaker.dropped
+        list(islice(speaker, 50))
+        assert speaker.dropped <= dropped + 1, "which it can"
+    list(islice(speaker, 700))
+    assert speaker.stride == 1
 
 
 def test_sessions_share_batches_and_are_refused_by_number(lipsync: LipSync, drawn: Clip, words: Floats) -> None:

@@ -21,6 +21,8 @@ from musetalk.sound.features import SAMPLE_RATE
 from musetalk.sound.rolling import Listened, Sound, nearer
 
 FADE = 160  # samples over which interrupted sound falls silent: 10 ms
+WINDOW, LATE = 25, 5  # pictures with which a machine's pace is judged; more that are late are too many
+CALM, SLOWEST = 10, 4  # windows without a late one after which more are tried; every how manieth frame is made at least
 
 
 class Clock(Protocol):
@@ -65,12 +67,15 @@ class LiveSpeaker:
     """A session of a stage; any thread may push, one may iterate. Close it when done."""
 
     def __init__(self, avatar: Avatar, clock: Clock, fps: Fraction, lead: float, stride: int, loop: Loop) -> None:
-        self.avatar, self.clock, self.fps, self.lead, self.stride, self.loop = avatar, clock, fps, lead, stride, loop
+        self.avatar, self.clock, self.fps, self.lead, self.loop = avatar, clock, fps, lead, loop
+        self.stride = self.usual = stride  # of so many frames one is made, the others hold it: now, and on a machine at ease
+        self.window, self.calm = list[bool](), 0
         self.speech = Speech()
         self.planned: dict[int, Planned] = {}
+        self.late: list[Planned] = []  # their time has come, but not their pictures
         self.next = self.next_plan = 0  # outputs: the one that is shown next, the one that is planned next
         self.began: float | None = None  # when output 0 is due
-        self.frames = self.dropped = 0  # shown so far; of them, those whose picture was not ready: the one before is held
+        self.frames = self.dropped = 0  # shown so far; of them, those whose picture was not ready: the last one is held
         self.image = avatar.frames[0].numpy()  # the last one that was shown
         self.mouth = self.shown = Mouth(-1, 1.0, None)  # of the last picture that was begun, and of the last that was shown
         self.error: BaseException | None = None
@@ -100,7 +105,7 @@ class LiveSpeaker:
             if first is not None and first.taken.heard is not None:
                 fade = np.clip(1 - np.arange(len(first.taken.sound)) / FADE, 0, 1).astype(np.float32)
                 first.taken = first.taken._replace(sound=first.taken.sound * fade, came=None, ends=True)
-            self.planned = {self.next: first} if first is not None else {}
+            self.planned, self.late = {self.next: first} if first is not None else {}, []
             self.mouth = (first and first.mouth) or self.shown
             self.next_plan = self.next + (first is not None)
 
@@ -138,13 +143,32 @@ class LiveSpeaker:
         n = self.next
         self.plan(n)
         one = self.planned.pop(n)
-        if one.image is not None:
-            self.image, self.shown = one.image, one.mouth or self.shown
-        elif n % self.stride == 0:
-            self.dropped += 1
+        begun = [*self.late, one]
+        for made in begun:  # one that is late is newer than what is shown
+            if made.image is not None and made.mouth is not None:
+                self.image, self.shown = made.image, made.mouth
+        self.late = [other for other in begun if other.image is None and other.mouth and other.output > self.shown.output]
+        if n % self.stride == 0:
+            self.dropped += one.image is None
+            if one.mouth is None or one.mouth.share < 1:
+                self._judge(one.image is None)
         self.frames, self.next = self.frames + 1, n + 1
         latency = None if one.taken.came is None else self.clock.now() - one.taken.came
         return Moment(self.image, one.taken.sound, float(n / self.fps), one.taken.ends, latency)
+
+    def _judge(self, late: bool) -> None:
+        """Make half as many pictures where too many are late: mouths follow better than by what is ready now and then. Twice as
+        many again after a while without a late one.
+        """
+        self.window.append(late)
+        if len(self.window) < WINDOW:
+            return
+        count, self.window = sum(self.window), []
+        self.calm = 0 if count else self.calm + 1
+        if count > LATE:
+            self.stride = max(self.usual, min(2 * self.stride, SLOWEST))
+        elif self.calm >= CALM and self.stride > self.usual:
+            self.stride, self.calm = max(self.usual, self.stride // 2), 0
 
     # -- for the stage --
 

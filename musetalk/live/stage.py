@@ -6,9 +6,9 @@
         for image, sound, time, *_ in speaker:
             ...                                          # 25 a second, for ever
 
-A frame is begun `lead` before it is due, and with all others that are due: a batch is as large as the machine is late. What is
-not ready in time is not shown later; the frame before is held, and counted. On a CPU each core makes frames of its own: a team
-of threads that share one would wait for each other after every operation, and for whatever else the machine does.
+A frame is begun `lead` before it is due, and with all others that are due: a batch is as large as the machine is late. Where
+one is not ready in time the last one that is made is held, and that is counted. On a CPU each core makes frames of its own: a
+team of threads that share one would wait for each other after every operation, and for whatever else the machine does.
 """
 
 from __future__ import annotations
@@ -243,7 +243,8 @@ class Stage:
         paint([one for _, shown in made for one in shown], self.state)
         for work, (frames, _) in zip(works, made, strict=True):
             for one, frame in zip(work.planned, blend(frames), strict=True):
-                one.image = frame.buffer.numpy()  # seen by nobody where it was interrupted
+                with work.session.lock:
+                    one.image = frame.buffer.numpy()  # seen by nobody where it was interrupted
         with self.lock:
             self.pace.took(sum(len(work.planned) for work in works), self.clock.now() - began)
 
