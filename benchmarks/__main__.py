@@ -27,6 +27,8 @@ SHORT: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # by name: its ar
     "picture": (("--quick", "--json"), ("psnr_natural", "psnr_mouth_natural", "sharpness_skin_natural")),
     "dubbing": (("--quick", "--json"), ("silence_still", "silence_closed", "joint_jump_ratio")),
     "speakers": (("--quick", "--json"), ("identity_errors", "corr_mean", "untouched_share", "cost_alternating")),
+    "live": (("--quick", "--seconds", "8"), ("corr_loss", "closure_loss", "frames_per_sec", "stride", "dropped", "latency_ms",
+                                              "interruption_ms", "drift_frames")),
     "signing": (("--rounds", "3"), ("median_sec", "extra_memory_mb")),
 }
 
@@ -41,7 +43,7 @@ def measured(name: str) -> dict[str, Any]:
 
 def cell(figures: dict[str, Any], name: str) -> str:
     """A figure as the table shows it; a dash where there is none."""
-    return f"{figures[name]:.4g}" if name in figures else "-"
+    return f"{figures[name]:.4g}" if figures.get(name) is not None else "-"
 
 
 def table(now: dict[str, dict[str, Any]], release: dict[str, Any]) -> str:
