@@ -110,7 +110,7 @@ def main() -> int:
         parser.exit(1, f"error: {e}\n")
     stay_on_loopback()
     with stage:
-        every = "" if stage.stride == 1 else f", every {stage.stride}th frame new"
+        every = "" if stage.stride == 1 else f", 1 frame in {stage.stride} new"
         print(f"http://{HOST}:{given.port}/ ({stage.capacity} at once{every})", flush=True)
         uvicorn.run(make_app(stage, avatar), host=HOST, port=given.port, log_level="error", timeout_graceful_shutdown=2)
     return 0
