@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -21,8 +20,8 @@ from musetalk.face.track import WINDOW, Tracker, _together, follow, frames_neede
 from musetalk.geometry.box import Box
 from musetalk.geometry.place import Place
 from musetalk.nets.rtmpose import RtmPose
-from musetalk.nets.s3fd import S3fd
 from pipeline.run import Service
+from tests.conftest import digest
 from training.scenes import Spot, Where, background, cut_out, picture
 
 Scene = tuple[list[Where], Spot, Spot]  # a frame's people, and where the followed one and the other are
@@ -30,20 +29,10 @@ ANNA, BELA = 7, 23
 
 
 @pytest.fixture(scope="module", autouse=True)
-def searched_once() -> Iterator[None]:
-    """What detector and landmarks find in a picture is kept for all tests: many of them show the same films."""
-    known: dict[bytes, list[detect.Detection]] = {}
+def looked_once(searched_once: None) -> Iterator[None]:
+    """What the landmark network finds in a picture, too."""
     seen: dict[tuple[bytes, PoseFrame | None], tuple[torch.Tensor, torch.Tensor]] = {}
-    search, look = detect.detect, landmarks.landmarks
-
-    def digest(frame: torch.Tensor) -> bytes:
-        return hashlib.sha256(repr(frame.shape).encode() + frame.numpy().tobytes()).digest()
-
-    def found(net: S3fd, frame: torch.Tensor) -> list[detect.Detection]:
-        key = digest(frame)
-        if key not in known:
-            known[key] = search(net, frame)
-        return known[key]
+    look = landmarks.landmarks
 
     def looked(net: RtmPose, frames: list[torch.Tensor],
                regions: list[PoseFrame] | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,7 +44,6 @@ def searched_once() -> Iterator[None]:
         return torch.stack(points), torch.stack(scores)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(detect, "detect", found)
         patch.setattr(landmarks, "landmarks", looked)
         yield
 

@@ -23,6 +23,7 @@ from musetalk.nets.rtmpose import RtmPose
 from pipeline.run import Service
 from training.presenter import Identity, Mouth, Pose, draw
 
+pytestmark = pytest.mark.usefixtures("searched_once")
 WHO = Identity.random(10_003)
 
 
