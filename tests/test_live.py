@@ -220,6 +220,25 @@ def test_a_late_machine_drops_frames_and_nothing_else(lipsync: LipSync, drawn: C
     assert times[-1] - times[0] <= 24 / 25 + 0.3, "late by what the machine took at most, not by its sum"
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_late_picture_is_shown_until_a_newer_one(lipsync: LipSync, drawn: Clip, interrupted: bool) -> None:
+    """But not after an interruption."""
+    stage = Stage(lipsync.nets, FAST, capacity=1, clock=Simulated())
+    stage.workers = 4  # a worker's share is one frame
+    speaker = stage.open(drawn.avatar)
+    next(speaker)
+    works = stage._due()
+    (one,) = works[0].planned
+    while speaker.next <= one.output:
+        before = next(speaker).image
+    if interrupted:
+        speaker.clear()
+    stage._make(works)
+    assert one.image is not None
+    assert [next(speaker).image is (before if interrupted else one.image) for _ in range(2)] == [True, True]
+    assert speaker.dropped == speaker.frames, "and it is counted"
+
+
 def test_a_slow_machine_makes_what_it_can(lipsync: LipSync, drawn: Clip, words: Floats) -> None:
     """A tenth of a second a frame: not everything too late, but each frame that there is time for."""
     clock = Simulated()
