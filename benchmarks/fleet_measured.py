@@ -149,9 +149,9 @@ def overhead_sec(new: functools.partial[Fleet], workers: int) -> tuple[float, fl
 
 
 def pickup_sec(new: functools.partial[Fleet], workers: int) -> float:
-    """Seconds from a job's sending until a worker begins it. Half of the fleet waits, as at half load, and races for it."""
+    """Seconds from a job's sending until a worker of an idle fleet begins it."""
     with contextlib.closing(new(queue="pickup", mean_sec=0.0)) as fleet:
-        fleet.start(max(workers // 2, 1))
+        fleet.start(workers)
         for number in range(50):
             time.sleep(0.5)  # longer than such a job takes: all workers wait again
             fleet.send(f"pickup-{number}")
