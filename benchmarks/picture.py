@@ -205,10 +205,19 @@ def looked_at(clip: Clip, made: Material, shown: list[Picture], masks: list[Pict
 
 
 def judge(clip: Clip, made: Material, shown: list[Picture], masks: list[Picture]) -> dict[str, float]:
-    """All measures of a film inside the official way's mask."""
-    at = looked_at(clip, made, shown, masks)
+    """The measures of a film inside the official way's mask."""
+    return inside_mask(looked_at(clip, made, shown, masks), float(clip.face))
+
+
+def measured(clip: Clip, made: Material, shown: list[Picture], masks: list[Picture]) -> dict[str, float]:
+    """`judge`, and more measures of the mouth."""
+    at, size = looked_at(clip, made, shown, masks), float(clip.face)
+    return inside_mask(at, size) | inside_mouth(at, size)
+
+
+def inside_mask(at: Looked, size: float) -> dict[str, float]:
+    """The measures of a film with a face of this size inside the official way's mask."""
     film_, truth, lips, skin, inside = at.film, at.truth, at.lips, at.skin, at.mask > 127
-    size = float(clip.face)
     unmoved = m.still(truth, at.source, skin, size)
     return {
         "psnr": m.psnr(film_, truth, inside), "ssim": m.ssim(film_, truth, inside),
@@ -220,16 +229,10 @@ def judge(clip: Clip, made: Material, shown: list[Picture], masks: list[Picture]
     }
 
 
-def inside_mouth(clip: Clip, made: Material, shown: list[Picture], masks: list[Picture]) -> dict[str, float]:
+def inside_mouth(at: Looked, size: float) -> dict[str, float]:
     """More measures of a film's mouth. What moves in it has another flicker than skin: a soft mouth has less than the truth."""
-    at = looked_at(clip, made, shown, masks)
     return {"ssim_mouth": m.ssim(at.film, at.truth, at.lips),
-            "flicker_mouth_ratio": m.flicker(at.film, at.truth, m.rigid(at.lips), float(clip.face))}
-
-
-def measured(clip: Clip, made: Material, shown: list[Picture], masks: list[Picture]) -> dict[str, float]:
-    """`judge` and `inside_mouth`."""
-    return judge(clip, made, shown, masks) | inside_mouth(clip, made, shown, masks)
+            "flicker_mouth_ratio": m.flicker(at.film, at.truth, m.rigid(at.lips), size)}
 
 
 def identity(modules: Path, clip: Clip, made: Material, films: dict[str, list[Picture]]) -> dict[str, float]:

@@ -124,8 +124,9 @@ def positions(image: Place, over: Place, rows: int, columns: int, device: torch.
     Made on the device from numbers: a copy from the host would make the host wait.
     """
     x, y = centres(columns, device), centres(rows, device)
-    across = torch.stack([x * a + c for a, _, c in between(image, over)], dim=-1).flatten()
-    down = torch.stack([torch.full_like(x, b) for _, b, _ in between(image, over)], dim=-1).flatten()
+    maps = between(image, over)
+    across = torch.stack([x * a + c for a, _, c in maps], dim=-1).flatten()
+    down = torch.stack([torch.full_like(x, b) for _, b, _ in maps], dim=-1).flatten()
     return torch.addcmul(across, y[:, None], down).view(rows, columns, 2)  # pairs lie side by side: one pass over memory
 
 

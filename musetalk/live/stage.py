@@ -17,7 +17,6 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Self
@@ -32,7 +31,7 @@ from musetalk.draw.recorded import examples
 from musetalk.errors import NoRoom
 from musetalk.live.session import Clock, LiveSpeaker, Mouth, Planned
 from musetalk.options import Options
-from musetalk.pixels.threads import sharing
+from musetalk.pixels.threads import pool_sharing, sharing
 from musetalk.sound.rolling import AHEAD, PAST, Hearing, Listened
 from musetalk.steps import RGB, Frame, Shown, Speaker, State, blend, paint
 
@@ -166,12 +165,8 @@ class Stage:
                 self.hearing.tokens(heard)
                 self.state.generator(latents, tokens, first)
 
-        with sharing(workers, self.cores // workers) as begin:
-            pool = ThreadPoolExecutor(workers, "measure", begin)
-            for _ in range(workers):
-                pool.submit(int)
         took = []
-        with pool:
+        with pool_sharing(workers, self.cores // workers, "measure") as pool:
             for _ in range(ROUNDS):
                 began = time.perf_counter()
                 for each in [pool.submit(work) for _ in range(workers)]:

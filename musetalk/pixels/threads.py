@@ -40,6 +40,15 @@ def sharing(count: int, each: int) -> Iterator[Callable[[], None]]:
     torch.set_num_threads(before)
 
 
+def pool_sharing(count: int, each: int, name: str) -> ThreadPoolExecutor:
+    """A pool of `count` threads, all of them started, with `each` OpenMP threads of their own."""
+    with sharing(count, each) as begin:
+        pool = ThreadPoolExecutor(count, thread_name_prefix=name, initializer=begin)
+        for _ in range(count):
+            pool.submit(int)
+    return pool
+
+
 @lru_cache(1)
 def threads() -> tuple[ThreadPoolExecutor, int] | None:
     """The process's thread pool for parts, which share its cores, and its size; None on one core."""
@@ -47,11 +56,7 @@ def threads() -> tuple[ThreadPoolExecutor, int] | None:
     count = min(cores, MOST)
     if count < 2:
         return None
-    with sharing(count, cores // count) as begin:
-        pool = ThreadPoolExecutor(count, thread_name_prefix="parts", initializer=begin)
-        for _ in range(count):
-            pool.submit(int)
-    return pool, count
+    return pool_sharing(count, cores // count, "parts"), count
 
 
 def in_parts(work: Callable[[slice], T], count: int, device: torch.device) -> list[T]:
