@@ -21,7 +21,7 @@ from pathlib import Path
 from benchmarks import common
 from pipeline.ffmpeg import ffmpeg
 from pipeline.job.control import Control
-from pipeline.job.metrics import PeakMemory
+from pipeline.job.metrics import PeakMemory, children
 from pipeline.mark.marker import Making, Marker
 from pipeline.settings import REPOSITORY, Settings
 from scripts.make_test_certificate import make
@@ -48,8 +48,8 @@ def making() -> Making:
 def _cpu_sec() -> float:
     """Of this process and the child that signs, while it lives and after it."""
     used = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    living = sum(sum(map(int, Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[11:13]))
-                 for task in Path("/proc/self/task").iterdir() for child in (task / "children").read_text().split())
+    stats = [Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split() for child in children()]
+    living = sum(int(ticks) for stat in stats for ticks in stat[11:13])
     return sum(u.ru_utime + u.ru_stime for u in used) + living / os.sysconf("SC_CLK_TCK")
 
 

@@ -21,6 +21,7 @@ from musetalk.show.blend import paste
 from pipeline.ffmpeg import probe
 from pipeline.film import engine
 from pipeline.job.control import Control
+from pipeline.job.metrics import children
 from pipeline.media import FrameReader, FrameSource
 from pipeline.run import Service, job_folder, remove_stale
 from pipeline.settings import Settings
@@ -244,8 +245,7 @@ def no_leftovers(tmp_path: Path) -> Iterator[None]:
 def _left(before: set[int | None], folder: Path) -> list[str]:
     """Threads, folders and ffmpegs of a job that has ended."""
     threads = [t.name for t in threading.enumerate() if t.ident not in before and t.name in ("decode", "encode", "peak-memory")]
-    children = [c for task in Path("/proc/self/task").iterdir() for c in (task / "children").read_text().split()]
-    names = [Path(f"/proc/{c}/comm").read_text() for c in children if Path(f"/proc/{c}/comm").exists()]
+    names = [Path(f"/proc/{c}/comm").read_text() for c in children() if Path(f"/proc/{c}/comm").exists()]
     return [*threads, *map(str, folder.glob("musetalk-job-*")), *(n for n in names if "ffmpeg" in n)]
 
 

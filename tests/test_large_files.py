@@ -16,9 +16,10 @@ import pytest
 
 from pipeline.errors import Cancelled
 from pipeline.job.control import Control
+from pipeline.job.metrics import children
 from pipeline.transfer.b2 import STARTED
 from tests.fakes import b2 as fakes
-from tests.test_storage import children, client, stopped_after
+from tests.test_storage import client, stopped_after
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import pytest
 
 from pipeline.errors import Cancelled, DeadlineExceeded, StorageRejected
 from pipeline.job.control import Control
+from pipeline.job.metrics import children
 from pipeline.run import Service
 from pipeline.settings import BadSetting, Settings
 from pipeline.transfer.storage import Storage, storage_of
 from tests.fakes.s3 import S3
-from tests.test_storage import children
 
 KEY = "avatar/outputs/job-1.mp4"
 

@@ -22,6 +22,7 @@ from cryptography.hazmat import asn1
 from pipeline import provenance
 from pipeline.errors import Cancelled, DeadlineExceeded, SigningFailed
 from pipeline.job.control import Control
+from pipeline.job.metrics import children
 from pipeline.mark.marker import COMPOSITE, DESCRIPTION, Marker
 from pipeline.run import Service
 from pipeline.settings import REPOSITORY
@@ -30,7 +31,6 @@ from tests.conftest import make_media
 from tests.fakes import b2 as fakes
 from tests.fakes import tsa
 from tests.test_provenance import SAMPLES, credentials, ffmpeg, frames, making, settings
-from tests.test_storage import children
 
 Pair = tuple[Path, Path]
 

@@ -17,6 +17,7 @@ import pytest
 
 from pipeline.errors import Cancelled, DeadlineExceeded, JobError, StorageRejected, StorageUnavailable
 from pipeline.job.control import Control
+from pipeline.job.metrics import children
 from pipeline.run import Service
 from pipeline.settings import BadSetting, Settings
 from pipeline.transfer.storage import BucketStorage, b2_storage
@@ -56,15 +57,6 @@ def test_passing_faults_are_survived(b2: fakes.B2, movie: Path, faults: list[fak
     b2.faults.extend(faults)
     assert client(b2).upload(movie, "job-1.mp4", Control(60)).endswith("job-1.mp4")
     assert b2.objects["avatar/outputs/job-1.mp4"][-1] == movie.read_bytes()
-
-
-def children() -> set[str]:
-    """Process ids of this process's children."""
-    found: set[str] = set()
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # a thread that has ended
-            found |= set((task / "children").read_text().split())
-    return found
 
 
 def stopped_after(b2: fakes.B2, path: Path, control: Control, began: Callable[[], None]) -> tuple[JobError, float]:

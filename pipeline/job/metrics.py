@@ -85,13 +85,20 @@ def _resident_kb() -> int:
     It is called all the time that a job takes, so by `os`, which takes half as long as `pathlib`.
     """
     own, total = _read("self/cmdline"), _statm_kb("self")
-    for task in os.listdir("/proc/self/task"):
+    for pid in children():
         with contextlib.suppress(OSError):
-            for pid in map(bytes.decode, _read(f"self/task/{task}/children").split()):
-                with contextlib.suppress(OSError):
-                    if _read(f"{pid}/cmdline") != own:
-                        total += _statm_kb(pid)
+            if _read(f"{pid}/cmdline") != own:
+                total += _statm_kb(pid)
     return total
+
+
+def children() -> set[str]:
+    """Process ids of this process's children that are not yet collected."""
+    found: set[str] = set()
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):  # a thread that has ended
+            found.update(_read(f"self/task/{task}/children").decode().split())
+    return found
 
 
 def _read(name: str) -> bytes:

@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 
 from pipeline.errors import is_known
-from pipeline.job import logs
+from pipeline.job import logs, metrics
 from pipeline.job.control import Control
 from pipeline.run import Service, status_of
 from pipeline.settings import REPOSITORY, Settings
@@ -309,10 +309,9 @@ def world(apart: bool = True) -> Iterator[World]:
 def children() -> list[str]:
     """Names and ids of this process's children that are not yet collected."""
     found = []
-    for task in Path("/proc/self/task").iterdir():
+    for pid in metrics.children():
         with contextlib.suppress(OSError):
-            for pid in (task / "children").read_text().split():
-                found.append(f"{Path(f'/proc/{pid}/comm').read_text().strip()} {pid}")
+            found.append(f"{Path(f'/proc/{pid}/comm').read_text().strip()} {pid}")
     return found
 
 
