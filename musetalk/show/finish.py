@@ -23,7 +23,7 @@ from musetalk.geometry.box import Box, Region
 from musetalk.geometry.place import Place, positions, reduced, resampled, sampled
 from musetalk.pixels.resample import cached_on_device
 from musetalk.show.blend import first_row
-from musetalk.show.mask import MOUTH_AT, blurred
+from musetalk.show.mask import MOUTH_AT, blurred, shifted
 
 GRID, TINT_GRID = 64, 16  # sides of the grids on which drawing and source are compared, and on which the tint is known
 TOLERANCE_MOUTH = 12.0  # levels by which the drawing may differ and the source still stays: near the mouth
@@ -230,8 +230,7 @@ def _around(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     image = F.pad(image, (1, 1, 1, 1), mode="replicate")
     low = average = high = image
     for dim in (2, 3):
-        count = image.shape[dim] - 2
-        lows, means, highs = ([x.narrow(dim, k, count) for k in range(3)] for x in (low, average, high))
+        lows, means, highs = (shifted(x, dim) for x in (low, average, high))
         low, high = (f(f(x[0], x[1]), x[2]) for f, x in ((torch.minimum, lows), (torch.maximum, highs)))
         average = (means[0] + means[1] + means[2]) / 3
     return low, average, high

@@ -239,7 +239,12 @@ def blurred(image: Tensor) -> Tensor:
     for _ in range(2):
         image = F.pad(image, (1, 1, 1, 1), mode="replicate")
         for dim in (2, 3):
-            a, b, c = (image.narrow(dim, k, image.shape[dim] - 2) for k in range(3))
+            a, b, c = shifted(image, dim)
             image = (a + b).add_(c)
         image.mul_(1 / 9)
     return image
+
+
+def shifted(image: Tensor, dim: int) -> list[Tensor]:
+    """Three views of an image, each a cell further along a dimension and two cells shorter than it: a cell's neighbours."""
+    return [image.narrow(dim, k, image.shape[dim] - 2) for k in range(3)]
