@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shlex
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +22,9 @@ import pytest
 import requests
 
 from pipeline.ffmpeg import ffmpeg
+from pipeline.page import tab as page_tab
 from pipeline.page.controls import PLAIN
+from pipeline.run import Service
 from pipeline.schema import JobRequest, Params, parse
 from pipeline.settings import REPOSITORY
 from tests.conftest import SAMPLES, make_media
@@ -324,11 +328,30 @@ def test_one_waits_for_another_and_both_can_be_stopped(open_tab: Callable[..., T
     second.press("Render the film")
     assert second.shows("#progress", "waiting") == "waiting for another job"
     second.press("Stop")
-    second.shows("#progress", "cancelled")
+    second.shows("#progress", "cancelled", 10)
     assert "making the film" in first.text("#progress"), "nobody else was stopped"
     first.press("Stop")
-    first.shows("#progress", "cancelled")
+    first.shows("#progress", "cancelled", 20)
     assert not first.all("#film")
+
+
+def test_a_film_is_stopped_before_its_turn(service: Service, tmp_path: Path) -> None:
+    """The tab's thread is still at a frame when the film is asked for and stopped: none is made."""
+    tab, frame = page_tab.Tab(service, tmp_path), threading.Event()
+
+    async def stopped() -> dict[str, Any]:
+        looking = asyncio.ensure_future(tab.run(frame.wait))
+        film = asyncio.ensure_future(tab.film({}))
+        await asyncio.sleep(0)  # both have been given to the thread
+        tab.stop()
+        frame.set()
+        await looking
+        return await film
+
+    body = asyncio.run(stopped())
+    assert body.get("error_message") == "the job was cancelled", body
+    tab.close()
+    tab.wait()
 
 
 def test_two_people_speak(open_tab: Callable[..., Tab], pair: Path, word: Path) -> None:

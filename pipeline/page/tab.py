@@ -75,7 +75,7 @@ class Tab:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tab")
         self._served: dict[str, Path] = {}
         self._streams: list[Path] = []  # folders of films' streams
-        self._control = Control(service.settings.job_deadline_sec)
+        self._control = self._asked = self._new_control()  # of what the thread is doing; of the film that was asked for last
         self._open = contextlib.ExitStack()
         self._preview: tuple[dict[str, Any], Preview] | None = None  # and the job that it was opened for
 
@@ -106,7 +106,7 @@ class Tab:
 
     def pictures(self, request: dict[str, Any], second: float, outline: bool) -> Pictures | dict[str, Any]:
         """A moment's frame before and after, in place of those shown before; or a failure's body."""
-        control = self._begin()
+        control = self._begin(self._new_control())
         try:
             preview = self._opened()
             shown = preview.frame(parse(self.job(request)), second, control.waiting, with_faces=True)
@@ -120,9 +120,13 @@ class Tab:
         height, width = shown.source.shape[:2]
         return Pictures(source, film, (width, height), shown.faces, shown.seconds, preview.speeches, bool(shown.regions))
 
-    def film(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Run the job. The body of a success has the film's address as its output_url."""
-        control = self._begin()
+    async def film(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Run the job after what the thread is at. The body of a success has the film's address as its output_url."""
+        self._asked = self._new_control()
+        return await self.run(self._film, request, self._asked)
+
+    def _film(self, request: dict[str, Any], control: Control) -> dict[str, Any]:
+        self._begin(control)
         body = self.service.run_job(self.job(request), control=control)
         if control.playlist_url:
             self._streams.append(Path(unquote(urlsplit(control.playlist_url).path)).parent)
@@ -139,8 +143,9 @@ class Tab:
         return f"{control.ready_sec:.0f} s can be played: {control.playlist_url}" if control.playlist_url else ""
 
     def stop(self) -> None:
-        """Ask what the thread is doing to end."""
+        """Ask what the thread is doing to end, and the film that waits for it not to begin."""
         self._control.cancel()
+        self._asked.cancel()
 
     def close(self) -> None:
         """The tab is gone: its job ends, then its files are deleted. Returns at once."""
@@ -154,12 +159,14 @@ class Tab:
         """Wait until a closed tab has left nothing behind."""
         self._thread.shutdown()
 
-    def _begin(self) -> Control:
-        self.stage, self.share = "", 0.0
-        self._control = Control(self.service.settings.job_deadline_sec, self._progress)
+    def _new_control(self) -> Control:
+        return Control(self.service.settings.job_deadline_sec, self._progress)
+
+    def _begin(self, control: Control) -> Control:
+        self.stage, self.share, self._control = "", 0.0, control
         if self.closed:
-            self._control.cancel()
-        return self._control
+            control.cancel()
+        return control
 
     def _progress(self, stage: str, share: float) -> None:
         self.stage, self.share = stage, share

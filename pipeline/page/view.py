@@ -262,7 +262,7 @@ class View:
         self.progress.classes(remove="bad")
         clip = self.tab.clip
         with self._busy():
-            body = await self.tab.run(self.tab.film, self._request())
+            body = await self.tab.film(self._request())
         if self.tab.closed:
             return
         if body["status"] != "success":
