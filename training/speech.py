@@ -165,6 +165,7 @@ def _library() -> ctypes.CDLL:
     lib = ctypes.CDLL(loader.get_library_path())
     if lib.espeak_Initialize(2, 200, loader.get_data_path().encode(), 1) <= 0:  # synchronous, with phoneme events
         raise RuntimeError("espeak-ng could not be initialised")
+    lib.espeak_ng_SetRandSeed(1)  # it is the time, else: whispers and breath would be other samples in each process
     return lib
 
 
