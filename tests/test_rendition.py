@@ -59,6 +59,12 @@ class Web(Quiet):
 
     extensions_map = {".m3u8": "application/vnd.apple.mpegurl", ".m4s": "video/mp4", ".mp4": "video/mp4", "": "text/html"}
 
+    def end_headers(self) -> None:
+        """As docs/storage.md asks of whatever serves a folder."""
+        if self.path.endswith(".m3u8"):
+            self.send_header("Cache-Control", "no-store")
+        super().end_headers()
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Place]:
