@@ -15,7 +15,7 @@ import heapq
 import math
 import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from benchmarks import common
@@ -35,6 +35,7 @@ class Load:
     cold_start_sec: float = 20.0
     idle_stop_sec: float = 60.0
     workers: int = 100
+    warm: int = 0  # of them, idle when the first job comes
 
     @property
     def service_sec(self) -> float:
@@ -61,12 +62,16 @@ def traffic(load: Load, jobs: int, seed: int = 1) -> Iterator[tuple[float, float
         yield clock, service + load.prepare_sec * (r.random() >= load.hit_rate)
 
 
-def simulate(load: Load, jobs: Iterable[tuple[float, float]]) -> dict[str, float]:
-    """Run jobs through the queue: mean, 95th and 99th percentile wait, mean busy workers, cold starts."""
+def simulate(load: Load, jobs: Iterable[tuple[float, float]],
+             pickup_sec: Callable[[int], float] = lambda _: 0.0) -> dict[str, float]:
+    """Run jobs through the queue: mean, 95th and 99th percentile wait, mean busy workers, cold starts.
+
+    `pickup_sec` says how long one of so many waiting workers takes to begin a job.
+    """
     clock = busy_sec = 0.0
-    free: list[float] = []  # since when each warm idle worker is free, newest last
+    free = [0.0] * load.warm  # since when each warm idle worker is free, newest last
     ending: list[float] = []  # when each busy worker ends
-    waits, cold, started = [], 0, 0
+    waits, cold, started = [], 0, load.warm
     for clock, service in jobs:
         while ending and ending[0] <= clock:
             free.append(heapq.heappop(ending))
@@ -75,6 +80,7 @@ def simulate(load: Load, jobs: Iterable[tuple[float, float]]) -> dict[str, float
         free = alive
         begin = clock
         if free:
+            begin += pickup_sec(len(free))
             free.pop()
         elif started < load.workers:
             started, cold = started + 1, cold + 1

@@ -55,7 +55,13 @@ class Costs(NamedTuple):
 
     own: float  # of a job, while it runs
     gap: float  # between two jobs of a worker that never waits
-    pickup: float  # from a job's sending until an idle worker begins it
+    workers: int
+    pickup_one: float  # from a job's sending until it begins, where one worker waits
+    pickup_all: float  # the same where all wait: each of them is woken and asks
+
+    def pickup(self, waiting: int) -> float:
+        """The same where so many wait."""
+        return self.pickup_one + (self.pickup_all - self.pickup_one) * (waiting - 1) / max(self.workers - 1, 1)
 
 
 class Fleet:
@@ -150,11 +156,11 @@ def overhead_sec(new: functools.partial[Fleet], workers: int) -> tuple[float, fl
 
 def pickup_sec(new: functools.partial[Fleet], workers: int) -> float:
     """Seconds from a job's sending until a worker of an idle fleet begins it."""
-    with contextlib.closing(new(queue="pickup", mean_sec=0.0)) as fleet:
+    with contextlib.closing(new(queue=f"pickup-{workers}", mean_sec=0.0)) as fleet:
         fleet.start(workers)
         for number in range(50):
             time.sleep(0.5)  # longer than such a job takes: all workers wait again
-            fleet.send(f"pickup-{number}")
+            fleet.send(f"{fleet.queue}-{number}")
         fleet.drain()
         return statistics.fmean(job["begin"] - fleet.sent[job["id"]] for job in fleet.jobs())
 
@@ -162,14 +168,13 @@ def pickup_sec(new: functools.partial[Fleet], workers: int) -> float:
 def waits_at(new: functools.partial[Fleet], workers: int, jobs: int, share: float, costs: Costs) -> dict[str, Any]:
     """Poisson arrivals at a share of what the workers can do: waits measured, and simulated for the same arrivals and jobs.
 
-    The simulated workers are told the three costs that the measured ones have: a job arrives where a worker can begin it,
-    `pickup` after it was sent. An infinite share is a burst: all at once.
+    The simulated workers are told the costs that the measured ones have. An infinite share is a burst: all at once.
     """
     name = f"load-{share}"
     with contextlib.closing(new(queue=name)) as fleet:
         fleet.start(workers)
-        load = Load(workers=workers, jobs_per_sec=share * workers / (fleet.mean_sec + costs.own + costs.gap), cold_start_sec=0,
-                    idle_stop_sec=float("inf"))
+        load = Load(workers=workers, warm=workers, idle_stop_sec=math.inf,
+                    jobs_per_sec=share * workers / (fleet.mean_sec + costs.own + costs.gap))
         r, moment = random.Random(name), time.time()
         for number in range(jobs):
             moment += r.expovariate(load.jobs_per_sec)
@@ -178,9 +183,9 @@ def waits_at(new: functools.partial[Fleet], workers: int, jobs: int, share: floa
         fleet.drain()
         done = sorted(fleet.jobs(), key=lambda job: fleet.sent[job["id"]])
         measured = waiting([job["begin"] - fleet.sent[job["id"]] for job in done])
-        arrived = [fleet.sent[job["id"]] + costs.pickup for job in done]
-        simulated = simulate(load, zip(arrived, [job["end"] - job["begin"] + costs.gap for job in done], strict=True))
-        expected = {name: simulated[name] + costs.pickup for name in measured}
+        jobs_done = [(fleet.sent[job["id"]], job["end"] - job["begin"] + costs.gap) for job in done]
+        simulated = simulate(load, jobs_done, costs.pickup)
+        expected = {name: simulated[name] for name in measured}
     error = abs(measured["wait_mean_sec"] / expected["wait_mean_sec"] - 1)
     row = {"measured": measured, "simulated": expected, "error": error}
     print(f"{workers} workers at {share:.0%}:", json.dumps(row), flush=True)
@@ -247,15 +252,17 @@ def main(workers: int, jobs: int, service_sec: float, kill_sec: float) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # no worker and no database is left behind
     with places() as (url, folder, samples):
         new = functools.partial(Fleet, url, folder, samples, mean_sec=service_sec)
-        costs = Costs(*overhead_sec(new, workers), pickup_sec(new, workers))
-        print(f"a job takes {costs.own:.3f} s beside its generator, {costs.gap:.3f} s pass between two, an idle fleet begins"
-              f" one {costs.pickup:.3f} s after it was sent", flush=True)
+        costs = Costs(*overhead_sec(new, workers), workers, pickup_sec(new, 1), pickup_sec(new, workers))
+        print(f"a job takes {costs.own:.3f} s beside its generator, {costs.gap:.3f} s pass between two;"
+              f" one waiting worker begins it {costs.pickup_one:.4f} s after it was sent, one of {workers}"
+              f" {costs.pickup_all:.4f} s", flush=True)
         rows = {percent: waits_at(new, workers, jobs, percent / 100, costs) for percent in (50, 80, 95)}
         burst = waits_at(new, workers, min(jobs, 8 * workers), math.inf, costs)
         queue_ms, limit = queue_cost(new, workers)
         lost, doubled = killed(new, workers, kill_sec)
     common.emit("fleet-measured", workers=workers, jobs=jobs, service_sec=service_sec,
-                overhead_sec=round(costs.own, 3), between_sec=round(costs.gap, 3), pickup_sec=round(costs.pickup, 3),
+                overhead_sec=round(costs.own, 3), between_sec=round(costs.gap, 3),
+                pickup_sec=[round(costs.pickup_one, 4), round(costs.pickup_all, 4)],
                 **{f"wait_error_{percent}": round(row["error"], 3) for percent, row in rows.items()},
                 queue_ms_a_job=round(queue_ms, 2), jobs_per_sec_limit=round(limit, 1), lost=lost, doubled=doubled,
                 kill_sec=kill_sec, loads=rows, burst=burst)
