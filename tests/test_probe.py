@@ -157,13 +157,23 @@ def test_a_delay_of_10_ms_or_less_is_100_ms(media: Make, tmp_path: Path, kind: s
     np.testing.assert_array_equal(frames(src, len(whole) // 2, 3), whole[len(whole) // 2 : len(whole) // 2 + 3])
 
 
-def test_a_cut_picture_is_called_damaged(media: Make, tmp_path: Path) -> None:
-    data = media("cut.png", "-f", "lavfi", "-i", "testsrc2=s=320x180", "-frames:v", "1").read_bytes()
+@pytest.mark.parametrize("kind", ["png", "bmp", "tiff"])
+def test_a_cut_picture_is_called_damaged(media: Make, tmp_path: Path, kind: str) -> None:
+    data = media(f"cut.{kind}", "-f", "lavfi", "-i", "testsrc2=s=320x180", "-frames:v", "1").read_bytes()
     for kept in (100, 60):
-        (tmp_path / "cut.png").write_bytes(data[:kept])
-        said = probe(tmp_path / "cut.png", PIXELS).undecodable
+        (tmp_path / f"cut.{kind}").write_bytes(data[:kept])
+        said = probe(tmp_path / f"cut.{kind}", PIXELS).undecodable
         assert said.startswith("the file is damaged or cut off")
-        assert not re.search("encoder|0x|Task|null|Conversion", said)
+        assert not re.search("encoder|0x|Task|null|Conversion|config", said)
+
+
+def test_a_photo_with_a_gain_map_is_one_picture(media: Make, tmp_path: Path) -> None:
+    """As phones write it: further, smaller JPEGs come after the first in the file."""
+    photo, gain = (media(name, "-f", "lavfi", "-i", f"testsrc2=s={size}", "-frames:v", "1").read_bytes()
+                   for name, size in (("photo.jpg", "320x180"), ("gain.jpg", "160x90")))
+    (tmp_path / "one.jpg").write_bytes(photo)
+    (tmp_path / "both.jpg").write_bytes(photo + gain)
+    np.testing.assert_array_equal(frames(source(tmp_path / "both.jpg")), frames(source(tmp_path / "one.jpg")))
 
 
 def test_speech_of_a_file_with_two_pictures(media: Make) -> None:

@@ -34,7 +34,7 @@ LOG_BYTES = 8 << 10  # of a log's end from which a message is made: its size is 
 END_SEC = 10.0  # from the end of a child's output to its own
 STARVED = re.compile(r"Cannot allocate memory|Resource temporarily unavailable|error while loading shared libraries")
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGTRAP}  # nobody sends them
-CONSEQUENCE = re.compile(r"^( |frame=|size=|Output #|Press |Conversion failed)|^\[([av]f|[av]ost|out)#|"
+CONSEQUENCE = re.compile(r"^( |frame=|size=|Output #|Press |Conversion failed)|^\[(([av]f|[av]ost|out)#|showinfo@)|"
                          r"Task finished with|Terminating thread|Decode error rate")
 CONTEXT = re.compile(r"\[[^\s\[\]]{1,80} @ 0x[0-9a-f]+\] ")
 CROWDED = "exceeds max_streams parameter"  # a file's fault, for which ffmpeg has no error number of its own but ENOMEM's
@@ -131,12 +131,15 @@ def tail(text: str, path: Path | None = None, limit: int = 400) -> str:
     return text.strip()[-limit:]
 
 
-def about_file(log: str, path: Path) -> str:
-    """What is wrong with a file that ffmpeg reads: what its demuxers and decoders say, not what the rest of ffmpeg, which lacks
-    their frames, says of itself. Empty when nothing is."""
+def causes(log: str, path: Path) -> str:
+    """What demuxers and decoders say of a file, not what the rest of ffmpeg, which lacks their frames, says of itself."""
     lines = [CONTEXT.sub("", line) for line in log[-LOG_BYTES:].split("\n") if line.strip() and not CONSEQUENCE.search(line)]
-    causes = tail("\n".join(dict.fromkeys(lines)), path)
-    return ": ".join(filter(None, ["the file is damaged or cut off" if log.strip() else "", causes]))
+    return tail("\n".join(dict.fromkeys(lines)), path)
+
+
+def about_file(log: str, path: Path) -> str:
+    """What is wrong with a file that ffmpeg reads; empty when nothing is."""
+    return ": ".join(filter(None, ["the file is damaged or cut off" if log.strip() else "", causes(log, path)]))
 
 
 class Child:

@@ -105,8 +105,10 @@ class FrameSource:
             child.ffmpeg(), "-nostdin", "-v", "error", "-threads", _threads(video), "-copyts", "-start_at_zero", *seek, *fixed,
             *guarded(info.path, self.max_pixels, info.opener), "-an", "-sn", "-dn",
             *filtered(f"0:{video.index}", info.opener, ",".join(chain)), "-fps_mode", "passthrough",
+            # what comes after the first picture in a still's file is a small one or a gain map
+            "-frames:v", "1" if info.opener.still else str(drop + count),
             # no header or mark can be had with an alpha plane
-            "-frames:v", str(drop + count), "-f", "rawvideo" if self.alpha else "yuv4mpegpipe", "pipe:1",
+            "-f", "rawvideo" if self.alpha else "yuv4mpegpipe", "pipe:1",
         ], drop
 
     def _over(self) -> list[str]:
