@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from pipeline.ffmpeg import probe
+from pipeline.media import FilmWriter
 from tests.conftest import SAMPLES
-from tests.test_media import PIXELS, Make, frames, source
+from tests.test_media import PIXELS, Make, frames, source, speech
 
 # red, its right half transparent
 HALF = "color=black:s=320x180:r=25:d=0.12,format=rgba,geq=r=200:g=50:b=50:a='255*lt(X,160)+127*between(X,160,199)'"
@@ -141,6 +142,27 @@ def test_stills_of_the_same_pixels_are_the_same_frame(media: Make) -> None:
     for name, form in (("same.bmp", "bgr24"), ("four.bmp", "bgra"), ("same.tiff", "rgb24"), ("alpha.png", "rgba")):
         got = frames(source(media(name, "-i", str(png), "-pix_fmt", form)))[0]
         np.testing.assert_array_equal(got, want, err_msg=name)
+
+
+@pytest.mark.parametrize(("size", "matrix", "request_"), [
+    ("1280x720", "bt709", {"resolution": "480p"}), ("1280x720", "bt709", {"aspect_ratio": "9:16", "fit": "crop"}),
+    ("640x480", "bt601", {"resolution": "720p", "upscale": True}), ("640x480", "bt601", {}),
+])
+def test_an_untagged_clip_keeps_its_colours_in_a_film_of_another_size(
+    media: Make, tmp_path: Path, size: str, matrix: str, request_: dict[str, object],
+) -> None:
+    """A player guesses the matrix of an untagged picture from its size."""
+    clip = media(f"untagged {size}.mkv", "-f", "lavfi", "-i", f"color=blue:s={size}:d=0.04", "-vf",
+                 "setparams=colorspace=unknown:color_primaries=unknown:color_trc=unknown", "-c:v", "ffv1")
+    src = source(clip, **request_)
+    voice = speech(media("beep.wav", "-f", "lavfi", "-i", "sine=d=0.1"))
+    writer = FilmWriter(tmp_path / "o.mp4", src, voice, 0.04)
+    writer.write(frames(src)[0])
+    writer.finish(60)
+    writer.close()
+    got = probe(tmp_path / "o.mp4", PIXELS).picture
+    assert (src.info.picture.color_space, src.info.picture.matrix, got.matrix) == ("unknown", matrix, matrix)
+    assert (got.color_space == "unknown") == (not request_), "where the guess is right, it stays untagged"
 
 
 def test_a_part_of_another_shape_keeps_its_own(media: Make, tmp_path: Path) -> None:

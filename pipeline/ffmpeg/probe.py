@@ -30,6 +30,11 @@ JOINABLE = ("mpegts", "mpeg", "matroska,webm")  # files of these, put one after 
 HDR = ("smpte2084", "arib-std-b67")  # transfers of PQ (HDR10, Dolby Vision) and HLG
 
 
+def customary_matrix(width: int, height: int) -> str:
+    """The matrix that players take for untagged pictures of a size: BT.709 from 720 lines on, BT.601 below."""
+    return "bt709" if min(width, height) >= 720 else "bt601"
+
+
 @dataclass(frozen=True)
 class VideoInfo:
     """The first real video stream; sizes in square pixels after rotation, the rest as its first picture was decoded."""
@@ -47,6 +52,7 @@ class VideoInfo:
     interlaced: bool = False
     decoded: tuple[int, int] = (0, 0)  # size of the decoded picture, rotation applied
     joined: bool = False  # timestamps begin anew on the way: files put one after the other
+    start: float = 0.0  # seconds of the file's own clock
 
     @property
     def is_rgb(self) -> bool:
@@ -85,10 +91,10 @@ class VideoInfo:
 
     @property
     def matrix(self) -> str:
-        """Matrix of the frames read: the tag, or by custom BT.709 from 720 lines on and BT.601 below."""
+        """Matrix of the frames read: the tag, or the customary one."""
         if self.is_rgb or self.is_hdr:
             return "bt709"
-        return MATRICES.get(self.matrix_tag, "bt709" if min(self.width, self.height) >= 720 else "bt601")
+        return MATRICES.get(self.matrix_tag, customary_matrix(self.width, self.height))
 
     @property
     def full_range(self) -> bool:
@@ -106,6 +112,7 @@ class AudioInfo:
     rate: int
     channels: int
     layout: str = ""  # of the channels, in ffmpeg's words
+    start: float = 0.0  # seconds of the file's own clock
 
 
 @dataclass(frozen=True)
@@ -245,7 +252,7 @@ def _video(stream: Stream, showinfo: str) -> VideoInfo | None:
     return VideoInfo(
         stream.index, *square, picture[1], (float(fps[1]) or None) if fps else None, sar, space,
         colours[1], primaries, transfer, picture[6] in "TB" or bool(re.search(r"\b(top|bottom) (coded )?first", text)),
-        (width, height))
+        (width, height), start=_start(text))
 
 
 def _rank(stream: Stream) -> tuple[bool, bool]:
@@ -260,4 +267,11 @@ def _audio(stream: Stream) -> AudioInfo | None:
         return None
     named = layout[1] if layout else ""
     count = re.match(r"(\d+) channels", named)
-    return AudioInfo(stream.index, int(rate[1]), int(count[1]) if count else len(channel_names(named)), named)
+    return AudioInfo(stream.index, int(rate[1]), int(count[1]) if count else len(channel_names(named)), named,
+                     _start(text))
+
+
+def _start(text: str) -> float:
+    """When a stream begins; ffmpeg says nothing of one that begins at 0."""
+    stated = re.search(r", start (-?[\d.]+)", text)
+    return float(stated[1]) if stated else 0.0

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pipeline.errors import FfmpegFailed
 from pipeline.ffmpeg import child
 from pipeline.ffmpeg.child import Child
-from pipeline.ffmpeg.probe import VideoInfo
+from pipeline.ffmpeg.probe import customary_matrix
 from pipeline.media.frames import FrameSource
 from pipeline.media.sound import Speech
 
@@ -32,6 +32,7 @@ PRORES = ("-c:v", "prores_ks", "-profile:v", "4444", "-qscale:v", "4", "-vendor"
 NVIDIA = Path("/dev/nvidiactl")  # there where a driver is
 SEGMENT_SEC = 2  # of an HLS rendition, each with a key frame first
 PLAYLIST = "playlist.m3u8"
+UNTAGGED = ("unknown", "reserved", "gbr", "N/A")  # values of colour tags that say nothing of Y'CbCr
 HLS = (f"f=hls:hls_time={SEGMENT_SEC}:hls_list_size=0:hls_playlist_type=event:hls_flags=independent_segments+temp_file:"
        "hls_segment_type=fmp4:hls_fmp4_init_filename=init.mp4:hls_segment_filename=%05d.m4s")
 
@@ -101,7 +102,7 @@ class FilmWriter(Child):
             child.ffmpeg(), "-nostdin", "-v", "error", "-y", "-f", "rawvideo", "-pix_fmt", source.pixels,
             "-s", f"{source.width}x{source.height}", "-r", f"{source.fps.numerator}/{source.fps.denominator}", "-i", "pipe:0",
             "-f", "wav", "-i", f"file:{speech.path}", "-map", "0:v", "-map", "1:a", "-map_metadata", "-1", *tags,
-            *encoder, *colour_tags(source.info.picture),
+            *encoder, *colour_tags(source),
             "-pix_fmt", form.pixels_with_alpha if source.alpha else form.pixels,
             "-af", f"atrim=end={seconds:.6f}", *form.sound,
             *([*form.muxer, f"file:{path}"] if hls is None else _with_hls(path, encoder)),
@@ -151,16 +152,21 @@ def _with_hls(path: Path, encoder: tuple[str, ...]) -> list[str]:
             "-f", "tee", f"[f=mp4:movflags=+faststart]{target}|[{HLS}]{PLAYLIST}"]
 
 
-def colour_tags(video: VideoInfo) -> list[str]:
-    """Mark the frames with the source's colour tags; an untagged source stays untagged.
+def colour_tags(source: FrameSource) -> list[str]:
+    """Mark the frames with the source's colour tags. An untagged source stays untagged, unless players would take another
+    matrix for the film's size than for the source's.
 
     As a filter that only marks: given as output options, ffmpeg would take the raw frames for BT.601 and convert them.
     """
+    video = source.info.picture
     if video.is_rgb or video.is_hdr:
         return ["-vf", "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"]
+    matrix = video.matrix_tag
+    if matrix in UNTAGGED and customary_matrix(source.width, source.height) != video.matrix:
+        matrix = "bt709" if video.matrix == "bt709" else "smpte170m"
     tags = [f"{name}={value}" for name, value in (
-        ("colorspace", video.matrix_tag), ("color_primaries", video.color_primaries), ("color_trc", video.color_transfer),
-    ) if value not in ("unknown", "reserved", "gbr", "N/A")]
+        ("colorspace", matrix), ("color_primaries", video.color_primaries), ("color_trc", video.color_transfer),
+    ) if value not in UNTAGGED]
     if video.full_range or video.color_range == "tv":
         tags.append(f"range={'pc' if video.full_range else 'tv'}")
     return ["-vf", "setparams=" + ":".join(tags)] if tags else []
