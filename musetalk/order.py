@@ -1,11 +1,20 @@
-"""Which source frame each output frame shows, and in what runs such an order is decoded."""
+"""Which frame is shown when, which source frame each output frame shows, and in what runs such an order is decoded."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 from musetalk.options import Loop
+
+
+def frame_at(second: float, fps: Fraction) -> int:
+    """The frame that is shown at a moment, which counts as the decimal number that it stands for: at 25 fps, frame 29 begins at
+    1.16 s, though 1.16 * 25 is 28.999999999999996.
+    """
+    return math.floor(Fraction(second).limit_denominator(1_000_000) * fps)
 
 
 def source_index(output: int, count: int, loop: Loop) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,13 +16,14 @@ from jsonschema import Draft202012Validator, ValidationError
 from benchmarks.speakers import crowd
 from musetalk.face import detect
 from musetalk.geometry.box import Box
+from musetalk.order import frame_at
 from pipeline.errors import BadRequest
 from pipeline.ffmpeg import probe
 from pipeline.media import FrameReader, FrameSource
 from pipeline.run import Service
 from pipeline.schema import JobRequest, parse
 from tests.conftest import SAMPLES, encoded, make_film, make_media
-from training.scenes import HEIGHT, WIDTH
+from training.scenes import HEIGHT, WIDTH, cut_out, picture
 
 ANNA, BELA = (160, 170), (480, 172)  # where their faces are
 FRAMES = 16
@@ -180,6 +182,24 @@ def test_the_people_of_a_clip_are_listed(service: Service, pair: Path, word: Pat
     assert (nobody["status"], nobody["details"]["field"]) == ("failed", "video_url")
     for wrong in ({"find_faces": False}, {"video_url": None}, {"a": 1}):
         assert service.run_job({"find_faces": True, "video_url": "x", **wrong})["error_type"] == "media_error"
+
+
+def test_a_person_is_where_the_list_says_at_that_second(service: Service, word: Path, tmp_path: Path) -> None:
+    """Bela is seen in Anna's stead in frames 7 and 8, between two looks, and from frame 29 on, which begins at 1.16 s."""
+    anna, bela = (cut_out(7), *ANNA), (cut_out(23), *BELA)
+    clip = make_film(tmp_path / "cut.mp4", [picture([bela if i in (7, 8) or i >= 29 else anna], i) for i in range(38)])
+    listed = service.run_job({"find_faces": True, "video_url": str(clip)})["metrics"]["faces"]
+    assert [(face["first_second"], face["last_second"]) for face in listed] == [(0.0, 0.96), (1.2, 1.44)]
+    told = service.run_job({**job(clip, said(word, {"point": list(BELA), "second": 1.16})), "estimate": True})
+    assert told["status"] == "success", told
+    told = service.run_job({**job(clip, said(word, {"point": list(BELA), "second": 1.159})), "estimate": True})
+    assert "no face is at point [480, 172]" in told["error_message"]
+
+
+def test_the_frame_of_a_second_is_exact() -> None:
+    assert [frame_at(round(i / 25, 3), Fraction(25)) for i in range(5000)] == list(range(5000))
+    ntsc = Fraction(30000, 1001)
+    assert [frame_at((i + 0.5) / float(ntsc), ntsc) for i in range(5000)] == list(range(5000))
 
 
 def test_a_preview_tells_who_is_there(service: Service, pair: Path, word: Path) -> None:

@@ -17,6 +17,7 @@ from musetalk.avatar import Avatar, cache_key
 from musetalk.face import detect
 from musetalk.face.people import Pointed
 from musetalk.geometry.box import Box
+from musetalk.order import frame_at
 from musetalk.sound.features import Prompts
 from musetalk.steps import Speaker, State, Yuv420, speech_weights
 from pipeline.errors import BadRequest
@@ -107,7 +108,7 @@ def _pointed(state: State, picture: Picture, part: Part, looks: dict[int, tuple[
     """The face at a point or in a box; `looks` holds the frames that were searched."""
     face, field = part.face, part.face_field
     assert isinstance(face, (FacePoint, FaceBox))
-    index = int(face.second * picture.source.fps)
+    index = frame_at(face.second, picture.source.fps)
     if index not in looks:
         frame = _frame(picture, index, field, face.second).to(state.nets.device)
         with torch.inference_mode():

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,14 +49,14 @@ def find_faces(engine: Engine, clip: MediaInfo, target: Path, control: Control) 
     video, limit = clip.picture, engine.settings.max_pixels
     geometry = plan(video.width, video.height, "source", "source", "pad", False, limit)
     step = max(STEP, math.ceil((clip.duration or 0.0) * float(FPS) / LOOKS))
-    source = FrameSource(clip, *geometry.output, FPS / step, tuple(geometry.filters()), limit)
+    source = FrameSource(clip, *geometry.output, FPS, tuple(geometry.filters()), limit)
     form = Yuv420(source.width, source.height, Colour(video.matrix, video.full_range))
     with engine.job(control.waiting) as state:
-        found, looks, with_face = survey(_frames(source, form, step, state.nets.device, control), state.nets.detector)
+        found, looks, with_face = survey(_looks(source, form, step, state.nets.device, control), state.nets.detector)
         if not found:
             raise NoFaceFound(f"video_url: none of the {looks} frames that were looked at holds a face", field="video_url",
                               reason="no_face", stage="inference")
-        tiles = [_tile(source, form, person, step, number) for number, person in enumerate(found, 1)]
+        tiles = [_tile(source, form, person, number) for number, person in enumerate(found, 1)]
     write_jpeg(_sheet(tiles), target)
     people = [FoundFace(number=number, first_second=_second(s.first), last_second=_second(s.last), best_second=_second(s.best),
                         box=[s.box.x1, s.box.y1, s.box.x2, s.box.y2], share=round(s.frames / looks, 3))
@@ -68,11 +68,12 @@ def _second(index: int) -> float:
     return round(index / float(FPS), 3)
 
 
-def _frames(source: FrameSource, form: Yuv420, step: int, device: torch.device, control: Control) -> Iterator[
+def _looks(source: FrameSource, form: Yuv420, step: int, device: torch.device, control: Control) -> Iterator[
         tuple[int, torch.Tensor]]:
-    """The frames that are looked at, RGB (H, W, 3) uint8, with their numbers at the film's rate."""
+    """Every `step`th frame of the source, RGB (H, W, 3) uint8, with its number."""
     pixels, index = np.empty(source.frame_bytes, np.uint8), 0
-    with closing(FrameReader(source, 0, 10**9)) as reader:
+    looked_at = replace(source, filters=(f"select='not(mod(n,{step}))'", *source.filters))
+    with closing(FrameReader(looked_at, 0, 10**9)) as reader:
         while reader.read_into(pixels):
             control.check()
             yield index, form.rgb(torch.from_numpy(pixels).to(device))
@@ -80,10 +81,10 @@ def _frames(source: FrameSource, form: Yuv420, step: int, device: torch.device, 
             index += step
 
 
-def _tile(source: FrameSource, form: Yuv420, person: Seen, step: int, number: int) -> Pixels:
+def _tile(source: FrameSource, form: Yuv420, person: Seen, number: int) -> Pixels:
     """The frame that shows a person best, small, with the box and the number."""
     pixels = np.empty(source.frame_bytes, np.uint8)
-    with closing(FrameReader(source, person.best // step, 1)) as reader:
+    with closing(FrameReader(source, person.best, 1)) as reader:
         reader.read_into(pixels)
     frame = form.rgb(torch.from_numpy(pixels)).permute(2, 0, 1)[None].float()
     scale = min(1.0, TILE[0] / source.width, TILE[1] / source.height)

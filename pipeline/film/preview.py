@@ -18,7 +18,7 @@ from musetalk.avatar import Avatar
 from musetalk.face import detect
 from musetalk.geometry.box import Box, Region
 from musetalk.options import Finish, Silence
-from musetalk.order import source_index
+from musetalk.order import frame_at, source_index
 from musetalk.sound.features import SAMPLE_RATE, Prompts
 from musetalk.sound.silence import silences
 from musetalk.steps import Frame, State, Yuv420
@@ -106,7 +106,7 @@ class Preview:
             samples = self._samples(request.params.length, fps, waiting)
             prompts = [self._prompts(role.voices, samples, fps, options.audio_padding_left, options.audio_padding_right,
                                      options.finish, options.silence, options.openness) for role in roles]
-            output = min(max(int(second * fps), 0), len(prompts[0]) - 1)
+            output = min(max(frame_at(second, fps), 0), len(prompts[0]) - 1)
             first = output - output % options.batch_size
             batch = range(first, min(first + options.batch_size, len(prompts[0])))
             avatars = self._avatars(roles, batch.stop, shape, options, state)
