@@ -20,10 +20,11 @@ from pipeline.ffmpeg import ffmpeg, probe
 from pipeline.film.length import clip_frames, lasting
 from pipeline.film.validate import Inputs, with_room
 from pipeline.job.control import Control
-from pipeline.media import Speech, read_speech, with_background
+from pipeline.media import FrameSource, Speech, read_speech, with_background
 from pipeline.run import Service
 from pipeline.schema import Params
 from tests.conftest import SAMPLES, encoded
+from tests.test_media import frames
 
 Samples = np.ndarray
 LIMIT, RATE = 1 << 24, 48_000
@@ -80,6 +81,24 @@ def test_the_clips_sound_is_in_place_to_the_sample(
     assert len(got) == len(own), "as long as the speech"
     assert np.abs(got - want).max() <= 1, "each sample, and silence after the clip's end"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.wav", "mixed.wav", "speech.wav"]
+
+
+@pytest.mark.parametrize(("kind", "codecs"), [
+    ("mp4", (*X264, "-c:a", "flac", "-strict", "-2")), ("ts", (*X264, "-c:a", "aac")), ("mpg", ("-q:v", "2")),
+    ("ogv", ("-q:v", "8")),
+])
+@pytest.mark.parametrize("begins", [0.0, 0.5])
+def test_a_click_is_heard_when_its_flash_is_seen(
+    media: Callable[..., Path], tmp_path: Path, kind: str, codecs: tuple[str, ...], begins: float,
+) -> None:
+    """In clips whose sound begins with their picture or before it."""
+    clip = media(f"flash-{begins}.{kind}", "-f", "lavfi", "-i",
+                 "color=black:s=64x64:r=25:d=2,drawbox=c=white:t=fill:enable='between(t,0.99,1.03)'", "-f", "lavfi", "-i",
+                 "aevalsrc=0.5*between(t\\,1\\,1.01)*sin(6283*t):d=2:s=48000", "-vf", f"trim=start={begins}", *codecs)
+    got = mixed(tmp_path, spoken(tmp_path, np.zeros(RATE * 3)), clip, 1.0)
+    info = probe(clip, LIMIT)
+    luma = [frame[: 64 * 64].mean() for frame in frames(FrameSource(info, 64, 64, Fraction(25), (), LIMIT))]
+    assert int(np.argmax(np.abs(got) > 4000)) / RATE == pytest.approx(int(np.argmax(luma)) / 25, abs=0.003)
 
 
 def test_a_loud_sum_is_made_quieter_as_a_whole(tmp_path: Path, noise: Samples, loud_clip: Callable[..., Path]) -> None:

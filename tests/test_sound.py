@@ -9,6 +9,7 @@ import struct
 import subprocess
 import threading
 import time
+import wave
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.errors import FfmpegFailed
+from pipeline.errors import BadMedia, FfmpegFailed
 from pipeline.ffmpeg import ffmpeg, probe
 from pipeline.media import SAMPLE_RATE, FilmWriter, FrameReader, FrameSource, Speech, read_speech
 from tests.conftest import SAMPLES
@@ -182,6 +183,18 @@ def test_a_sound_that_ends_before_its_picture_is_no_damage(media: Make, tmp_path
         spoken = speech(path, tmp_path)
         assert spoken.seconds == pytest.approx(1, abs=0.1)
         assert not spoken.damaged
+
+
+@pytest.mark.parametrize("samples", [0, 1, 20])
+@pytest.mark.parametrize("rate", [8000, 48_000])
+def test_less_than_a_sample_is_an_empty_sound(tmp_path: Path, rate: int, samples: int) -> None:
+    """Whatever ffmpeg says of an encoder that got nothing."""
+    with wave.open(str(tmp_path / "tick.wav"), "wb") as out:
+        out.setparams((1, 2, rate, 0, "NONE", ""))
+        out.writeframes(b"\1\2" * samples)
+    with pytest.raises(BadMedia, match="the audio is empty") as caught:
+        speech(tmp_path / "tick.wav", tmp_path)
+    assert caught.value.details == {"ffprobe_stderr": ""}
 
 
 def test_timestamps_that_begin_anew_go_on(media: Make, tmp_path: Path) -> None:

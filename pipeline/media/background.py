@@ -34,12 +34,14 @@ def with_background(
         raise BadMedia("params.background: the clip has no sound; leave it out, or 0", stage="validation",
                        field="params.background", reason="no_audio")
     raw, samples = path.with_suffix(".s16"), round(speech.seconds * speech.rate)
+    moved = clip.video if clip.format in MOVED_START else None  # the frames' clock begins with it, the one here with the sound
+    begin = max(moved.start - clip.audio.start, 0.0) if moved else 0.0
     command = [
         child.ffmpeg(), "-nostdin", "-v", "error", "-y", *guarded(clip.path, max_pixels, clip.opener), "-filter_complex",
-        f"{on_one_clock(clip.audio, speech.seconds)}[sound]", "-map", "[sound]", "-ar", str(speech.rate),
+        f"{on_one_clock(clip.audio, speech.seconds, begin=begin)}[sound]", "-map", "[sound]", "-ar", str(speech.rate),
         "-ac", str(speech.channels), "-f", "s16le", f"file:{raw}"]
-    if clip.video and clip.format in MOVED_START:  # so that the picture is read, too, and the sound's late start is seen
-        command += ["-map", f"0:{clip.video.index}", "-c", "copy", "-f", "null", "-"]
+    if moved:  # so that the picture is read, too, and the sound's late start is seen
+        command += ["-map", f"0:{moved.index}", "-c", "copy", "-f", "null", "-"]
     _, _, complaint = child.run(command, timeout, check=check)
     if "No space left" in complaint:
         raise OSError(28, "No space left on device")

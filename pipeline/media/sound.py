@@ -77,7 +77,8 @@ def read_speech(
     if "No space left" in err:
         raise OSError(28, "No space left on device")
     if not len(samples):
-        raise BadMedia("the audio cannot be decoded" if code else "the audio is empty", ffprobe_stderr=tail(err, info.path))
+        causes = child.causes(err, info.path)  # none where a few samples are less than one at SAMPLE_RATE
+        raise BadMedia("the audio cannot be decoded" if causes else "the audio is empty", ffprobe_stderr=causes)
     complaint = tail(err, info.path) or (f"the decoder ended with status {code}" if code else "")
     missing = _missing(info, len(samples) / SAMPLE_RATE, end) or info.opener.damage
     pcm = loudest_speech(np.clip(np.nan_to_num(samples), -1.0, 1.0))
@@ -102,13 +103,15 @@ def _graph(audio: AudioInfo, end: float) -> tuple[str, int]:
         f"asplit[film][b];[b]pan={layout}|{panned},aresample={SAMPLE_RATE}:filter_size=64:cutoff=0.95[mouth]"), len(mixes)
 
 
-def on_one_clock(audio: AudioInfo, end: float, held: str = "") -> str:
-    """ffmpeg's filters from the stream to sound without gaps on the file's clock, `end` seconds of it at most.
+def on_one_clock(audio: AudioInfo, end: float, held: str = "", begin: float = 0.0) -> str:
+    """ffmpeg's filters from the stream to sound without gaps on the file's clock from second `begin` on, `end` seconds of it at
+    most.
 
     It is cut before gaps are filled, too: a gap of a day would be filled in memory.
     """
     _, first = _names(audio)
-    return f"[0:{audio.index}]{first}{ONWARD},atrim=end={end:.6f},aresample=async=1:first_pts=0{held},atrim=end={end:.6f}"
+    return (f"[0:{audio.index}]{first}{ONWARD},asetpts=PTS-{begin:.6f}/TB,atrim=end={end:.6f},"
+            f"aresample=async=1:first_pts=0{held},atrim=end={end:.6f}")
 
 
 def _names(audio: AudioInfo) -> tuple[tuple[str, ...], str]:
