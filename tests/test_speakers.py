@@ -14,14 +14,18 @@ import pytest
 from jsonschema import Draft202012Validator, ValidationError
 
 from benchmarks.speakers import crowd
+from musetalk import Options
 from musetalk.face import detect
 from musetalk.geometry.box import Box
 from musetalk.order import frame_at
+from musetalk.sound.silence import silences
 from pipeline.errors import BadRequest
 from pipeline.ffmpeg import probe
-from pipeline.media import FrameReader, FrameSource
+from pipeline.film.cast import Role
+from pipeline.film.validate import Voice
+from pipeline.media import FrameReader, FrameSource, Speech
 from pipeline.run import Service
-from pipeline.schema import JobRequest, parse
+from pipeline.schema import JobRequest, Part, parse
 from tests.conftest import SAMPLES, encoded, make_film, make_media
 from training.scenes import HEIGHT, WIDTH, cut_out, picture
 
@@ -194,6 +198,24 @@ def test_a_person_is_where_the_list_says_at_that_second(service: Service, word: 
     assert told["status"] == "success", told
     told = service.run_job({**job(clip, said(word, {"point": list(BELA), "second": 1.159})), "estimate": True})
     assert "no face is at point [480, 172]" in told["error_message"]
+
+
+def test_a_faces_quiet_speech_is_no_silence_beside_its_loud_one(words: np.ndarray) -> None:
+    """Its mouth is raised, not what is heard; the official finish hears the speeches as they are."""
+    def placed(*sounds: np.ndarray, **options: Any) -> np.ndarray:
+        voices = [Voice(Part("", "", 0, i * seconds), Speech(Path(), 16_000, 1, pcm)) for i, pcm in enumerate(sounds)]
+        return Role(Options(**options), None, tuple(range(len(sounds))), "").pcm(voices, len(sounds) * len(words))
+
+    def silent(pcm: np.ndarray) -> float:
+        return sum(end - begin for begin, end in silences(pcm))
+
+    seconds, quiet = len(words) / 16_000, words * np.float32(0.05)
+    assert silent(placed(quiet, words)) < silent(quiet) + silent(words) + 0.2
+    assert silent(placed(words, quiet)) < silent(quiet) + silent(words) + 0.2
+    assert np.array_equal(placed(words, quiet)[: len(words)], words)
+    assert np.array_equal(placed(words, words / 3), np.concatenate([words, words / 3])), "they may differ by 10 dB"
+    assert np.array_equal(placed(words, quiet, finish="official"), np.concatenate([words, quiet]))
+    assert np.array_equal(placed(quiet), quiet)
 
 
 def test_the_frame_of_a_second_is_exact() -> None:

@@ -7,6 +7,7 @@ quieter speech that stands out of its noise is raised to the border and no furth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ STANDS_OUT = 10.0  # dB above the noise floor from which a block is speech
 LEAST = 10  # blocks of speech, 0.2 s: fewer are a click
 ORDINARY = -30.0  # dBFS of a speech from which on nothing is changed
 LARGEST_GAIN = 40.0  # dB
+APART = 10.0  # dB by which speeches of one face may differ
 NOISE = -50.0  # dBFS up to which noise may be raised; at -40 the mouth begins to babble
 
 
@@ -44,13 +46,21 @@ def level(pcm: NDArray[np.float32]) -> Level | None:
     return Level(float(np.percentile(speech, 75)), noise) if len(speech) >= LEAST else None
 
 
-def raised(pcm: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Speech (S,) float32 at 16 kHz as the networks should hear it: itself, or a quiet one at the level ORDINARY.
+def of_one_mouth(speeches: Sequence[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+    """Speeches (S,) that one face says, one after another: those more than APART quieter than the loudest are raised to that,
+    since beside it they would be taken for silence.
+    """
+    loudest = max((found.speech for pcm in speeches if (found := level(pcm))), default=ORDINARY)
+    return [raised(pcm, loudest - APART) for pcm in speeches]
+
+
+def raised(pcm: NDArray[np.float32], to: float = ORDINARY) -> NDArray[np.float32]:
+    """Speech (S,) float32 at 16 kHz as the networks should hear it: itself, or a quieter one at the level `to`, dBFS.
 
     The gain is at most LARGEST_GAIN and takes noise to NOISE at most; noise alone, clicks and silence get none.
     """
     found = level(pcm)
-    gain = min(ORDINARY - found.speech, LARGEST_GAIN, NOISE - found.noise) if found else 0.0
+    gain = min(to - found.speech, LARGEST_GAIN, NOISE - found.noise) if found else 0.0
     if gain <= 0:
         return pcm
     return np.clip((pcm - pcm.mean(dtype=np.float64).astype(np.float32)) * np.float32(10 ** (gain / 20)), -1.0, 1.0)

@@ -19,6 +19,7 @@ from musetalk.face.people import Pointed
 from musetalk.geometry.box import Box
 from musetalk.order import frame_at
 from musetalk.sound.features import Prompts
+from musetalk.sound.level import of_one_mouth
 from musetalk.steps import Speaker, State, Yuv420, speech_weights
 from pipeline.errors import BadRequest
 from pipeline.film.validate import Voice
@@ -64,7 +65,9 @@ class Role:
 
     def pcm(self, voices: Sequence[Voice], samples: int) -> NDArray[np.float32]:
         """What it says all through a film of so many samples, PCM (S,) at 16 kHz."""
-        sounds = [place(voices[i].speech.pcm, voices[i].part.start, samples) for i in self.voices]
+        said = [voices[i].speech.pcm for i in self.voices]
+        said = of_one_mouth(said) if len(said) > 1 and self.options.finish == "natural" else said
+        sounds = [place(pcm, voices[i].part.start, samples) for pcm, i in zip(said, self.voices, strict=True)]
         return sounds[0] if len(sounds) == 1 else np.sum(sounds, axis=0, dtype=np.float32)
 
     def speaker(self, avatar: Avatar, said: Prompts, voices: Sequence[Voice], samples: int, fps: Fraction) -> Speaker:
