@@ -184,8 +184,6 @@ def test_a_part_of_another_shape_keeps_its_own(media: Make, tmp_path: Path) -> N
     assert got[-3][:, :100].max() < 30, "the last is upright"
 
 
-
-
 def cmyk_jpeg(blocks: np.ndarray) -> bytes:
     """A JPEG of flat blocks of 8 x 8 pixels as print shops make it: stored values (H, W, 4), 255 is no ink."""
     def segment(kind: int, *parts: bytes) -> bytes:

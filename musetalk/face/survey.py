@@ -16,7 +16,6 @@ from musetalk.nets.s3fd import S3fd
 MANY = 5  # looks, of which one alone says little
 
 
-
 @dataclass
 class Seen:
     """A person of a clip: the first and the last frame that shows him, in how many, and where he is seen best."""

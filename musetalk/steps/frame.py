@@ -150,7 +150,6 @@ class Speaker:
         return self.weights[output] * face.weight * (1 - self.prompts.resting[output] * face.rests)
 
 
-
 def region_of(face: Face, weight: float) -> Region:
     """A face's blended region: its mask, as strong as the mouth is shown."""
     if weight == 1:

@@ -44,13 +44,11 @@ class VideoInfo:
     height: int
     pix_fmt: str
     fps: float | None
-    sar: Fraction = Fraction(1)
     color_space: str = "unknown"
     color_range: str = "unknown"
     color_primaries: str = "unknown"
     color_transfer: str = "unknown"
     interlaced: bool = False
-    decoded: tuple[int, int] = (0, 0)  # size of the decoded picture, rotation applied
     joined: bool = False  # timestamps begin anew on the way: files put one after the other
     start: float = 0.0  # seconds of the file's own clock
 
@@ -250,9 +248,8 @@ def _video(stream: Stream, showinfo: str) -> VideoInfo | None:
     fps = re.search(r"([\d.]+) fps", text)
     space, primaries, transfer = colours[2], colours[3], colours[4]
     return VideoInfo(
-        stream.index, *square, picture[1], (float(fps[1]) or None) if fps else None, sar, space,
-        colours[1], primaries, transfer, picture[6] in "TB" or bool(re.search(r"\b(top|bottom) (coded )?first", text)),
-        (width, height), start=_start(text))
+        stream.index, *square, picture[1], (float(fps[1]) or None) if fps else None, space, colours[1], primaries, transfer,
+        picture[6] in "TB" or bool(re.search(r"\b(top|bottom) (coded )?first", text)), start=_start(text))
 
 
 def _rank(stream: Stream) -> tuple[bool, bool]:

@@ -49,8 +49,8 @@ ONWARD = ("setpts='st(1,PTS+ld(0));if(N*lt(ld(1),ld(3)),st(0,ld(0)+ld(2)-ld(1))+
 
 @dataclass(frozen=True)
 class FrameSource:
-    """A clip as frames of one size at one exact rate: frame i is what is shown at i / fps. They are yuv420p, and an alpha plane
-    comes after these where it is kept.
+    """A clip as frames of one size at one exact rate: frame i is the clip's last one that begins before (i + 1/2) / fps. They
+    are yuv420p, and an alpha plane comes after these where it is kept.
     """
 
     info: MediaInfo
