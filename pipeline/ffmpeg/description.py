@@ -44,6 +44,12 @@ class Stream:
         return "(attached pic)" in self.text
 
     @property
+    def size(self) -> tuple[int, int] | None:
+        """Width and height as they are stored; not the codec's tag: (... / 0x0002)."""
+        size = re.search(r", (\d{1,5})x(\d{1,5})\b", self.text)
+        return (int(size[1]), int(size[2])) if size else None
+
+    @property
     def item(self) -> bool:
         """Whether it is a still in a HEIF file, which has a time base of one second; beside a film it is its poster."""
         return bool(_TIME_BASE_OF_ITEMS.search(self.text))
@@ -66,6 +72,11 @@ class Description:
         """The picture to show: tiles before single streams, default ones before others; films before their posters."""
         found = [*(s for s in self.of("Tile Grid") if s.default), *(s for s in self.of("Video") if not s.cover)]
         return min(found, key=lambda s: s.item and not still, default=None)
+
+    def alpha_plane(self, stream: Stream) -> int | None:
+        """The stream that is the alpha plane of a still in a HEIF file: the grey one of its size."""
+        others = (s for s in self.of("Video") if s.item and s != stream and s.size == stream.size and "gray" in s.text)
+        return next((s.index for s in others), None)
 
     def alpha_decoder(self, stream: Stream) -> str | None:
         """The decoder that also decodes the stream's alpha plane, where it is not ffmpeg's choice anyway."""

@@ -30,6 +30,7 @@ class Opener:
     demuxer: str | None = None
     still: bool = False
     grid: int | None = None  # of a picture in tiles: which of the file's stream groups they are
+    alpha: int | None = None  # of a picture whose alpha plane is a picture of its own: which of the file's streams that is
     more: tuple[str, ...] = ()  # further input options
     seekable: bool = True  # else times are known only by reading from the start
     damage: str = ""  # what is wrong with the file where ffmpeg would not say so

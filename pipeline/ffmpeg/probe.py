@@ -154,6 +154,8 @@ def probe(path: Path, max_pixels: int, check: Callable[[], None] = lambda: None)
         return replace(info, undecodable="the picture's tiles do not make a whole" if how.still else "")
     if stream.group:
         how = replace(how, grid=stream.index)
+    elif how.still:
+        how = replace(how, alpha=described.alpha_plane(stream))
     if decoder := described.alpha_decoder(stream):
         how = replace(how, more=(*how.more, f"-c:{stream.index}", decoder))
     return _with_picture(replace(info, opener=how), stream, max_pixels, check)
@@ -179,10 +181,11 @@ def _with_picture(info: MediaInfo, stream: Stream, max_pixels: int, check: Calla
 
 
 def filtered(stream: str, how: Opener, chain: str) -> list[str]:
-    """ffmpeg's options that take the picture through a chain of filters: of one stream, or of all tiles."""
-    if how.grid is None:
+    """ffmpeg's options that take the picture through a chain of filters: of one stream, of two, or of all tiles."""
+    if how.grid is None and how.alpha is None:
         return ["-map", stream, "-vf", chain]
-    return ["-filter_complex", f"[0:g:{how.grid}]{chain}[picture]", "-map", "[picture]"]
+    whole = f"[{stream}][0:{how.alpha}]alphamerge," if how.grid is None else f"[0:g:{how.grid}]"
+    return ["-filter_complex", f"{whole}{chain}[picture]", "-map", "[picture]"]
 
 
 def _joined(info: MediaInfo, index: int, max_pixels: int, check: Callable[[], None]) -> bool:
@@ -237,8 +240,7 @@ def _video(stream: Stream, showinfo: str) -> VideoInfo | None:
     if picture is None or colours is None:
         return None
     width, height = int(picture[4]), int(picture[5])
-    size = re.search(r", (\d{1,5})x(\d{1,5})\b", text)  # not the codec tag: (... / 0x0002)
-    turned = size is not None and (height, width) == (int(size[1]), int(size[2])) and width != height
+    turned = stream.size == (height, width) and width != height
     sar = Fraction(1)
     with contextlib.suppress(ZeroDivisionError):
         sar = Fraction(int(picture[2]), int(picture[3])) or Fraction(1)

@@ -139,7 +139,7 @@ def _filled(video: VideoInfo, colour: str) -> str:
     red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
     if video.is_rgb:
         return f"lutrgb=r={red:.6f}*maxval:g={green:.6f}*maxval:b={blue:.6f}*maxval:a=maxval"
-    if colour == "#000000" or not video.pix_fmt.startswith("yuva"):
+    if (colour == "#000000" and not video.full_range) or not video.pix_fmt.startswith("yuva"):
         return f"drawbox=color={colour}:replace=1:t=fill"
     share_red, share_blue = SHARES[video.matrix]
     luma = share_red * red + (1 - share_red - share_blue) * green + share_blue * blue
