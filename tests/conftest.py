@@ -122,10 +122,11 @@ def log_levels() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def samples_url(short_speech: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Base URL of a loopback server with the samples, and `short.wav`."""
+def samples_url(short_speech: Path, word: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Base URL of a loopback server with the samples, `short.wav` and `word.wav`."""
     folder = shutil.copytree(SAMPLES, tmp_path_factory.mktemp("served") / "samples")
     shutil.copy(short_speech, folder)
+    shutil.copy(word, folder)
     with served(folder) as url:
         yield url
 

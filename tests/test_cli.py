@@ -78,11 +78,11 @@ def shell(*arguments: str, **environment: str) -> subprocess.Popen[str]:
         preexec_fn=default_signals)
 
 
-def test_several_pairs_into_a_folder_as_json(short_clip: Path, short_speech: Path, tmp_path: Path) -> None:
+def test_several_pairs_into_a_folder_as_json(short_clip: Path, word: Path, tmp_path: Path) -> None:
     """The model is loaded once, a bad pair does not keep the others, and variables for RunPod and B2 do not matter."""
     folder, bad = f"{tmp_path}/films/", tmp_path / "bad.mp4"
     bad.write_bytes(b"no film")
-    done = shell(str(short_clip), str(short_speech), str(bad), str(short_speech), "-o", folder, "--preview", "--json",
+    done = shell(str(short_clip), str(word), str(bad), str(word), "-o", folder, "--preview", "--json",
                  RUNPOD_POD_ID="pod", B2_KEY_ID="only-one", STORAGE="nonsense", B2_REALM="nonsense")
     out, err = done.communicate(timeout=120)
     bodies = [json.loads(line) for line in out.splitlines()]
@@ -95,20 +95,20 @@ def test_several_pairs_into_a_folder_as_json(short_clip: Path, short_speech: Pat
 
 
 def test_one_pair_into_a_new_folder_from_names_that_end_in_a_blank(
-    short_clip: Path, short_speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    short_clip: Path, word: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clip, speech = shutil.copy(short_clip, tmp_path / "my clip.mp4 "), shutil.copy(short_speech, tmp_path / "speech ")
+    clip, speech = shutil.copy(short_clip, tmp_path / "my clip.mp4 "), shutil.copy(word, tmp_path / "speech ")
     assert cli.main([str(clip), str(speech), "-o", f"{tmp_path}/films/", "--preview"]) == 0
     assert capsys.readouterr().out.startswith(f"{tmp_path}/films/my clip.mp4: ")
     assert [p.name for p in (tmp_path / "films").iterdir()] == ["my clip.mp4"]
 
 
 def test_a_folder_reports_its_file_and_quiet_says_nothing(
-    short_clip: Path, short_speech: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    short_clip: Path, word: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main([str(short_clip), str(short_speech), "-o", str(tmp_path), "--preview", "--device", "cpu"]) == 0
+    assert cli.main([str(short_clip), str(word), "-o", str(tmp_path), "--preview", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.startswith(f"{tmp_path}/short.mp4: ")
-    assert cli.main([str(short_clip), str(short_speech), "-o", str(tmp_path), "--preview", "--quiet", "--overwrite"]) == 0
+    assert cli.main([str(short_clip), str(word), "-o", str(tmp_path), "--preview", "--quiet", "--overwrite"]) == 0
     said = capsys.readouterr()
     assert said.out + said.err == ""
 
@@ -152,10 +152,10 @@ def test_an_ended_film_leaves_nothing(short_clip: Path, tmp_path: Path, number: 
     assert not (tmp_path / "films").exists()
 
 
-def test_ctrl_c_says_what_was_written(short_clip: Path, short_speech: Path, tmp_path: Path) -> None:
+def test_ctrl_c_says_what_was_written(short_clip: Path, word: Path, tmp_path: Path) -> None:
     long = make_media(tmp_path / "long.wav", "-f", "lavfi", "-i", "sine=220:d=200")
-    process = shell(str(short_clip), str(short_speech), str(short_clip), str(long), "-o", f"{tmp_path}/")
-    first = tmp_path / "short-short.mp4"
+    process = shell(str(short_clip), str(word), str(short_clip), str(long), "-o", f"{tmp_path}/")
+    first = tmp_path / "short-word.mp4"
     wait_for(process, first.exists)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=30)
@@ -206,10 +206,10 @@ def on_a_terminal(*command: str, columns: int = 0, **environment: str) -> str:
     return shown.decode()
 
 
-def test_a_terminal_sees_the_bar(short_clip: Path, short_speech: Path, tmp_path: Path) -> None:
+def test_a_terminal_sees_the_bar(short_clip: Path, word: Path, tmp_path: Path) -> None:
     """The command line's, and that of `make run`; in a narrow one it stays on its line."""
-    arguments = (str(short_clip), str(short_speech), "--preview", "-o", str(tmp_path / "o.mp4"))
-    job = {"input": {"musetalk_job_id": "tty", "video_url": str(short_clip), "audio_url": str(short_speech)}}
+    arguments = (str(short_clip), str(word), "--preview", "-o", str(tmp_path / "o.mp4"))
+    job = {"input": {"musetalk_job_id": "tty", "video_url": str(short_clip), "audio_url": str(word)}}
     bare = {"LOCAL_INPUT_ROOT": "/", "LOCAL_STORAGE_DIR": str(tmp_path)}
     narrow = on_a_terminal("-m", "pipeline", *arguments, columns=40)
     assert "inference  [#####################] 100%" in narrow

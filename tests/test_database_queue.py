@@ -167,7 +167,7 @@ def test_the_orchestrator_example(worker: DatabaseWorker, url: str, samples_url:
     assert set(body) == {"status", "output_url", "musetalk_job_id", "metrics"}
     assert (body["status"], body["musetalk_job_id"]) == ("success", "orchestrated")
     done = subprocess.run([sys.executable, "-m", "examples.orchestrator", "postgres", "main", f"{samples_url}/none.mp4",
-                           f"{samples_url}/short.wav"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60,
+                           f"{samples_url}/word.wav"], cwd=REPOSITORY, capture_output=True, text=True, timeout=60,
                           env={"PATH": os.environ["PATH"], "DATABASE_URL": url})
     assert (done.returncode, done.stderr) == (1, "")
     assert json.loads(done.stdout)["details"]["status_code"] == 404
@@ -421,7 +421,7 @@ def test_two_versions_run_side_by_side_during_a_rollout(server: Cluster, tmp_pat
         for worker in workers.values():
             worker.ready()
         jobs = [f"roll-{i}" for i in range(8)]
-        short = {"video_url": f"{samples_url}/still.png", "audio_url": f"{samples_url}/short.wav", "resolution": "240p"}
+        short = {"video_url": f"{samples_url}/still.png", "audio_url": f"{samples_url}/word.wav", "resolution": "240p"}
         for name in jobs:
             send(url, {**short, "musetalk_job_id": name}, "rollout")
         for _ in range(900):

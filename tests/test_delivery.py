@@ -157,7 +157,7 @@ def test_private_addresses_are_not_sent_to(movie: Path, address: str) -> None:
 def test_the_whole_job(service: Service, receiver: Receiver, samples_url: str) -> None:
     url = f"{receiver.url}/ok/film.mp4"
     body = service.run_job({"musetalk_job_id": "put-1", "video_url": f"{samples_url}/still.png", "resolution": "360p",
-                            "audio_url": f"{samples_url}/short.wav", "output_put_url": f"{url}?{SIGNED}"})
+                            "audio_url": f"{samples_url}/word.wav", "output_put_url": f"{url}?{SIGNED}"})
     assert body["status"] == "success", body
     assert (body["output_url"], "canary" in str(body)) == (url, False)
     assert receiver.taken["/ok/film.mp4"][0][4:8] == b"ftyp"
@@ -173,7 +173,7 @@ def config(s3: S3, **changes: Any) -> dict[str, Any]:
 
 def test_a_job_in_a_bucket_of_its_own(service: Service, s3: S3, samples_url: str) -> None:
     job = {"musetalk_job_id": "own-1", "video_url": f"{samples_url}/still.png", "resolution": "360p",
-           "audio_url": f"{samples_url}/short.wav"}
+           "audio_url": f"{samples_url}/word.wav"}
     body = service.run_job(job, s3_config=config(s3))
     assert body["status"] == "success", body
     assert body["output_url"] == f"{s3.url}/films/avatar/outputs/own-1.mp4"

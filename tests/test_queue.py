@@ -38,13 +38,13 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QueueWorker]:
 
 
 def job(samples_url: str, **changes: object) -> dict[str, object]:
-    """A short one: a still image speaks for 1.6 s."""
-    return {"video_url": f"{samples_url}/still.png?sig=canary-signature", "audio_url": f"{samples_url}/short.wav",
+    """A short one: a still image speaks a word."""
+    return {"video_url": f"{samples_url}/still.png?sig=canary-signature", "audio_url": f"{samples_url}/word.wav",
             "resolution": "480p", **changes}
 
 
 def test_success(worker: QueueWorker, samples_url: str) -> None:
-    worker.platform.submit("queue-ok", job(samples_url))
+    worker.platform.submit("queue-ok", job(samples_url, audio_url=f"{samples_url}/short.wav"))
     posted = worker.platform.wait("queue-ok")
     body = posted["output"]
     assert "error" not in posted, posted

@@ -35,9 +35,9 @@ def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def job(samples_url: str, **changes: Any) -> dict[str, Any]:
-    """A short one: a still image speaks for 1.6 s."""
+    """A short one: a still image speaks a word."""
     return {"musetalk_job_id": "http-1", "video_url": f"{samples_url}/still.png", "resolution": "480p",
-            "audio_url": f"{samples_url}/short.wav", **changes}
+            "audio_url": f"{samples_url}/word.wav", **changes}
 
 
 def test_generate_and_health_while_it_runs(door: str, samples_url: str) -> None:
