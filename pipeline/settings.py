@@ -27,7 +27,7 @@ B2_REALMS = ("production", "staging", "dev")
 REPOSITORY = Path(__file__).resolve().parent.parent
 PLAIN_URL = "an http(s) URL without user name, password, query and fragment"
 WEEK_SEC = 7 * 24 * 3600
-B2_NAME_BYTES = 1024  # of an object's name: prefix, job id and the rest
+NAME_BYTES = 1024  # of an object's name at B2 and S3: prefix, job id and the rest
 JOB_ID_BYTES = 128 + len("/.hls/00000-0123456789abcdef.m4s")
 _HOST_NAME = re.compile(r"([\w-]+\.)*[\w-]*[^\W\d][\w-]*")  # the last part holds a letter, else it is an address
 VOLUME = Path("/runpod-volume")  # where RunPod mounts a network volume
@@ -121,22 +121,23 @@ class Settings(BaseModel):
         hosts = [h.strip() for h in value.split(",") if h.strip()] if isinstance(value, str) else value
         return tuple(_host_or_network(str(host).lower().rstrip(".")) for host in hosts)
 
-    @field_validator("b2_key_id", "b2_app_key", "b2_bucket_name", "host")
+    @field_validator("b2_key_id", "b2_app_key", "b2_bucket_name", "s3_access_key_id", "s3_secret_access_key", "s3_bucket",
+                     "s3_region", "host")
     @classmethod
     def _one_word(cls, value: str | None) -> str | None:
         if value is not None and not re.fullmatch(r"\S+", value):
             raise ValueError("must be one word, without spaces or line breaks")
         return value
 
-    @field_validator("b2_prefix")
+    @field_validator("b2_prefix", "s3_prefix")
     @classmethod
     def _object_names(cls, value: str) -> str:
-        """Names as B2 takes them, in URLs that no client rewrites; the result has no slash at its ends."""
+        """Names as B2 and S3 take them, in URLs that no client rewrites; the result has no slash at its ends."""
         value = value.strip("/")
         if not value.isprintable() or (value and {"", ".", ".."}.intersection(value.split("/"))):
             raise ValueError("must be names joined by single slashes, e.g. avatar/outputs; no name may be empty, . or ..")
-        if len(value.encode()) > B2_NAME_BYTES - JOB_ID_BYTES:
-            raise ValueError(f"must have at most {B2_NAME_BYTES - JOB_ID_BYTES} bytes")
+        if len(value.encode()) > NAME_BYTES - JOB_ID_BYTES:
+            raise ValueError(f"must have at most {NAME_BYTES - JOB_ID_BYTES} bytes")
         return value
 
     @field_validator("b2_realm")
@@ -144,12 +145,12 @@ class Settings(BaseModel):
     def _realm(cls, value: str) -> str:
         return value if value in B2_REALMS else _web_address(value, f"{', '.join(B2_REALMS)} or {PLAIN_URL}", plain=True)
 
-    @field_validator("b2_public_url_base", "s3_public_url_base")
+    @field_validator("b2_public_url_base", "s3_public_url_base", "s3_endpoint_url")
     @classmethod
     def _base(cls, value: str | None) -> str | None:
         return value if value is None else _web_address(value, PLAIN_URL, plain=True)
 
-    @field_validator("s3_endpoint_url", "c2pa_tsa_url")
+    @field_validator("c2pa_tsa_url")
     @classmethod
     def _address(cls, value: str | None) -> str | None:
         return value if value is None else _web_address(value, "an http(s) URL")

@@ -188,6 +188,7 @@ def test_a_job_in_a_bucket_of_its_own(service: Service, s3: S3, samples_url: str
 
 @pytest.mark.parametrize(("given", "field"), [
     ({"endpointUrl": "file:///etc"}, "s3Config.endpointUrl"), ({"accessSecret": None}, "s3Config.accessSecret"),
+    ({"endpointUrl": "http://user:canary@127.0.0.1:9"}, "s3Config.endpointUrl"), ({"accessId": "i\n"}, "s3Config.accessId"),
     ({"bucketName": ""}, "s3Config.bucketName"), ("text", "s3Config")])
 def test_what_is_wrong_with_it_is_named(service: Service, s3: S3, given: Any, field: str) -> None:
     body = service.run_job({"musetalk_job_id": "j", "video_url": "http://127.0.0.1:9/v", "audio_url": "http://127.0.0.1:9/a"},

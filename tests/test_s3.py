@@ -110,6 +110,12 @@ def test_what_can_never_store_is_told_at_the_start(s3: S3, settings: Settings, f
     assert "canary" not in str(e.value)
 
 
+@pytest.mark.parametrize(("name", "value"), [("S3_ENDPOINT_URL", "http://my_minio:9000"), ("S3_REGION", "us_east")])
+def test_an_endpoint_that_boto_cannot_take_is_told_at_the_start(s3: S3, name: str, value: str) -> None:
+    with pytest.raises(BadSetting, match=f"endpoint or region: .*{value}"):
+        client(s3, **{name: value}).check()
+
+
 def test_the_start_leaves_nothing(s3: S3) -> None:
     client(s3).check()
     assert not s3.unfinished()

@@ -39,9 +39,11 @@ def test_settings(tmp_path: Path) -> None:
     ("C2PA_TSA_URL", "stamps"), ("PORT_HEALTH", "70000"), ("PORT", "-1"), ("C2PA_TSA_REQUIRED", "maybe"),
     *[(n.upper(), v) for n, f in Settings.model_fields.items() if f.annotation is float
       for v in ("inf", "nan", "-inf", "1e308")],
-    ("B2_PREFIX", "a//b"), ("B2_PREFIX", "a/../b"), ("B2_PREFIX", "./a"), ("B2_PREFIX", "a\nb"), ("B2_PREFIX", "a" * 900),
+    *[(n, v) for n in ("B2_PREFIX", "S3_PREFIX") for v in ("a//b", "a/../b", "./a", "a\nb", "a" * 900)],
+    ("S3_ENDPOINT_URL", "https://h/?x=1"), ("S3_ENDPOINT_URL", "minio:9000"),
     ("B2_PUBLIC_URL_BASE", "https://cdn/x?y=1"), ("B2_PUBLIC_URL_BASE", "https://cdn/#x"), ("B2_REALM", "http://h?x"),
-    *[(n, v) for n in ("B2_KEY_ID", "B2_APP_KEY", "B2_BUCKET_NAME", "HOST") for v in ("  ", "a b", "a\n")],
+    *[(n, v) for n in ("B2_KEY_ID", "B2_APP_KEY", "B2_BUCKET_NAME", "S3_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY", "S3_BUCKET",
+                            "S3_REGION", "HOST") for v in ("  ", "a b", "a\n")],
     *[("DOWNLOAD_ALLOW_HOSTS", v) for v in ("http://h", "h:80", "*.h.example", "[::1]", "h/x", "a,10.0.0.0/99", "999.1.1.1",
                                            "a..b", "10.0.0", "a b")],
     *[(n, v) for n in ("LOCAL_INPUT_ROOT", "MODEL_DIR", "C2PA_CERT", "C2PA_KEY") for v in ("/no/such/thing", "x" * 5000)],
@@ -58,7 +60,7 @@ def test_a_bad_setting_is_named(name: str, value: str) -> None:
 @pytest.mark.parametrize(("name", "value"), [
     ("C2PA_KEY", "canary" * 60), ("C2PA_KEY", "canary"), ("B2_KEY_ID", "canary x"), ("B2_APP_KEY", "canary\n"),
     ("B2_REALM", "https://user:canary@h"), ("B2_REALM", "user:canary@h"), ("B2_PUBLIC_URL_BASE", "https://canary@cdn/x"),
-    ("B2_PUBLIC_URL_BASE", "https://cdn/x?canary"), ("C2PA_TSA_URL", "ftp://user:canary@h"),
+    ("S3_ENDPOINT_URL", "https://user:canary@h"), ("B2_PUBLIC_URL_BASE", "https://cdn/x?canary"), ("C2PA_TSA_URL", "ftp://user:canary@h"),
     ("DATABASE_URL", "mysql://u:canary@h/x"), ("C2PA_TSA_URL", "h/?canary"),
     ("C2PA_CERT", "PRIVATE KEY canary"), ("DOWNLOAD_ALLOW_HOSTS", "http://user:canary@h"), ("MODEL_DIR", "http://u:canary@h"),
     ("LOCAL_INPUT_ROOT", "http://u:canary@h/x"),

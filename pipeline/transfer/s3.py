@@ -57,9 +57,12 @@ class Client:
             request_checksum_calculation="when_required", response_checksum_validation="when_required",
             s3={"addressing_style": "path" if account["endpoint"] else "auto"},
             proxies={} if account.get("guarded") else None)  # a proxy would resolve names itself
-        self._client = boto3.client(
-            "s3", endpoint_url=account["endpoint"], region_name=account["region"] or "us-east-1", config=config,
-            aws_access_key_id=account["key_id"], aws_secret_access_key=account["app_key"])
+        try:
+            self._client = boto3.client(
+                "s3", endpoint_url=account["endpoint"], region_name=account["region"] or "us-east-1", config=config,
+                aws_access_key_id=account["key_id"], aws_secret_access_key=account["app_key"])
+        except ValueError as e:  # such as a host's name with an underscore
+            raise Failed("rejected", f"endpoint or region: {e}", reason=type(e).__name__) from e
         if account.get("guarded"):
             _guard(self._client)
         self._open: dict[str, str] = {}  # uploads in parts that were started and neither completed nor aborted: id -> key

@@ -20,7 +20,7 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_bef
 from pipeline.errors import BadRequest, DeadlineExceeded, DiskFull, StorageRejected, StorageUnavailable, disk_is_full
 from pipeline.job import redact
 from pipeline.job.control import Control
-from pipeline.settings import BadSetting, Settings
+from pipeline.settings import PLAIN_URL, BadSetting, Settings
 from pipeline.transfer.addresses import Addresses, BadAddress, host_of
 from pipeline.transfer.helper import HelperFailed, Helpers
 from pipeline.transfer.send import SendFailed, send
@@ -253,6 +253,8 @@ def s3_storage_of_job(key_id: str, secret: str, bucket: str, endpoint: str, sett
     field = "s3Config.endpointUrl"
     try:
         host = host_of(endpoint)
+        if redact.url(endpoint) != endpoint:
+            raise BadAddress(f"must be {PLAIN_URL}")
     except BadAddress as e:
         raise BadRequest(f"{field}: {e}", stage="validation", field=field) from e
     region = _REGION.search(host)
