@@ -42,7 +42,8 @@ with kept():
 
 log = logging.getLogger("musetalk.server")
 
-LEAVE_SEC = 10.0  # for what is still under way when a worker's time to end is over
+END_SEC = 30.0  # beside JOB_DEADLINE_SEC: for which a worker that is told to end goes on with what it owes
+LEAVE_SEC = 10.0  # for what is still under way then, which is stopped
 UNFIT_SEC = 10.0  # for which /ping of a worker that can run no job says so, before the process ends
 
 
@@ -75,16 +76,13 @@ class Door:
             if prefers_async(request):
                 return self._follow(job, job_input)
             tell = self.callbacks.taken_from(job_input)
-            body = await self.queue.outcome(job, self.queue.enter(job, job_input), request.is_disconnected)
-        except BadRequest as e:
+            body = await self.queue.outcome(job, self.queue.enter(job, job_input), lambda: self._unwanted(request))
+        except (BadRequest, Cancelled) as e:
             body = failure(e)
         except Busy as e:
             self.figures.jobs.labels("refused").inc()
             return JSONResponse(failure(e), 503, {"Retry-After": str(e.details["retry_after_seconds"])})
-        except (ClientDisconnect, Cancelled) as e:
-            if isinstance(e, Cancelled):
-                self.figures.jobs.labels("cancelled").inc()
-                tell(failure(e))
+        except ClientDisconnect:
             return Response(status_code=400)  # nobody is left to read it
         self.figures.count(body, job.hung_up)
         tell(body)
@@ -108,21 +106,22 @@ class Door:
 
     async def _end(self, followed: Followed, future: Future[dict[str, Any]], tell: Tell) -> None:
         """Keep and tell a job's body once it has ended."""
-        async def unwanted() -> bool:
-            return self.leaving
-
         try:
-            body = await self.queue.outcome(followed.job, future, unwanted)
+            body = await self.queue.outcome(followed.job, future, self._unwanted)
         except Exception as e:
             body = failure(e)
         self.figures.count(body, followed.job.hung_up)
         self.followed.end(followed, body)
         tell(body)
 
+    async def _unwanted(self, request: Request | None = None) -> bool:
+        """Whether a job is to be stopped: this worker leaves, or the client that waits for it has gone."""
+        return self.leaving or (request is not None and await request.is_disconnected())
+
     @property
     def owes(self) -> bool:
-        """Whether jobs that nobody waits for are inside, or answers are still to be fetched or delivered."""
-        return self.followed.owed or self.callbacks.pending > 0
+        """Whether jobs are inside, or answers are still to be fetched or delivered."""
+        return bool(self.queue.inside) or self.followed.owed or self.callbacks.pending > 0
 
     async def leave(self) -> None:
         """Stop what is still under way."""
@@ -226,8 +225,8 @@ class Server(uvicorn.Server):
         self._unfit_ticks, self._ends_by = 0, math.inf
 
     async def on_tick(self, counter: int) -> bool:
-        """Called ten times a second; True ends the server, after the answers that it owes. To clients that do not wait it
-        owes them while it serves: it takes no more jobs, and goes on until they are fetched and told, or its time is over.
+        """Called ten times a second; True ends the server. Told to end it takes no more jobs, and goes on to serve until all
+        that it owes is made, fetched and told, or its time is over.
         """
         if self.service.unfit:
             if not self._unfit_ticks:
@@ -236,15 +235,17 @@ class Server(uvicorn.Server):
         if not (await super().on_tick(counter) or self._unfit_ticks > UNFIT_SEC * 10):
             return False
         if not self.door.closing:
-            self.door.closing, self._ends_by = True, time.monotonic() + (self.config.timeout_graceful_shutdown or 0)
-        return self.force_exit or not self.door.owes or time.monotonic() > self._ends_by
+            self.door.closing = True
+            self._ends_by = time.monotonic() + self.service.settings.job_deadline_sec + END_SEC
+        self.door.leaving = self.force_exit or time.monotonic() > self._ends_by
+        return self.door.leaving or not self.door.owes
 
 
 def server_config(service: Service) -> uvicorn.Config:
     """How the door is served."""
     return uvicorn.Config(
         create_app(service), http=LimitedProtocol, ws="none", log_config=None, access_log=False, backlog=BACKLOG,
-        limit_concurrency=connection_limit(), timeout_graceful_shutdown=int(service.settings.job_deadline_sec) + 30)
+        limit_concurrency=connection_limit(), timeout_graceful_shutdown=int(LEAVE_SEC))
 
 
 def main() -> int:

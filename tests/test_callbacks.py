@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,42 @@ def test_sigterm_ends_the_jobs_that_nobody_waits_for_first(tmp_path: Path, recei
         assert ended(base, "last-1")["body"]["status"] == "success"
         assert process.wait(30) == -signal.SIGTERM
     assert [len(receiver.taken[f"/ok/{i}"]) for i in range(2)] == [1, 1]
+
+
+def test_sigterm_waits_for_the_callback_of_a_client_that_waits(tmp_path: Path, receiver: Receiver, samples_url: str) -> None:
+    """Its third try comes 30 s after the answer. Until then others are told to go elsewhere."""
+    sources = Sources()
+    with door_process(tmp_path, CALLBACK_KEY=KEY) as (base, process), ThreadPoolExecutor() as pool:
+        request = job(samples_url, video_url=f"{sources.url}/late/4/none", callback_url=f"{receiver.url}/flaky/2")
+        waits = pool.submit(requests.post, f"{base}/generate", json=request, timeout=60)
+        until(lambda: sources.hits["/late/4/none"])
+        process.send_signal(signal.SIGTERM)
+        until(lambda: requests.get(f"{base}/ping", timeout=5).status_code == 204)
+        assert requests.post(f"{base}/generate", json=job(samples_url), timeout=5).status_code == 503
+        assert waits.result().status_code == 422
+        process.wait(60)
+    assert [json.loads(body) for body in receiver.taken["/flaky/2"]] == [waits.result().json()]
+    sources.close()
+
+
+HURRIED = "import sys; from pipeline import server; server.END_SEC = -58; sys.exit(server.main())"  # of 60
+
+
+def test_what_is_left_when_a_workers_time_is_over_is_stopped(tmp_path: Path, receiver: Receiver, samples_url: str) -> None:
+    sources = Sources()
+    with (door_process(tmp_path, command=("-c", HURRIED), CALLBACK_KEY=KEY, JOB_DEADLINE_SEC="60") as (base, process),
+          ThreadPoolExecutor() as pool):
+        requested = [job(samples_url, video_url=f"{sources.url}/silent/50", callback_url=f"{receiver.url}/ok/{i}")
+                     for i in range(2)]
+        waits = [pool.submit(requests.post, f"{base}/generate", json=request, timeout=60) for request in requested]
+        until(lambda: "musetalk_jobs_inside 2.0" in requests.get(f"{base}/metrics", timeout=5).text)
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+        answers = [waiting.result() for waiting in waits]
+    assert [answer.status_code for answer in answers] == [500, 500]
+    assert all("cancelled" in answer.text or "stopped" in answer.text for answer in answers)
+    assert [json.loads(*receiver.taken[f"/ok/{i}"]) for i in range(2)] == [answer.json() for answer in answers]
+    sources.close()
 
 
 # -- deliveries ------------------------------------------------------------------------------------------------------

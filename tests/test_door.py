@@ -86,6 +86,7 @@ def posted(body: dict[str, Any], version: str = "1.1") -> bytes:
     (403, "Origin", {"Origin": "http://evil.example"}),
     (403, "Origin", {"Origin": "null"}),
     (403, "Origin", {"Origin": "http://localhost:1"}),
+    (403, "Origin", {"Origin": "http://["}),
     (403, "Sec-Fetch-Site", {"Sec-Fetch-Site": "cross-site"}),
     (403, "Sec-Fetch-Site", {"Sec-Fetch-Site": "same-site"}),
 ])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import requests
 
+from pipeline.errors import Busy
+from pipeline.http.jobs import JobQueue
+from pipeline.run import Service
 from pipeline.settings import RUNPOD_REQUEST_SEC, Settings
 from tests.conftest import DEMO
 from tests.fakes.balancer import Balancer
@@ -89,6 +94,24 @@ def test_every_answer_comes_before_the_cut(balancer: Balancer, sources: Sources,
     assert codes.count(200) >= 1
     assert set(codes) <= {200, 503}
     assert balancer.cut == 0
+
+
+def test_a_worker_that_loads_for_too_long_refuses_the_first_job_in_time() -> None:
+    settings = Settings.from_env({"STORAGE": "local", "MODEL_DIR": str(DEMO), "REQUEST_LIMIT_SEC": "1"})
+
+    async def first_job() -> None:
+        queue = JobQueue(cast(Service, SimpleNamespace(settings=settings)))
+        queue.executor.submit(time.sleep, 5)  # as loading does, in the jobs' thread
+        job, began = queue.arrive(), time.monotonic()
+        with pytest.raises(Busy, match="REQUEST_LIMIT_SEC=1"):
+            await queue.outcome(job, queue.enter(job, {}), connected)
+        assert 0.9 < time.monotonic() - began < 4
+        assert not queue.inside
+
+    async def connected() -> bool:
+        return False
+
+    asyncio.run(first_job())
 
 
 def test_the_limit_is_runpods_own_on_runpod() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
@@ -31,13 +31,14 @@ class Guard:
         """Raises HTTPException: 403 for a foreign Host or Origin, 415 for a body that is not JSON."""
         headers = request.headers
         host = headers.get("host", "")
-        if self.on_loopback and host and not is_loopback(_hostname(host)):  # a name that was made to mean this machine
+        # any name can be made to mean this machine
+        if self.on_loopback and host and not is_loopback(_split(f"//{host}").hostname or ""):
             raise _refused(403, "Host", f"Host {host[:200]!r}: this worker listens on loopback and answers to localhost, "
                            "127.0.0.1 and [::1] alone; let a proxy send one of them, or set HOST to another address")
         if request.method != "POST":
             return
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and _split(origin).netloc.lower() != host.lower():
             raise _refused(403, "Origin", f"Origin {origin[:200]!r}: web pages of other sites may not send jobs")
         if (site := headers.get("sec-fetch-site", "none")) not in OWN_SITE:
             raise _refused(403, "Sec-Fetch-Site", f"Sec-Fetch-Site {site[:200]!r}: web pages of other sites may not send jobs")
@@ -80,11 +81,12 @@ async def answer_error(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse(failure(error), 500)
 
 
-def _hostname(host: str) -> str:
+def _split(url: str) -> SplitResult:
+    """The parts of a URL; they are empty where it is none."""
     try:
-        return urlsplit(f"//{host}").hostname or ""
+        return urlsplit(url)
     except ValueError:
-        return ""
+        return urlsplit("")
 
 
 def _refused(status: int, field: str, message: str) -> HTTPException:

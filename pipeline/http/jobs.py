@@ -110,9 +110,9 @@ class JobQueue:
         """Raise Busy when a job behind these would be answered after its request's limit."""
         limit = self.service.settings.request_limit_sec
         needed = self._until_done(ahead) + (self._typical(job) if ahead else 0)
-        if limit is not None and needed > job.control.request_remaining:
-            raise self._busy(f"the jobs ahead leave this one too little time before REQUEST_LIMIT_SEC={limit:g}; come back "
-                             "later", timeout_seconds=limit)
+        if limit is not None and needed >= job.control.request_remaining:  # both 0: the worker has been loading all the time
+            raise self._busy(f"too little time is left for this job before REQUEST_LIMIT_SEC={limit:g}; come back later",
+                             timeout_seconds=limit)
 
     def _busy(self, message: str, **details: Any) -> Busy:
         """With the seconds after which the running job is expected to have left its place to another."""

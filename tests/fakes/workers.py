@@ -99,7 +99,8 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
-def started(folder: Path, descriptors: int | None = None, **changes: str) -> subprocess.Popen[bytes]:
+def started(folder: Path, descriptors: int | None = None, command: tuple[str, ...] = ("-m", "pipeline.server"),
+            **changes: str) -> subprocess.Popen[bytes]:
     """`python -m pipeline.server` with its own folders; it logs into `folder`/log."""
     environment = {
         **INHERITED, "MODEL_DIR": str(DEMO), "STORAGE": "local", "TMPDIR": str(folder),
@@ -108,7 +109,7 @@ def started(folder: Path, descriptors: int | None = None, **changes: str) -> sub
     }
     limit = ["prlimit", f"--nofile={descriptors}"] if descriptors else []
     with (folder / "log").open("w") as log:
-        return subprocess.Popen([*limit, sys.executable, "-m", "pipeline.server"], cwd=REPOSITORY, env=environment,
+        return subprocess.Popen([*limit, sys.executable, *command], cwd=REPOSITORY, env=environment,
                                 stdout=subprocess.DEVNULL, stderr=log)
 
 
@@ -125,10 +126,11 @@ def serving(folder: Path, **changes: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def door(folder: Path, descriptors: int | None = None, **changes: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def door(folder: Path, descriptors: int | None = None, command: tuple[str, ...] = ("-m", "pipeline.server"),
+         **changes: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """The same with the process."""
     port = changes.setdefault("PORT", str(free_port()))
-    process = started(folder, descriptors, **changes)
+    process = started(folder, descriptors, command, **changes)
     base = f"http://127.0.0.1:{port}"
     try:
         seen = set()
