@@ -97,8 +97,15 @@ def check(path: Path, file: Published) -> str | None:
     return None
 
 
+class Ended(Exception):
+    """Another download has failed, or Ctrl-C was pressed."""
+
+
 def download(file: Published, folder: Path, tell: Callable[[int], None]) -> None:
-    """Bring one file; resumes a partial one; raises BadCheckpoint when it is not the published file."""
+    """Bring one file; resumes a partial one; raises BadCheckpoint when it is not the published file.
+
+    `tell` is called with the bytes of each piece that has come, and before each try with 0; what it raises ends the download.
+    """
     target = folder / file.path
     partial = target.with_name(target.name + ".part")
     if target.is_file() and check(target, file) is None:
@@ -107,10 +114,11 @@ def download(file: Published, folder: Path, tell: Callable[[int], None]) -> None
     target.parent.mkdir(parents=True, exist_ok=True)
     problem: str | None = "no answer"
     for attempt in range(TRIES):
+        tell(0)
         try:
             _resume(file, partial, tell)
         except (requests.RequestException, HTTPError, OSError) as e:
-            problem = type(e).__name__
+            problem = str(e) or type(e).__name__
             time.sleep(min(0.5 * 2**attempt, 10))
             continue
         if (problem := check(partial, file)) is None:
@@ -146,8 +154,12 @@ class Bar:
 
     def __init__(self, total: int) -> None:
         self.total, self.done, self._lock, self._shown = total, 0, threading.Lock(), 0.0
+        self.ended = False
 
     def __call__(self, count: int) -> None:
+        """So many bytes more. Raises Ended once `ended` is set."""
+        if self.ended:
+            raise Ended
         with self._lock:
             self.done += count
             if time.monotonic() - self._shown > 0.2 or self.done >= self.total:
@@ -194,8 +206,13 @@ def fetch(folder: Path, version: str, mirrors: Mapping[str, str], keep: bool = F
     files = [f for f in published(version, mirrors) if not is_converted(folder, version, f.path)]
     bar = Bar(sum(f.size for f in files))
     with ThreadPoolExecutor(WORKERS) as pool:
-        for done in [pool.submit(download, f, folder, bar) for f in files]:
-            done.result()
+        try:
+            for done in [pool.submit(download, f, folder, bar) for f in files]:
+                done.result()
+        except BaseException:  # the other downloads end, too; what has come of them stays for the next call
+            bar.ended = True
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     print(file=sys.stderr)
     convert(folder, version, keep)
 
@@ -207,7 +224,7 @@ def is_converted(folder: Path, version: str, path: str) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; 0 when all is well, 1 with one clear line otherwise."""
+    """The command line; 0 when all is well, 130 after Ctrl-C, 1 otherwise, with one clear line."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.weights", description=__doc__)
     parser.add_argument("command", choices=("fetch", "verify", "convert"))
     parser.add_argument("--dir", type=Path, required=True, help="folder of weights")
@@ -227,9 +244,12 @@ def main(argv: list[str] | None = None) -> int:
             if not (options.dir / checkpoints.MANIFEST).is_file():
                 raise BadCheckpoint(f"{options.dir / checkpoints.MANIFEST}: no such file; run convert first")
             checkpoints.verify(options.dir)
-    except BadCheckpoint as e:
+    except (BadCheckpoint, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nerror: interrupted; what has come stays, and the next call goes on from there", file=sys.stderr)
+        return 130
     size = sum(f.stat().st_size for f in options.dir.rglob("*") if f.is_file())
     print(json.dumps({"dir": str(options.dir), "version": options.version, "bytes": size}))
     return 0

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import http.server
 import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -33,6 +36,7 @@ from musetalk.errors import BadCheckpoint
 from musetalk.nets.tiny import Tiny, TinyConfig
 from pipeline import weights
 from tests.conftest import DEMO
+from tests.fakes import loopback
 
 
 @pytest.fixture
@@ -357,6 +361,50 @@ def test_tampered_downloads_are_refused(hub: type[Files], tmp_path: Path, capsys
     assert weights.main(["fetch", "--dir", str(tmp_path)]) == 1
     assert "79999_iter.pth: sha256" in capsys.readouterr().err
     assert not (tmp_path / "face-parse-bisent/79999_iter.pth").exists()
+
+
+def test_what_went_wrong_is_said(hub: type[Files], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "TRIES", 1)
+    hub.root = tmp_path
+    assert weights.main(["fetch", "--dir", str(tmp_path / "w")]) == 1
+    assert "404" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert weights.main(["fetch", "--dir", str(tmp_path / "file" / "w")]) == 1
+    assert "Not a directory" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_all_downloads_and_keeps_what_has_come(tmp_path: Path) -> None:
+    class Endless(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            """Say nothing."""
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(bytes(1000))
+                    time.sleep(0.05)
+
+    server = loopback.Server(("127.0.0.1", 0), Endless)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    command = [sys.executable, "-m", "pipeline.weights", "fetch", "--dir", str(tmp_path / "w"), "--mirror",
+               f"https://=http://127.0.0.1:{server.server_port}/"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as fetching:
+        try:
+            while not [p for p in tmp_path.rglob("*.part") if p.stat().st_size]:
+                assert fetching.poll() is None
+                time.sleep(0.1)
+            fetching.send_signal(signal.SIGINT)
+            _, said = fetching.communicate(timeout=30)
+        finally:
+            fetching.kill()
+            server.shutdown()
+            server.server_close()
+    assert fetching.returncode == 130
+    assert said.splitlines()[-1] == "error: interrupted; what has come stays, and the next call goes on from there"
+    assert [p for p in tmp_path.rglob("*.part") if p.stat().st_size]
 
 
 def test_the_old_command_names_the_new_one() -> None:

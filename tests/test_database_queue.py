@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -30,7 +31,7 @@ from pipeline.settings import REPOSITORY
 from tests.conftest import make_media
 from tests.fakes.loopback import served
 from tests.fakes.postgres import Cluster, cluster, new_database
-from tests.fakes.workers import DatabaseWorker, free_port
+from tests.fakes.workers import DatabaseWorker, free_port, logged
 
 STALLED_SEC = 4  # what the workers here are told
 SELFTEST = {"selftest": True}
@@ -471,6 +472,31 @@ def test_the_command_line_says_what_is_wrong(url: str, server: Cluster, tmp_path
         assert done.stderr.startswith("musetalk-queue: ")
         assert "canary" not in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_worker_says_why_it_cannot_reach_the_database(tmp_path: Path) -> None:
+    worker = DatabaseWorker(tmp_path / "alone", f"postgresql://u:canary@127.0.0.1:{free_port()}/x", "alone")
+    try:
+        for _ in range(300):
+            if said := [line for line in logged(worker.folder) if line["message"] == "the database cannot be reached"]:
+                break
+            time.sleep(0.1)
+        assert "Connection refused" in said[0]["reason"]
+        assert "canary" not in (worker.folder / "log").read_text()
+    finally:
+        worker.close()
+
+
+def test_a_metrics_port_that_is_taken_is_named(url: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken_by_another:
+        port = str(taken_by_another.getsockname()[1])
+        worker = DatabaseWorker(tmp_path / "crowded", url, "crowded", QUEUE_METRICS_PORT=port)
+        try:
+            assert worker.process.wait(120) == 1
+            last = (tmp_path / "crowded" / "log").read_text().splitlines()[-1]
+            assert last == f"musetalk-queue: HOST=127.0.0.1 QUEUE_METRICS_PORT={port}: Address already in use"
+        finally:
+            worker.close()
 
 
 def test_a_worker_without_tables_says_how_to_make_them(server: Cluster, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import datetime
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import psycopg
 from procrastinate import sql
@@ -112,15 +112,32 @@ class Connector(PsycopgConnector):
     def _unreached(self, state: RetryCallState) -> None:
         self._reached_since = time.monotonic()
         error = state.outcome and state.outcome.exception()
-        log.warning("the database cannot be reached", extra={"reason": redact.text(str(error and error.__cause__)),
-                                                             "tries": state.attempt_number})
+        log.warning("the database cannot be reached", extra={
+            "reason": redact.text(Connection.refusal or str(error and error.__cause__)), "tries": state.attempt_number})
 
 
-def pool(url: str, revision: str) -> AsyncConnectionPool:
+class Connection(psycopg.AsyncConnection[Any]):
+    """Remembers why the last try to connect failed: the pool says only that it has waited for long enough."""
+
+    refusal = ""
+
+    @classmethod
+    async def connect(cls, *arguments: Any, **named: Any) -> Self:
+        """Connect, as the pool does."""
+        try:
+            made = await super().connect(*arguments, **named)
+        except psycopg.Error as e:
+            cls.refusal = str(e)
+            raise
+        cls.refusal = ""
+        return made
+
+
+def pool(url: str, revision: str) -> AsyncConnectionPool[Connection]:
     """The connections of a worker: one while it is idle, and one that listens."""
     return AsyncConnectionPool(
-        url, kwargs={**CONNECTION, "application_name": f"musetalk {revision}"}, min_size=1, max_size=2, timeout=5,
-        reconnect_timeout=5, open=False, check=AsyncConnectionPool.check_connection)
+        url, connection_class=Connection, kwargs={**CONNECTION, "application_name": f"musetalk {revision}"}, min_size=1,
+        max_size=2, timeout=5, reconnect_timeout=5, open=False, check=AsyncConnectionPool.check_connection)
 
 
 class Manager(JobManager):

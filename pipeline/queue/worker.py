@@ -22,7 +22,7 @@ from pipeline.http.figures import Figures
 from pipeline.job.control import Control
 from pipeline.queue.table import TASK, Connector, Manager, default_id, key_of, pool
 from pipeline.run import Service, failure
-from pipeline.settings import Settings
+from pipeline.settings import BadSetting, Settings
 
 log = logging.getLogger("musetalk.queue")
 
@@ -141,8 +141,23 @@ class Worker(procrastinate_worker.Worker):
             await (self.manager.give_up if last else self.manager.take_over)(job, body)
 
 
+def show_metrics(worker: Worker) -> None:
+    """Serve /metrics where the settings ask for it. Raises BadSetting when the port cannot be had."""
+    settings = worker.service.settings
+    if (port := settings.queue_metrics_port) is None:
+        return
+    try:
+        server, _ = start_http_server(port, settings.host, worker.figures.registry)
+    except OSError as e:
+        raise BadSetting(f"HOST={settings.host} QUEUE_METRICS_PORT={port}: {e.strerror or e}") from None
+    log.info("listening", extra={"host": settings.host, "port": server.server_port})
+
+
 async def serve(service: Service) -> int:
-    """Take jobs until SIGTERM, or until no job can be run any more. Returns the exit status: 1 asks for another worker."""
+    """Take jobs until SIGTERM, or until no job can be run any more. Returns the exit status: 1 asks for another worker.
+
+    Raises BadSetting.
+    """
     url = service.settings.database_url
     assert url
     worker = Worker(service)
@@ -157,8 +172,7 @@ async def serve(service: Service) -> int:
             log.error(service.unfit)
             return 1
         log.info("ready", extra={"device": str(service.engine.device), "queue": service.settings.queue_name})
-        if (port := service.settings.queue_metrics_port) is not None:
-            start_http_server(port, service.settings.host, worker.figures.registry)
+        show_metrics(worker)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, worker.tell_to_stop)
         looking = asyncio.create_task(worker.look_after())
