@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
 import sys
@@ -251,6 +252,17 @@ def database_error() -> type[Exception]:
     return psycopg2.Error
 
 
+def missing(door: str, key: str | None, url: str | None) -> str | None:
+    """What is to be set or installed before a job is sent; None when all is there."""
+    if door == "queue" and not key:
+        return "RUNPOD_API_KEY is not set: a queue endpoint asks for it"
+    if door == "postgres" and not url:
+        return "DATABASE_URL is not set: the queue lies in a PostgreSQL"
+    if url and importlib.util.find_spec("psycopg2") is None:
+        return "DATABASE_URL is set, and psycopg2 is not installed: pip install psycopg2-binary"
+    return None
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line. Exit code: 0 done, 1 the job failed or nobody answered, 2 a setting is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -265,16 +277,12 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if (options.audio_url is None) == (options.speakers is None):
         parser.error("give either AUDIO_URL or --speakers")
-    base, key = options.base.rstrip("/"), os.environ.get("RUNPOD_API_KEY")
-    if options.door == "queue" and not key:
-        print("error: RUNPOD_API_KEY is not set: a queue endpoint asks for it", file=sys.stderr)
-        return 2
-    if options.door == "postgres" and not os.environ.get("DATABASE_URL"):
-        print("error: DATABASE_URL is not set: the queue lies in a PostgreSQL", file=sys.stderr)
+    base, key, url = options.base.rstrip("/"), os.environ.get("RUNPOD_API_KEY"), os.environ.get("DATABASE_URL")
+    if what := missing(options.door, key, url):
+        print(f"error: {what}", file=sys.stderr)
         return 2
     speech = {"speakers": options.speakers} if options.speakers is not None else {"audio_url": options.audio_url}
     job = {"musetalk_job_id": options.id, "video_url": options.video_url, **speech}
-    url = os.environ.get("DATABASE_URL")
     try:
         if options.door == "postgres":
             body = run(postgres_door(url or "", options.base), job, tries=1)

@@ -323,6 +323,13 @@ def test_callbacks_are_bounded(receiver: Receiver, monkeypatch: pytest.MonkeyPat
     callbacks.close(0)
 
 
+def test_a_film_that_failed_is_not_said_to_be_made() -> None:
+    followed = Followed("j", b"", Job(60, None))
+    followed.job.control.progress("inference", 0.25)
+    followed.body = {"status": "failed"}
+    assert followed.state()["progress"] == 0.25
+
+
 def test_bodies_are_kept_an_hour_and_not_without_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs, now = FollowedJobs(), time.monotonic()
     monkeypatch.setattr(followed.time, "monotonic", lambda: now)

@@ -391,7 +391,8 @@ def test_ctrl_c_ends_all_downloads_and_keeps_what_has_come(tmp_path: Path) -> No
     threading.Thread(target=server.serve_forever, daemon=True).start()
     command = [sys.executable, "-m", "pipeline.weights", "fetch", "--dir", str(tmp_path / "w"), "--mirror",
                f"https://=http://127.0.0.1:{server.server_port}/"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as fetching:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True,  # a background shell lets its children ignore SIGINT
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as fetching:
         try:
             while not [p for p in tmp_path.rglob("*.part") if p.stat().st_size]:
                 assert fetching.poll() is None

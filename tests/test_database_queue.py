@@ -180,6 +180,17 @@ def test_the_orchestrator_cancels_what_takes_too_long(url: str) -> None:
     assert not rows(url, "SELECT 1 FROM procrastinate_jobs WHERE queue_name = 'nobody'")
 
 
+def test_a_kind_of_job_that_does_not_exist_leaves_a_line(worker: DatabaseWorker, url: str) -> None:
+    with App(connector=SyncPsycopgConnector(conninfo=url, min_size=1, max_size=1)).open() as app:
+        job = app.configure_task("another", queue="main").defer(input=SELFTEST)
+    for _ in range(600):
+        if not waiting(url, job):
+            break
+        time.sleep(0.1)
+    (line,) = [line for line in logged(worker.folder) if line["message"] == "a job that was never run is deleted"]
+    assert (line["job"], line["task"]) == (job, "another")
+
+
 def test_higher_priorities_go_first(worker: DatabaseWorker, url: str) -> None:
     busy = send(url, {**SELFTEST, "musetalk_job_id": "busy"})
     taken(url, busy)

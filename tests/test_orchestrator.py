@@ -212,6 +212,16 @@ def test_several_speakers_are_sent(answers: Answers) -> None:
         assert process.returncode == 2
 
 
+def test_no_job_is_sent_whose_result_could_not_be_stored(
+    answers: Answers, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    monkeypatch.setenv("DATABASE_URL", "postgresql://u@127.0.0.1:9/x")
+    assert orchestrator.main(["http", answers.url, "v", "a"]) == 2
+    assert "psycopg2 is not installed" in capsys.readouterr().err
+    assert not answers.asked
+
+
 def test_the_example_names_what_is_missing(answers: Answers) -> None:
     process = example("queue", "http://127.0.0.1:9", "v", "a")
     assert process.communicate(timeout=60)[1] == "error: RUNPOD_API_KEY is not set: a queue endpoint asks for it\n"

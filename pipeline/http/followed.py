@@ -42,7 +42,8 @@ class Followed:
     def state(self) -> dict[str, Any]:
         """As GET /jobs/{id} shows it."""
         state = "ended" if self.body else "running" if self.job.running else "waiting"
-        return {"musetalk_job_id": self.job_id, "state": state, "progress": 1.0 if self.body else round(self.job.share, 3),
+        whole = self.body is not None and self.body["status"] == "success"
+        return {"musetalk_job_id": self.job_id, "state": state, "progress": 1.0 if whole else round(self.job.share, 3),
                 "playlist": self.job.control.playlist_url, "body": self.body}
 
 

@@ -171,7 +171,8 @@ class Manager(JobManager):
         """The end of the job in hand. What the database refuses is logged: the job is then run again as an orphan."""
         body, self.body = self.body, None
         try:
-            if body is None:  # a task that this worker does not know
+            if body is None:  # it was never run: cancelled before that, or not a kind of job that there is
+                log.warning("a job that was never run is deleted", extra={"job": job.id, "task": job.task_name})
                 await self.connector.execute_query_async(sql.queries[query], job_id=job.id, **arguments)
             elif not await self._store(job, body, query, final=final, **arguments):
                 log.warning("another worker has taken this job over; its end is not stored", extra={"job_id": key_of(job)})
