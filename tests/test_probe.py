@@ -167,6 +167,15 @@ def test_a_cut_picture_is_called_damaged(media: Make, tmp_path: Path, kind: str)
         assert not re.search("encoder|0x|Task|null|Conversion|config", said)
 
 
+@pytest.mark.parametrize("kind", ["jpg", "png", "mp4"])
+def test_a_picture_that_is_too_large_is_named_with_the_limit(media: Make, kind: str) -> None:
+    path = media(f"large.{kind}", "-f", "lavfi", "-i", "color=gray:s=400x300:d=0.04", "-frames:v", "1")
+    with pytest.raises(BadMedia) as caught:
+        probe(path, 100_000)
+    assert caught.value.message == "the picture, 400x300, is more than MAX_PIXELS=100000"
+    assert caught.value.details == {"size": 120_000, "limit": 100_000}
+
+
 def test_a_photo_with_a_gain_map_is_one_picture(media: Make, tmp_path: Path) -> None:
     """As phones write it: further, smaller JPEGs come after the first in the file."""
     photo, gain = (media(name, "-f", "lavfi", "-i", f"testsrc2=s={size}", "-frames:v", "1").read_bytes()

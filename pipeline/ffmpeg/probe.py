@@ -142,8 +142,8 @@ def probe(path: Path, max_pixels: int, check: Callable[[], None] = lambda: None)
                            *guarded(path, max_pixels, how), "-map", "0:V?", "-map", "0:a?", "-c", "copy", "-t", "0",
                            "-map_metadata", "-1", "-map_chapters", "-1", "-f", "null", "-"],
                           child.PROBE_SEC, check=check)
-    described = read_description(log, path, nonce)
-    if described is None or _too_many_pixels(log):
+    _check_pixels(log, max_pixels)
+    if (described := read_description(log, path, nonce)) is None:
         raise BadMedia(explain(path, log), ffprobe_stderr=tail(log, path))
     audio = next((found for s in sorted(described.of("Audio"), key=_rank) if (found := _audio(s))), None)
     duration = None if how.still else described.duration
@@ -168,8 +168,7 @@ def _with_picture(info: MediaInfo, stream: Stream, max_pixels: int, check: Calla
         child.ffmpeg(), "-hide_banner", "-nostdin", "-nostats", *guarded(info.path, max_pixels, info.opener),
         *filtered(f"0:{stream.index}", info.opener, f"showinfo@{nonce}=checksum=0"), "-an", "-sn", "-dn",
         "-map_metadata", "-1", "-map_chapters", "-1", "-frames:v", "1", "-f", "null", "-"], child.PROBE_SEC, check=check)
-    if _too_many_pixels(log):
-        raise BadMedia(explain(info.path, log), ffprobe_stderr=tail(log, info.path))
+    _check_pixels(log, max_pixels)
     lines = [line for line in log.split("\n") if line.startswith(f"[showinfo@{nonce} @ ")]
     if (video := _video(stream, "\n".join(lines))) is None:
         return replace(info, undecodable=child.about_file(log.rpartition("\nStream mapping:\n")[2], info.path))
@@ -213,8 +212,6 @@ def explain(path: Path, err: str) -> str:
         return "the file is empty"
     if head.startswith((b"<!doctype html", b"<html")):
         return "the URL gave a web page, not a media file"
-    if _too_many_pixels(err):
-        return "the picture is larger than MAX_PIXELS"
     if child.CROWDED in err:
         return "the file has more than 1000 streams or tiles"
     if "moov atom not found" in err and head[4:8] == b"ftyp":
@@ -222,9 +219,12 @@ def explain(path: Path, err: str) -> str:
     return f"not a media file this worker reads ({ACCEPTED_TEXT})"
 
 
-def _too_many_pixels(err: str) -> bool:
-    err = child.complaints(err)
-    return "exceeds specified max pixel count" in err or "Picture size" in err
+def _check_pixels(log: str, max_pixels: int) -> None:
+    """Raise BadMedia where ffmpeg refused a picture because of its size."""
+    for width, height in re.findall(r"Picture size (\d+)x(\d+)", child.complaints(log)):
+        if (pixels := int(width) * int(height)) > max_pixels:
+            raise BadMedia(f"the picture, {width}x{height}, is more than MAX_PIXELS={max_pixels}", size=pixels,
+                           limit=max_pixels)
 
 
 # -- reading ffmpeg's log --------------------------------------------------------------------------------------------
