@@ -176,6 +176,13 @@ def test_a_picture_that_is_too_large_is_named_with_the_limit(media: Make, kind: 
     assert caught.value.details == {"size": 120_000, "limit": 100_000}
 
 
+def test_a_picture_just_within_the_limit_is_taken(media: Make) -> None:
+    """A decoder's rows are 2176 pixels long here."""
+    path = media("just.mp4", "-f", "lavfi", "-i", "color=gray:s=2160x4096:d=0.04", "-c:v", "libx264", "-preset", "ultrafast")
+    assert PIXELS == 2160 * 4096
+    assert probe(path, PIXELS).picture.height == 4096
+
+
 def test_a_photo_with_a_gain_map_is_one_picture(media: Make, tmp_path: Path) -> None:
     """As phones write it: further, smaller JPEGs come after the first in the file."""
     photo, gain = (media(name, "-f", "lavfi", "-i", f"testsrc2=s={size}", "-frames:v", "1").read_bytes()
