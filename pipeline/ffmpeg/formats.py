@@ -119,7 +119,7 @@ def opener(path: Path) -> Opener:
             return APNG if how == PNG and _is_animated(file) else how
         chain = next((c for c in CHAINS if c.part(head)[0] == c.first and head[8:].startswith(c.form)), None)
         how = _by_chain(file, chain) if chain else Opener(damage=_ogg_cut(file)) if head[:4] == b"OggS" else UNKNOWN
-    return replace(how, demuxer="webp_anim") if head[8:12] == b"WEBP" else how
+    return replace(how, demuxer="webp_anim", seekable=False) if head[8:12] == b"WEBP" else how
 
 
 def _picture(head: bytes) -> Opener | None:
