@@ -203,14 +203,16 @@ def test_any_rate_becomes_the_output_rate(media: Make, rate: str, fps: str, coun
     ("mp4", "30000/1001", ("-c:v", "libx264")),
     ("mp4", "30", ("-vf", "select='not(mod(n,3))+gt(n,30)'", "-fps_mode", "vfr", "-c:v", "libx264")),
     ("mp4", "25", ("-c:v", "libx264", "-output_ts_offset", "5")), ("ts", "25", ("-c:v", "libx264", "-g", "30")),
+    ("ts", "25", ("-c:v", "libx264", "-g", "65")), ("mpg", "25", ("-g", "65")),
     ("webm", "25", ("-c:v", "libvpx", "-cpu-used", "8", "-g", "30")), ("webp", "25", ("-c:v", "libwebp_anim")),
     ("gif", "25", ()),
-], ids=["short groups", "60 fps", "ntsc", "vfr", "late start", "ts", "webm", "webp", "gif"])
+], ids=["short groups", "60 fps", "ntsc", "vfr", "late start", "ts", "ts, long groups", "mpg, long groups", "webm",
+       "webp", "gif"])
 @pytest.mark.parametrize("fps", ["25", "30000/1001"])
 def test_seeking_gives_the_very_frames_of_a_run_from_the_start(
     media: Make, kind: str, rate: str, arguments: tuple[str, ...], fps: str
 ) -> None:
-    src = source(media(f"seek.{kind}", "-f", "lavfi", "-i", f"testsrc2=s=320x180:r={rate}:d=4", *arguments), fps)
+    src = source(media(f"seek.{kind}", "-f", "lavfi", "-i", f"testsrc2=s=320x180:r={rate}:d=6", *arguments), fps)
     whole = frames(src)
     assert ("-ss" in src.command(len(whole) - 6, 6)[0]) == (kind not in ("webp", "gif"))
     for start, count in ((1, 4), (26, 5), (len(whole) * 2 // 3, 8), (len(whole) - 6, 6)):

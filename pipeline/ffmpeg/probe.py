@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 from pipeline.errors import BadMedia
@@ -26,6 +27,7 @@ PRIMARIES = ("bt709", "bt470m", "bt470bg", "smpte170m", "smpte240m", "film", "bt
 TRANSFERS = ("bt709", "bt470m", "bt470bg", "smpte170m", "linear", "iec61966-2-1", "bt2020-10", "bt2020-12", "smpte2084",
              "arib-std-b67")  # that zscale knows, as the primaries
 ALPHA = ("yuva", "ya8", "ya16", "gbrap", "rgba", "bgra", "argb", "abgr", "pal8", "ayuv", "vuya")
+UNINDEXED = ("mpegts", "mpeg")  # in these, seeking leads to a moment, and not to the key frame before it
 JOINABLE = ("mpegts", "mpeg", "matroska,webm")  # files of these, put one after the other, are read as one
 HDR = ("smpte2084", "arib-std-b67")  # transfers of PQ (HDR10, Dolby Vision) and HLG
 
@@ -51,6 +53,7 @@ class VideoInfo:
     interlaced: bool = False
     joined: bool = False  # timestamps begin anew on the way: files put one after the other
     start: float = 0.0  # seconds of the file's own clock
+    between_keys: float = 0.0  # seconds from a key frame to the next at most, where seeking does not lead to one
 
     @property
     def is_rgb(self) -> bool:
@@ -175,7 +178,8 @@ def _with_picture(info: MediaInfo, stream: Stream, max_pixels: int, check: Calla
     if video.color_space in REFUSED:
         return replace(info, undecodable=f"its colour matrix, {video.color_space}, is none that this worker converts")
     if info.format in JOINABLE:
-        video = replace(video, joined=_joined(info, stream.index, max_pixels, check))
+        joined, between = _packets(info, stream.index, max_pixels, check)
+        video = replace(video, joined=joined, between_keys=between if info.format in UNINDEXED else 0.0)
     return replace(info, video=video)
 
 
@@ -187,12 +191,18 @@ def filtered(stream: str, how: Opener, chain: str) -> list[str]:
     return ["-filter_complex", f"{whole}{chain}[picture]", "-map", "[picture]"]
 
 
-def _joined(info: MediaInfo, index: int, max_pixels: int, check: Callable[[], None]) -> bool:
-    """Whether a stream's timestamps begin anew on the way, by its packets; nothing is decoded."""
+def _packets(info: MediaInfo, index: int, max_pixels: int, check: Callable[[], None]) -> tuple[bool, float]:
+    """Whether a stream's timestamps begin anew on the way, and the longest time from a key frame to the next one or to the end,
+    seconds, by its packets; nothing is decoded.
+    """
     command = [child.ffmpeg(), "-nostdin", "-v", "warning", *guarded(info.path, max_pixels, info.opener), "-map", f"0:{index}",
-               "-c", "copy", "-f", "null", "-"]
-    _, _, log = child.run(command, child.PROBE_SEC, check=check)
-    return "timestamp discontinuity" in log or "non monotonically increasing dts" in log
+               "-c", "copy", "-f", "null", "-", "-map", f"0:{index}", "-c", "copy", "-f", "framecrc", "pipe:1"]
+    _, out, log = child.run(command, child.PROBE_SEC, check=check)
+    times = [(int(time), b"F=0x0" not in more) for time, more in _PACKET.findall(out)]
+    keys = [time for time, key in times if key] + [time for time, _ in times[-1:]]
+    unit = _UNIT.search(out)
+    between = max((b - a for a, b in pairwise(keys)), default=0) * int(unit[1]) / int(unit[2]) if unit else 0.0
+    return "timestamp discontinuity" in log or "non monotonically increasing dts" in log, between
 
 
 def packet_seconds(info: MediaInfo, index: int, max_pixels: int, check: Callable[[], None] = lambda: None) -> float:
@@ -231,6 +241,7 @@ def _check_pixels(log: str, max_pixels: int) -> None:
 
 _PICTURE = re.compile(r"\] n: *0 .* fmt:(\w+) .*sar:(\d+)/(\d+) s:(\d+)x(\d+) i:(\w)")
 _COLOURS = re.compile(r"\] color_range:(\S+) color_space:(\S+) color_primaries:(\S+) color_trc:(\S+)")
+_PACKET, _UNIT = re.compile(rb"^0, +(-?\d+),(.*)$", re.MULTILINE), re.compile(rb"^#tb 0: (\d+)/(\d+)$", re.MULTILINE)
 _ASIDE = re.compile(r" \((?:comment|descriptions|visual impaired|hearing impaired|clean effects|karaoke)\)")
 
 

@@ -90,7 +90,8 @@ class FrameSource:
         unit = Fraction(b, 1000) if b > 1 and a % 1000 == 0 else Fraction(b)  # seconds that are whole frames
         # of joined files a moment is no place: they are read from the beginning
         unsought = video.joined or self.from_start or not info.opener.seekable
-        origin = Fraction(0) if unsought else max(0, int(start / self.fps / unit) - 1) * unit
+        key = start / self.fps - math.ceil(video.between_keys)  # a key frame lies between there and `start`
+        origin = Fraction(0) if unsought else max(0, int(key / unit) - 1) * unit
         drop = start - int(origin * self.fps)
         seek = ["-noaccurate_seek", "-ss", f"{float(origin):.6f}"] if origin else []
         rate = ["settb=1/1000000", *([ONWARD] if video.joined else []), "setpts=PTS+7",
