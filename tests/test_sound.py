@@ -185,6 +185,16 @@ def test_a_sound_that_ends_before_its_picture_is_no_damage(media: Make, tmp_path
         assert not spoken.damaged
 
 
+@pytest.mark.parametrize("kind", ["mp3", "m4a", "flac"])
+def test_a_songs_cover_may_be_as_large_as_it_likes(media: Make, tmp_path: Path, kind: str) -> None:
+    large = media("cover.jpg", "-f", "lavfi", "-i", "color=red:s=4000x4000", "-frames:v", "1")
+    song = media(f"song.{kind}", "-i", str(SAMPLES / "speech.wav"), "-i", str(large), "-map", "0", "-map", "1", "-c:v", "copy",
+                 "-disposition:v", "attached_pic")
+    spoken = speech(song, tmp_path)
+    assert spoken.seconds == pytest.approx(5.34, abs=0.01)
+    assert not spoken.damaged
+
+
 @pytest.mark.parametrize("samples", [0, 1, 20])
 @pytest.mark.parametrize("rate", [8000, 48_000])
 def test_less_than_a_sample_is_an_empty_sound(tmp_path: Path, rate: int, samples: int) -> None:

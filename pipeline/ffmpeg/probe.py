@@ -145,14 +145,16 @@ def probe(path: Path, max_pixels: int, check: Callable[[], None] = lambda: None)
                            *guarded(path, max_pixels, how), "-map", "0:V?", "-map", "0:a?", "-c", "copy", "-t", "0",
                            "-map_metadata", "-1", "-map_chapters", "-1", "-f", "null", "-"],
                           child.PROBE_SEC, check=check)
-    _check_pixels(log, max_pixels)
-    if (described := read_description(log, path, nonce)) is None:
+    described = read_description(log, path, nonce)
+    stream = described.picture(how.still) if described else None
+    if described is None or stream or how.still:  # a song's cover may be as large as it likes
+        _check_pixels(log, max_pixels)
+    if described is None:
         raise BadMedia(explain(path, log), ffprobe_stderr=tail(log, path))
     audio = next((found for s in sorted(described.of("Audio"), key=_rank) if (found := _audio(s))), None)
     duration = None if how.still else described.duration
     stated = None if "Estimating duration from bitrate" in log else duration
     info = MediaInfo(path, described.format, duration, None, audio, how, stated=stated)
-    stream = described.picture(how.still)
     if stream is None:  # of a still, whose tiles are no streams, this means that they do not fit
         return replace(info, undecodable="the picture's tiles do not make a whole" if how.still else "")
     if stream.group:

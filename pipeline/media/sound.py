@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ SAMPLE_RATE = 16_000  # Hz of `Speech.pcm`
 RATES = (44_100, 48_000)  # Hz of the sound as it is passed on
 MAX_CHANNELS = 64  # of sound; more are a damaged file
 MISSING, MISSING_SEC = 0.02, 0.1  # share and seconds of what a header states that may be missing without a word
+COVER = re.compile(r".*Picture size .*\n?")  # ffmpeg about a song's cover that is larger than MAX_PIXELS
 MOVED_START = ("mpegts", "mpeg", "ogg")  # of these, ffmpeg begins the clock with the streams that are read
 
 # Timestamps that begin anew in the middle (files put one after the other) go on where the sound was: variable 0 is what is
@@ -72,7 +74,8 @@ def read_speech(
     ]
     if info.video and info.format in MOVED_START:  # so that the picture is read, too, and the sound's late start is seen
         command += ["-map", f"0:{info.video.index}", "-c", "copy", "-f", "null", "-"]
-    code, out, err = child.run(command, timeout, check=check)
+    code, out, log = child.run(command, timeout, check=check)
+    err = COVER.sub("", log)
     samples = np.frombuffer(out[: len(out) // (4 * tracks) * (4 * tracks)], np.float32).reshape(-1, tracks)
     if "No space left" in err:
         raise OSError(28, "No space left on device")
