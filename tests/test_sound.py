@@ -185,6 +185,22 @@ def test_a_sound_that_ends_before_its_picture_is_no_damage(media: Make, tmp_path
         assert not spoken.damaged
 
 
+@pytest.mark.parametrize("changes", [("-ac", "1", "2"), ("-ac", "2", "1"), ("-ar", "48000", "32000")])
+def test_a_sound_that_changes_its_format_on_the_way_goes_on(media: Make, tmp_path: Path, changes: tuple[str, str, str]) -> None:
+    """As broadcasts do between a film and what interrupts it: nothing is put between, in the film and for the mouth."""
+    option, *values = changes
+    parts = [media(f"{i}.ts", "-ss", f"{2 * i}", "-t", "2", "-i", str(SAMPLES / "speech.wav"), option, value, "-c:a", "mp2",
+                   "-muxdelay", "0", "-muxpreload", "0", "-output_ts_offset", f"{2 * i}") for i, value in enumerate(values)]
+    (tmp_path / "both.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
+    whole, both = speech(SAMPLES / "speech.wav", tmp_path).pcm[: 4 * SAMPLE_RATE], speech(tmp_path / "both.ts", tmp_path)
+    assert both.seconds == pytest.approx(4, abs=0.1)
+    for half in (slice(0, 2 * SAMPLE_RATE), slice(2 * SAMPLE_RATE, None)):
+        assert abs(lag(both.pcm[half], whole[half])) < 0.08, "what an encoder delays"
+    with wave.open(str(both.path)) as film:
+        assert film.getnframes() / film.getframerate() == pytest.approx(both.seconds, abs=0.001)
+    assert not both.damaged
+
+
 @pytest.mark.parametrize("kind", ["mp3", "m4a", "flac"])
 def test_a_songs_cover_may_be_as_large_as_it_likes(media: Make, tmp_path: Path, kind: str) -> None:
     large = media("cover.jpg", "-f", "lavfi", "-i", "color=red:s=4000x4000", "-frames:v", "1")

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 
 from pipeline.errors import BadMedia
 from pipeline.ffmpeg import child
-from pipeline.ffmpeg.formats import guarded
 from pipeline.ffmpeg.probe import MediaInfo
-from pipeline.media.sound import MOVED_START, Speech, on_one_clock
+from pipeline.media.sound import MOVED_START, Speech, filtered_sound, on_one_clock
 
 PIECE = 1 << 20  # samples that are mixed at once
 FULL = 32767  # the largest level of 16 bit sound
@@ -34,15 +33,12 @@ def with_background(
         raise BadMedia("params.background: the clip has no sound; leave it out, or 0", stage="validation",
                        field="params.background", reason="no_audio")
     raw, samples = path.with_suffix(".s16"), round(speech.seconds * speech.rate)
-    moved = clip.video if clip.format in MOVED_START else None  # the frames' clock begins with it, the one here with the sound
-    begin = max(moved.start - clip.audio.start, 0.0) if moved else 0.0
-    command = [
-        child.ffmpeg(), "-nostdin", "-v", "error", "-y", *guarded(clip.path, max_pixels, clip.opener), "-filter_complex",
-        f"{on_one_clock(clip.audio, speech.seconds, begin=begin)}[sound]", "-map", "[sound]", "-ar", str(speech.rate),
-        "-ac", str(speech.channels), "-f", "s16le", f"file:{raw}"]
-    if moved:  # so that the picture is read, too, and the sound's late start is seen
-        command += ["-map", f"0:{moved.index}", "-c", "copy", "-f", "null", "-"]
-    _, _, complaint = child.run(command, timeout, check=check)
+    begin = 0.0  # of the frames' clock, which begins with the picture, on the sound's own, which begins with either
+    if clip.video and clip.format in MOVED_START:
+        begin = max(clip.video.start - clip.audio.start, 0.0)
+    graph = f"{on_one_clock(clip.audio, speech.seconds, begin=begin)}[sound]"
+    outputs = ["-map", "[sound]", "-ar", str(speech.rate), "-ac", str(speech.channels), "-f", "s16le", f"file:{raw}"]
+    _, _, complaint = filtered_sound(clip, graph, outputs, timeout, max_pixels, check)
     if "No space left" in complaint:
         raise OSError(28, "No space left on device")
     if not raw.is_file() or not raw.stat().st_size:

@@ -22,7 +22,9 @@ SAMPLE_RATE = 16_000  # Hz of `Speech.pcm`
 RATES = (44_100, 48_000)  # Hz of the sound as it is passed on
 MAX_CHANNELS = 64  # of sound; more are a damaged file
 MISSING, MISSING_SEC = 0.02, 0.1  # share and seconds of what a header states that may be missing without a word
-COVER = re.compile(r".*Picture size .*\n?")  # ffmpeg about a song's cover that is larger than MAX_PIXELS
+CHANGED = re.compile(r"\[[fs]\d\dle @ \S+ Application provided invalid, non monotonically increasing dts")
+# ffmpeg about a song's cover that is larger than MAX_PIXELS, and about outputs that nobody reads
+ASIDE = re.compile(r".*(?:Picture size |\[null @ ).*\n?")
 MOVED_START = ("mpegts", "mpeg", "ogg")  # of these, ffmpeg begins the clock with the streams that are read
 
 # Timestamps that begin anew in the middle (files put one after the other) go on where the sound was: variable 0 is what is
@@ -67,15 +69,11 @@ def read_speech(
     rate, channels = rate or film_rate(audio), min(audio.channels, 2)
     end = max_seconds + 1 if first_seconds is None else min(first_seconds, max_seconds)
     graph, tracks = _graph(audio, end)
-    command = [
-        child.ffmpeg(), "-nostdin", "-v", "error", "-y", *guarded(info.path, max_pixels, info.opener), "-filter_complex", graph,
+    outputs = [
         "-map", "[film]", "-c:a", "pcm_s16le", "-ar", str(rate), "-ac", str(channels), "-f", "wav", f"file:{path}",
         "-map", "[mouth]", "-ar", str(SAMPLE_RATE), "-ac", str(tracks), "-f", "f32le", "pipe:1",
     ]
-    if info.video and info.format in MOVED_START:  # so that the picture is read, too, and the sound's late start is seen
-        command += ["-map", f"0:{info.video.index}", "-c", "copy", "-f", "null", "-"]
-    code, out, log = child.run(command, timeout, check=check)
-    err = COVER.sub("", log)
+    code, out, err = filtered_sound(info, graph, outputs, timeout, max_pixels, check)
     samples = np.frombuffer(out[: len(out) // (4 * tracks) * (4 * tracks)], np.float32).reshape(-1, tracks)
     if "No space left" in err:
         raise OSError(28, "No space left on device")
@@ -86,6 +84,27 @@ def read_speech(
     missing = _missing(info, len(samples) / SAMPLE_RATE, end) or info.opener.damage
     pcm = loudest_speech(np.clip(np.nan_to_num(samples), -1.0, 1.0))
     return Speech(path, rate, channels, pcm, "; ".join(words for words in (missing, complaint) if words))
+
+
+def filtered_sound(
+    info: MediaInfo, graph: str, outputs: list[str], timeout: float, max_pixels: int, check: Callable[[], None],
+) -> tuple[int, bytes, str]:
+    """Run ffmpeg with a graph over the file's sound: exit code, stdout, complaints. As `child.run`.
+
+    Where the sound's rate or channels change on the way, ffmpeg's filters begin anew, and so does their clock. Such a sound is
+    brought to one format first, in a second run.
+    """
+    assert info.audio is not None
+    command = [child.ffmpeg(), "-nostdin", "-v", "error", "-y", *guarded(info.path, max_pixels, info.opener)]
+    if info.video and info.format in MOVED_START:  # so that the picture is read, too, and the sound's late start is seen
+        outputs = [*outputs, "-map", f"0:{info.video.index}", "-c", "copy", "-f", "null", "-"]
+    stream = f"0:{info.audio.index}"
+    code, out, log = child.run([*command, "-filter_complex", graph, *outputs], timeout, check=check)
+    if CHANGED.search(log):
+        first = ["-map", stream, "-c:a", "pcm_f32le", "-f", "null", "-", "-dec", "0:0"]
+        graph = graph.replace(f"[{stream}]", "[dec:0]", 1)
+        code, out, log = child.run([*command, *first, "-filter_complex", graph, *outputs], timeout, check=check)
+    return code, out, ASIDE.sub("", log)
 
 
 def film_rate(audio: AudioInfo) -> int:
