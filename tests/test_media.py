@@ -102,11 +102,13 @@ def test_speeches_put_one_after_the_other_that_are_read_to_the_joint_say_so(medi
     assert not speech(once).damaged
 
 
-def test_a_size_that_changes_on_the_way_is_scaled_to_the_first(media: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fields", [(), ("-x264-params", "tff=1")], ids=["progressive", "interlaced"])
+def test_a_size_that_changes_on_the_way_is_scaled_to_the_first(media: Make, tmp_path: Path, fields: tuple[str, ...]) -> None:
     both = tmp_path / "both.ts"
     both.write_bytes(b"".join(
-        media(f"{size}.ts", "-f", "lavfi", "-i", f"testsrc2=s={size}:r=25:d=1", "-c:v", "libx264", "-output_ts_offset", offset)
-        .read_bytes() for size, offset in (("320x180", "0"), ("640x360", "1"))))
+        media(f"{size}.ts", "-f", "lavfi", "-i", f"testsrc2=s={size}:r=25:d=1", "-c:v", "libx264", *fields, "-output_ts_offset",
+              offset).read_bytes() for size, offset in (("320x180", "0"), ("640x360", "1"))))
+    assert probe(both, PIXELS).picture.interlaced == bool(fields)
     got = frames(source(both))
     assert abs(len(got) - 50) <= 2
     luma = got[:, : 320 * 180].reshape(-1, 180, 320).astype(int)

@@ -53,6 +53,7 @@ class VideoInfo:
     interlaced: bool = False
     joined: bool = False  # timestamps begin anew on the way: files put one after the other
     start: float = 0.0  # seconds of the file's own clock
+    decoded: tuple[int, int] = (0, 0)  # size of the first picture as it was decoded, rotation applied
     between_keys: float = 0.0  # seconds from a key frame to the next at most, where seeking does not lead to one
 
     @property
@@ -264,7 +265,8 @@ def _video(stream: Stream, showinfo: str) -> VideoInfo | None:
     space, primaries, transfer = colours[2], colours[3], colours[4]
     return VideoInfo(
         stream.index, *square, picture[1], (float(fps[1]) or None) if fps else None, space, colours[1], primaries, transfer,
-        picture[6] in "TB" or bool(re.search(r"\b(top|bottom) (coded )?first", text)), start=_start(text))
+        picture[6] in "TB" or bool(re.search(r"\b(top|bottom) (coded )?first", text)), start=_start(text),
+        decoded=(width, height))
 
 
 def _rank(stream: Stream) -> tuple[bool, bool]:

@@ -96,15 +96,15 @@ class FrameSource:
         seek = ["-noaccurate_seek", "-ss", f"{float(origin):.6f}"] if origin else []
         rate = ["settb=1/1000000", *([ONWARD] if video.joined else []), "setpts=PTS+7",
                 f"fps={a}/{b}:start_time={float(origin):.6f}"]
-        chain = [*(["bwdif=deint=interlaced"] if video.interlaced else []), *([] if info.opener.still else rate),
+        # bwdif takes pictures of one size
+        deinterlaced = ["scale={}:{}:eval=frame".format(*video.decoded), "bwdif=deint=interlaced"] if video.interlaced else []
+        chain = [*deinterlaced, *([] if info.opener.still else rate),
                  *_known_matrix(video), _fit(video), *self._over(), "setsar=1", *self.filters,
                  *_colour(video), f"format={self.pixels}"]
-        # `_fit` takes any size that a picture on the way has; for that the graph is not made anew: the rate filter would
-        # count from its origin
-        fixed = [] if video.interlaced else ["-reinit_filter", "0"]
         return [
-            child.ffmpeg(), "-nostdin", "-v", "error", "-threads", _threads(video), "-copyts", "-start_at_zero", *seek, *fixed,
-            *guarded(info.path, self.max_pixels, info.opener), "-an", "-sn", "-dn",
+            child.ffmpeg(), "-nostdin", "-v", "error", "-threads", _threads(video), "-copyts", "-start_at_zero", *seek,
+            # the filters take any size that a picture on the way has; made anew, the rate filter would count from its origin
+            "-reinit_filter", "0", *guarded(info.path, self.max_pixels, info.opener), "-an", "-sn", "-dn",
             *filtered(f"0:{video.index}", info.opener, ",".join(chain)), "-fps_mode", "passthrough",
             # what comes after the first picture in a still's file is a small one or a gain map
             "-frames:v", "1" if info.opener.still else str(drop + count),
