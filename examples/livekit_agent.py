@@ -3,50 +3,44 @@
     pip install ".[livekit]" && CLIP=CLIP.mp4 WEIGHTS=models/v15 python examples/livekit_agent.py dev
 
 Needs LIVEKIT_URL, LIVEKIT_API_KEY and LIVEKIT_API_SECRET. Speech recognition, the answers and the voice come from LiveKit's
-inference service here; any plugins do. Each process serves as many rooms as its machine carries, and refuses others.
+inference service here; any plugins do. All rooms share one process and its networks, so that it knows how many the machine
+carries; it refuses others.
 """
 
 from __future__ import annotations
 
+import functools
 import os
+import threading
 from pathlib import Path
 
-import imageio_ffmpeg
-import numpy as np
-from livekit.agents import Agent, AgentServer, AgentSession, JobContext, cli
+from livekit.agents import Agent, AgentServer, AgentSession, JobContext, JobExecutorType, cli
 from livekit.agents.voice.avatar import AvatarRunner, QueueAudioOutput
 
 from musetalk import Avatar, LipSync, Stage
+from pipeline.live.clip import frames
 from pipeline.live.livekit import RATE, Generator, options_of
 
 CLIP = Path(os.environ.get("CLIP", "samples/presenter.mp4"))
 WEIGHTS = os.environ.get("WEIGHTS", "models/demo")
-SECONDS = 4  # of the clip that are played to and fro
-server = AgentServer()
+HEIGHT, FRAMES = 360, 100  # of the clip, which is played to and fro
+LOADING = threading.Lock()
+server = AgentServer(job_executor_type=JobExecutorType.THREAD)  # by default each room has a process of its own
 
 
-def frames(path: Path, width: int = 640, height: int = 360) -> list[np.ndarray]:
-    """The clip's first seconds as RGB frames (H, W, 3)."""
-    pictures = imageio_ffmpeg.read_frames(path, output_params=["-t", str(SECONDS), "-r", "25", "-s", f"{width}x{height}"])
-    next(pictures)  # what the clip is
-    return [np.frombuffer(picture, np.uint8).reshape(height, width, 3).copy() for picture in pictures]
-
-
-class Presenter:
-    """The networks and the avatar, loaded once a process."""
-
-    def __init__(self) -> None:
-        lipsync = LipSync.load(WEIGHTS)
-        self.avatar: Avatar = lipsync.prepare(frames(CLIP))
-        self.stage = Stage(lipsync.nets).start()
+@functools.cache
+def presenter() -> tuple[Stage, Avatar]:
+    """The networks and the avatar, loaded with the first room."""
+    lipsync = LipSync.load(WEIGHTS)
+    return Stage(lipsync.nets).start(), lipsync.prepare(frames(CLIP, HEIGHT, FRAMES))
 
 
 @server.rtc_session()
 async def entrypoint(ctx: JobContext) -> None:
     """One room."""
-    presenter: Presenter = ctx.proc.userdata.setdefault("presenter", None) or Presenter()
-    ctx.proc.userdata["presenter"] = presenter
-    speaker = presenter.stage.open(presenter.avatar)  # raises NoRoom with the number that this machine carries
+    with LOADING:  # each room has a thread
+        stage, avatar = presenter()
+    speaker = stage.open(avatar)  # raises NoRoom with the number that this machine carries
     session: AgentSession[None] = AgentSession(stt="deepgram/nova-3", llm="openai/gpt-4.1-mini", tts="cartesia/sonic-3")
     voice = QueueAudioOutput(sample_rate=RATE)
     session.output.audio = voice

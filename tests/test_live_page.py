@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import os
 import re
@@ -23,7 +24,7 @@ import torch
 
 from benchmarks.sync import Ruler
 from pipeline.settings import REPOSITORY
-from tests.conftest import SAMPLES
+from tests.conftest import SAMPLES, make_media
 from tests.test_page import NO_OTHER_HOST
 from tests.test_sync import truth
 from training import samples
@@ -81,6 +82,11 @@ class Server:
 
     def sessions(self) -> int:
         return int(requests.get(self.url + "sessions", timeout=30).json()["open"])
+
+    def sockets(self) -> int:
+        """How many are open."""
+        links = (os.readlink(link) for link in Path(f"/proc/{self.process.pid}/fd").iterdir() if link.is_symlink())
+        return sum(link.startswith("socket:") for link in links)
 
     def memory(self) -> float:
         """Resident MB."""
@@ -264,8 +270,65 @@ def test_who_is_too_many_is_told_how_many_fit(server: Server, browser: Callable[
     assert late.find_element("id", "start").is_enabled()
 
 
-def test_what_is_no_offer_is_refused(server: Server) -> None:
+@pytest.mark.parametrize(("arguments", "status", "words"), [
+    (("--height", "0"), 2, "--height: '0' is no whole number from 16 to 2160"),
+    (("--port", "70000"), 2, "--port: '70000' is no whole number from 1 to 65535"),
+    (("--clip", "samples/speech.wav"), 1, "error: samples/speech.wav: no picture in it; give a video or a photo")])
+def test_what_is_wrong_with_an_option_is_said(arguments: tuple[str, ...], status: int, words: str) -> None:
+    done = subprocess.run([sys.executable, "-m", "pipeline.live", *arguments], cwd=REPOSITORY, capture_output=True, text=True,
+                          timeout=60)
+    assert (done.returncode, words in done.stderr) == (status, True), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("rate", [50, 25, 12.5])
+def test_a_clip_of_any_rate_is_shown_at_its_own_speed(tmp_path: Path, rate: float) -> None:
+    from pipeline.live.clip import frames
+
+    clip = make_media(tmp_path / "clip.ts", "-f", "lavfi", "-i", f"color=black:s=64x64:r={rate}:d=1",
+                      "-f", "lavfi", "-i", f"color=white:s=64x64:r={rate}:d=1", "-filter_complex", "concat")  # begins at 1.4 s
+    seen = [picture.mean() > 128 for picture in frames(clip, 64, 40)]
+    assert len(seen) == 40
+    assert abs(seen.index(True) - 25) <= 1, "the second second begins with the 26th frame"
+
+
+async def visited(server: Server, stays: bool = True) -> str:
+    """An offer as a browser makes it; who stays is connected for a moment."""
+    import aiortc
+    from aiortc.mediastreams import AudioStreamTrack
+
+    connection = aiortc.RTCPeerConnection()
+    connection.addTrack(AudioStreamTrack())
+    connection.addTransceiver("video", "recvonly")
+    await connection.setLocalDescription(await connection.createOffer())
+    sdp = str(connection.localDescription.sdp)
+    if stays:
+        answer = await asyncio.to_thread(requests.post, server.url + "offer", json={"sdp": sdp}, timeout=30)
+        await connection.setRemoteDescription(aiortc.RTCSessionDescription(answer.json()["sdp"], "answer"))
+        while connection.connectionState != "connected":
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(1)
+    await connection.close()
+    return sdp
+
+
+def test_who_has_gone_leaves_no_socket(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aioice.ice.get_host_addresses", lambda **_: ["127.0.0.1"])
     until(lambda: server.sessions() == 0)
-    answer = requests.post(server.url + "offer", json={"sdp": "v=0"}, timeout=30)
-    assert (answer.status_code, server.sessions()) == (422, 0)
+    before = server.sockets()
+    for _ in range(3):
+        asyncio.run(visited(server))
+        until(lambda: server.sessions() == 0)
+    until(lambda: server.sockets() <= before, 10)
+
+
+def test_what_is_no_offer_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves no session behind, wherever in it aiortc fails."""
+    monkeypatch.setattr("aioice.ice.get_host_addresses", lambda **_: ["127.0.0.1"])
+    until(lambda: server.sessions() == 0)
+    whole = asyncio.run(visited(server, stays=False))
+    for change in (("actpass", "actp"), ("opus/48000/2", "opus"), (whole, "v=0")):
+        assert change[0] in whole
+        answer = requests.post(server.url + "offer", json={"sdp": whole.replace(*change)}, timeout=30)
+        assert (answer.status_code, server.sessions()) == (422, 0), change
     assert requests.get(server.url, headers={"Host": "example.org"}, timeout=30).status_code == 400

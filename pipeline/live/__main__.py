@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import aioice.ice
@@ -25,7 +25,7 @@ from musetalk.checkpoints import device_named, dtype_named
 from pipeline.errors import NoDevice
 from pipeline.job import logs, signals
 from pipeline.job.device import check_device
-from pipeline.live.clip import frames
+from pipeline.live.clip import NoPicture, frames
 from pipeline.live.peer import Peer
 from pipeline.settings import BadSetting, Settings, asset
 
@@ -72,8 +72,9 @@ def make_app(stage: Stage, avatar: Avatar) -> FastAPI:
         peers.add(peer)
         try:
             return Sdp(sdp=await peer.answer(given.sdp))
-        except (ValueError, AssertionError, AttributeError) as e:
-            await peer.close()
+        except Exception as e:  # whatever aiortc meets in it
+            with suppress(Exception):  # of a connection that is half made; the session has ended by then
+                await peer.close()
             raise HTTPException(422, f"sdp: not an offer ({e})") from None
 
     return app
@@ -85,28 +86,37 @@ def stay_on_loopback() -> None:
 
 
 def build(settings: Settings, clip: Path, height: int, quality: str | None) -> tuple[Stage, Avatar]:
-    """The networks and the avatar. Raises NoDevice, MuseTalkError, av.FFmpegError."""
-    device = device_named(settings.device)
+    """The networks and the avatar. Raises NoPicture, NoDevice, MuseTalkError, av.FFmpegError."""
+    device, pictures = device_named(settings.device), frames(clip, height, FRAMES)
     check_device(settings.device, device, settings.on_runpod)
     lipsync = LipSync.load(settings.model_dir, device, dtype_named(settings.dtype))
     stage = Stage(lipsync.nets, Options.for_version(lipsync.nets.version, quality=quality) if quality else None)
-    return stage, lipsync.prepare(frames(clip, height, FRAMES), stage.options)
+    return stage, lipsync.prepare(pictures, stage.options)
+
+
+def within(low: int, high: int) -> Callable[[str], int]:
+    """An option's type: a whole number with limits."""
+    def number(text: str) -> int:
+        if not (text.isdecimal() and low <= int(text) <= high):
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {low} to {high}")
+        return int(text)
+    return number
 
 
 def main() -> int:
     """Exit code: 0 done, 1 it cannot start, 128 and the signal's number when one ended it."""
     parser = argparse.ArgumentParser(prog="python -m pipeline.live", description="Speak live through a presenter in a browser.")
     parser.add_argument("--clip", type=Path, default=asset("samples") / "presenter.mp4", help="the presenter (the sample)")
-    parser.add_argument("--height", type=int, default=360, help="rows of the picture (default: 360)")
+    parser.add_argument("--height", type=within(16, 2160), default=360, help="rows of the picture (default: 360)")
     parser.add_argument("--quality", choices=("exact", "fast"), help="the lane (default: fast, where the weights have it)")
-    parser.add_argument("--port", type=int, default=7870)
+    parser.add_argument("--port", type=within(1, 65535), default=7870)
     given = parser.parse_args()
     logs.setup("ERROR")
     logging.getLogger("aiortc").setLevel("ERROR")
     signals.exit_on_signals()
     try:
         stage, avatar = build(Settings.for_shell(), given.clip, given.height, given.quality)
-    except (BadSetting, NoDevice, MuseTalkError, av.FFmpegError, OSError) as e:
+    except (BadSetting, NoPicture, NoDevice, MuseTalkError, av.FFmpegError, OSError) as e:
         parser.exit(1, f"error: {e}\n")
     stay_on_loopback()
     with stage:

@@ -55,7 +55,7 @@ class Peer:
 
     def __init__(self, speaker: LiveSpeaker, gone: Callable[[Peer], None]) -> None:
         """`gone` is called when the session is over."""
-        self.speaker, self.gone = speaker, gone
+        self.speaker, self.gone, self.closed = speaker, gone, False
         self.connection = RTCPeerConnection(RTCConfiguration(iceServers=[]))  # aiortc's default asks another host
         self.picture, self.voice = Track("video"), Track("audio")
         self.latencies: deque[float] = deque(maxlen=25)
@@ -90,7 +90,10 @@ class Peer:
             await self.close()
 
     async def close(self) -> None:
-        """The session is over, whoever ended it."""
+        """The session is over, whoever ended it. Once: its connection tells of its end while it is being closed."""
+        if self.closed:
+            return
+        self.closed = True
         self.gone(self)
         self.speaker.close()
         for task in self.tasks - {asyncio.current_task()}:
