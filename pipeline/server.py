@@ -84,7 +84,7 @@ class Door:
             return JSONResponse(failure(e), 503, {"Retry-After": str(e.details["retry_after_seconds"])})
         except ClientDisconnect:
             return Response(status_code=400)  # nobody is left to read it
-        self.figures.count(body, job.hung_up)
+        self.figures.count(body, job.unwanted)
         tell(body)
         return JSONResponse(body, status_of(body))
 
@@ -110,7 +110,7 @@ class Door:
             body = await self.queue.outcome(followed.job, future, self._unwanted)
         except Exception as e:
             body = failure(e)
-        self.figures.count(body, followed.job.hung_up)
+        self.figures.count(body, followed.job.unwanted)
         self.followed.end(followed, body)
         tell(body)
 

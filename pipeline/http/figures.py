@@ -31,7 +31,7 @@ class Figures:
         Gauge("musetalk_ready", "whether a job could run at once", registry=self.registry).set_function(ready)
 
     def count(self, body: dict[str, Any], cancelled: bool = False) -> None:
-        """Count a job by its body; of a failed one, whether its client had gone."""
+        """Count a job by its body; of a failed one, whether it was stopped."""
         success = body["status"] == "success"
         self.jobs.labels("success" if success else "cancelled" if cancelled else body["error_type"]).inc()
         for stage, seconds in (body["metrics"] if success else body)["stage_times"].items():

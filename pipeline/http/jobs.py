@@ -28,7 +28,7 @@ class Job:
         self.control = Control(deadline_sec, self._report, request_limit_sec=request_limit_sec)
         self.worst_sec = min(deadline_sec, request_limit_sec or math.inf)
         self.running = False
-        self.hung_up = False  # its client has
+        self.unwanted = False  # its client has hung up, or the worker ends
         self.share = 0.0  # of its film that is made
 
     def _report(self, stage: str, share: float) -> None:
@@ -86,7 +86,7 @@ class JobQueue:
         work = asyncio.wrap_future(future)
         while not (await asyncio.wait({work}, timeout=POLL_SEC))[0]:
             if await gone():
-                job.hung_up = True
+                job.unwanted = True
                 job.control.cancel()
                 if future.cancel():
                     raise Cancelled("the job was stopped before it began: its client hung up, or the worker ends")
