@@ -305,8 +305,9 @@ async def visited(server: Server, stays: bool = True) -> str:
     if stays:
         answer = await asyncio.to_thread(requests.post, server.url + "offer", json={"sdp": sdp}, timeout=30)
         await connection.setRemoteDescription(aiortc.RTCSessionDescription(answer.json()["sdp"], "answer"))
-        while connection.connectionState != "connected":
-            await asyncio.sleep(0.1)
+        async with asyncio.timeout(60):
+            while connection.connectionState != "connected":
+                await asyncio.sleep(0.1)
         await asyncio.sleep(1)
     await connection.close()
     return sdp
