@@ -30,15 +30,24 @@ class Level(NamedTuple):
     noise: float
 
 
+def powers(pcm: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The power of each block of PCM (S,): its variance, since a constant offset is no sound."""
+    return np.pad(pcm, (0, -len(pcm) % BLOCK)).reshape(-1, BLOCK).var(axis=1, dtype=np.float64)
+
+
+def decibels(power: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Mean squares of samples in -1..1 as dBFS."""
+    return 10 * np.log10(power + 1e-12)
+
+
 def level(pcm: NDArray[np.float32]) -> Level | None:
     """Of PCM (S,) at 16 kHz; None where nothing stands out as speech.
 
     Noise is what a tenth of the blocks do not exceed, digital silence left out; speech is what a quarter of the blocks at least
-    STANDS_OUT above it exceed. A block's power is its variance: a constant offset is no sound.
+    STANDS_OUT above it exceed.
     """
-    blocks = np.pad(pcm, (0, -len(pcm) % BLOCK)).reshape(-1, BLOCK)
-    power = 10 * np.log10(blocks.var(axis=1, dtype=np.float64) + 1e-12)
-    sounding = power[power > NOTHING]
+    loud = decibels(powers(pcm))
+    sounding = loud[loud > NOTHING]
     if not len(sounding):
         return None
     noise = float(np.percentile(sounding, 10))

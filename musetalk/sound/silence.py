@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from musetalk.sound.level import BLOCK, level
+from musetalk.sound.level import BLOCK, decibels, level, powers
 
 RATE = 16_000  # Hz
 SHORTEST = 0.24  # seconds; shorter pauses belong to the speech (the closure of a plosive lasts up to 0.15)
@@ -27,8 +27,7 @@ def silences(pcm: NDArray[np.float32]) -> list[tuple[float, float]]:
     A block of 20 ms is quiet when it and a neighbour have less than the threshold on average: 8 dB above the noise floor, which
     a twentieth of the blocks do not exceed, but 14 to 22 dB below the speech's level (`level.level`).
     """
-    blocks = np.pad(pcm, (0, -len(pcm) % BLOCK)).reshape(-1, BLOCK)
-    power = blocks.var(axis=1, dtype=np.float64)
+    power = powers(pcm)
     pairs = np.convolve(power, np.ones(2) / 2, mode="full")
     loud = decibels(np.minimum(pairs[:-1], pairs[1:])) >= _threshold(pcm, decibels(power))
     second = BLOCK / RATE
@@ -36,11 +35,6 @@ def silences(pcm: NDArray[np.float32]) -> list[tuple[float, float]]:
     ends = [0, *(at for run in long for at in run), len(loud)]
     quiet = [(a * second, b * second) for a, b in zip(ends[::2], ends[1::2], strict=True)]
     return [(a, b) for a, b in quiet if b - a >= SHORTEST]
-
-
-def decibels(power: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean squares of samples in -1..1 as dBFS."""
-    return 10 * np.log10(power + 1e-12)
 
 
 def _threshold(pcm: NDArray[np.float32], blocks: NDArray[np.float64]) -> float:
