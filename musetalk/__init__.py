@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from musetalk.avatar import Avatar, AvatarCache
-    from musetalk.errors import BadAudio, BadCheckpoint, MuseTalkError, NoFace, NonFiniteOutput, NoRoom
+    from musetalk.errors import BadAudio, BadCheckpoint, BadInput, MuseTalkError, NoFace, NonFiniteOutput, NoRoom
     from musetalk.lipsync import LipSync
     from musetalk.live import LiveSpeaker, Stage
     from musetalk.options import Options
 
-__all__ = ["Avatar", "AvatarCache", "BadAudio", "BadCheckpoint", "LipSync", "LiveSpeaker", "MuseTalkError", "NoFace", "NoRoom",
-           "NonFiniteOutput", "Options", "Stage"]
+__all__ = ["Avatar", "AvatarCache", "BadAudio", "BadCheckpoint", "BadInput", "LipSync", "LiveSpeaker", "MuseTalkError",
+           "NoFace", "NoRoom", "NonFiniteOutput", "Options", "Stage"]
 HOMES = {"Avatar": "avatar", "AvatarCache": "avatar", "LipSync": "lipsync", "LiveSpeaker": "live", "Options": "options",
          "Stage": "live"}
 

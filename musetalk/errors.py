@@ -32,7 +32,11 @@ class BadCheckpoint(MuseTalkError):
 
 
 class BadAudio(MuseTalkError):
-    """The speech cannot be used: empty, or not finite."""
+    """The speech cannot be used: empty, not finite, integers, or several channels."""
+
+
+class BadInput(MuseTalkError):
+    """A frame, an avatar or an option is not what the library takes; the message says what is."""
 
 
 class NonFiniteOutput(MuseTalkError):

@@ -24,11 +24,11 @@ from musetalk.avatar import Avatar
 from musetalk.draw import layout
 from musetalk.draw.interruption import make_interruptible
 from musetalk.draw.recorded import fix_numerics
-from musetalk.errors import NoFace
+from musetalk.errors import BadInput, NoFace
 from musetalk.options import Options
 from musetalk.order import source_index
 from musetalk.sound import silence
-from musetalk.sound.features import Prompts, frame_count
+from musetalk.sound.features import Prompts, frame_count, mono
 from musetalk.sound.level import raised
 from musetalk.steps import RGB, Frame, Speaker, State, blend, follow, generate, speech_weights
 
@@ -54,9 +54,11 @@ class LipSync:
         return cls(nets)
 
     def prepare(self, frames: Iterable[np.ndarray | Tensor], options: Options | None = None) -> Avatar:
-        """RGB frames (H, W, 3) uint8 -> the avatar. Raises NoFace when no frame holds a usable face."""
+        """RGB frames (H, W, 3) uint8 of one size -> the avatar. Raises NoFace when no frame holds a usable face, BadInput."""
         avatar = Avatar.new()
-        avatar.frames = [torch.as_tensor(frame) for frame in frames]
+        avatar.frames = [_picture(frame) for frame in frames]
+        if len(sizes := {tuple(frame.shape) for frame in avatar.frames}) > 1:
+            raise BadInput(f"the frames are of several sizes: {sorted(sizes)[:2]}")
         clip = (Frame(None, i, pixels, RGB) for i, pixels in enumerate(avatar.frames))
         options = options or Options.for_version(self.nets.version)
         for _ in follow(clip, [(avatar, options.face)], options, State.of(self.nets)):
@@ -72,10 +74,9 @@ class LipSync:
         The official finish hears the speech as it is; the natural one a quiet speech raised (musetalk.sound.level), and with
         `silence="auto"` it lets the mouth rest in silences (musetalk.sound.silence).
         """
-        options, resting = options or Options.for_version(self.nets.version), list[float]()
+        options, resting, pcm = options or Options.for_version(self.nets.version), list[float](), mono(pcm)
         if options.finish == "natural":
-            heard = np.ravel(np.asarray(pcm, np.float32))
-            pcm = raised(heard)
+            heard, pcm = pcm, raised(pcm)
             resting = silence.resting(heard, fps, frame_count(len(heard), fps)) if options.silence == "auto" else resting
         return Prompts(self.nets.whisper, pcm, fps, options.audio_padding_left, options.audio_padding_right, resting,
                        options.openness)
@@ -86,12 +87,22 @@ class LipSync:
     ) -> Iterator[np.ndarray]:
         """Yield one RGB frame (H, W, 3) uint8 for every 1/fps of the speech, in order.
 
-        Frames without a face pass through untouched. `state`: one whose generator is recorded, say; else one is made.
+        Frames without a face pass through untouched. `state`: one whose generator is recorded, say; else one is made. Raises
+        BadAudio, and BadInput for an avatar without its clip's frames.
         """
+        avatar.check_frames()
         options, state = options or Options.for_version(self.nets.version), state or State.of(self.nets)
         prompts = self.prompts(pcm, fps, options)
-        speakers = [Speaker(avatar, prompts, speech_weights(np.asarray(pcm), fps, len(prompts), options), options)]
+        speakers = [Speaker(avatar, prompts, speech_weights(mono(pcm), fps, len(prompts), options), options)]
         sources = (source_index(i, len(avatar), options.loop) for i in range(len(prompts)))
         frames = (Frame(i, source, avatar.frames[source].clone(), RGB) for i, source in enumerate(sources))
         for frame in blend(generate(frames, speakers, state)):
             yield frame.buffer.numpy()
+
+
+def _picture(frame: np.ndarray | Tensor) -> Tensor:
+    """A frame as a tensor, a view of it where it can be; raises BadInput."""
+    picture = frame if isinstance(frame, Tensor) else torch.from_numpy(np.require(frame, requirements=("C", "W")))
+    if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise BadInput(f"a frame is {tuple(picture.shape)} {picture.dtype}: give RGB pixels (H, W, 3) uint8")
+    return picture

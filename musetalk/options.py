@@ -7,7 +7,9 @@ Knows no torch, so that a command line can show its help at once.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from musetalk.errors import BadInput
 
 ParsingMode = Literal["jaw", "raw", "neck"]
 Loop = Literal["pingpong", "repeat", "hold"]
@@ -46,6 +48,16 @@ class Options:
     batch_size: int = _option(8, "frames generated at once", ge=1, le=64)
     quality: Quality = _option("exact", "fast: the tiny decoder")
     finish: Finish = _option("natural", "official: upstream's, without source detail", avatar=True)
+
+    def __post_init__(self) -> None:
+        """Raises BadInput for a word or a number that an option does not take."""
+        for option, kind in zip(fields(self), get_type_hints(Options).values(), strict=True):
+            value, limits = getattr(self, option.name), option.metadata["limits"]
+            words = [word for k in (kind, *get_args(kind)) if get_origin(k) is Literal for word in get_args(k)]
+            within = limits and isinstance(value, (int, float)) and limits["ge"] <= value <= limits["le"]
+            if not (within or value in words or value is option.default):
+                taken = [*words, *([f"{limits['ge']} to {limits['le']}"] if limits else [])]
+                raise BadInput(f"{option.name}={value!r}: give {', '.join(taken)}")
 
     @classmethod
     def for_version(cls, version: str, **given: Any) -> Options:

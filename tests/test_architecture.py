@@ -15,9 +15,9 @@ FILES = [*sorted((ROOT / "musetalk").rglob("*.py")), *sorted((ROOT / "pipeline")
 
 # who may import whom: a room (a folder, or a file beside the folders), then the rooms it may use
 MUSETALK = {
-    "errors": "", "options": "", "order": "options", "geometry": "pixels", "nets": "errors", "pixels": "",
+    "errors": "", "options": "errors", "order": "options", "geometry": "pixels", "nets": "errors", "pixels": "",
     "tensor_pickle": "", "checkpoints": "errors nets tensor_pickle",
-    "sound": "errors nets", "avatar": "geometry", "face": "errors geometry nets pixels",
+    "sound": "errors nets", "avatar": "errors geometry", "face": "errors geometry nets pixels",
     "draw": "checkpoints errors nets", "show": "geometry nets options pixels",
     "steps": "avatar checkpoints draw errors face geometry options pixels show sound",
     "live": "avatar checkpoints draw errors options order pixels sound steps",

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from musetalk import Avatar, LipSync, NoFace, Options
+from benchmarks.live import Simulated
+from musetalk import Avatar, BadAudio, BadInput, LipSync, LiveSpeaker, NoFace, Options
 from musetalk.steps import FRAMES_HELD, GROUP, RGB, Frame, Speaker, State, blend, follow, frames_to_read, generate, prepare
 from pipeline.ffmpeg import ffmpeg
 from pipeline.run import Service
@@ -100,3 +101,54 @@ def test_preparing_holds_no_more_frames_than_it_says(lipsync: LipSync, clip: lis
     for handed_on, _ in enumerate(follow(frames(), [(Avatar.new(), OPTIONS.face)], OPTIONS, State.of(lipsync.nets))):
         most = max(most, taken - handed_on)
     assert GROUP < most <= FRAMES_HELD
+
+
+@pytest.mark.parametrize(("speech", "words"), [
+    (np.zeros(0, np.float32), "no samples"), (np.zeros((800, 2), np.float32), "one channel"),
+    (np.zeros(800, np.int16), "int16"), (np.full(800, np.nan, np.float32), "NaN"),
+], ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize("finish", ["natural", "official"])
+def test_what_is_no_speech_of_one_channel_is_refused(
+    lipsync: LipSync, clip: list[torch.Tensor], speech: np.ndarray, words: str, finish: Any
+) -> None:
+    with pytest.raises(BadAudio, match=words):
+        lipsync.prompts(speech, Fraction(25), Options(finish=finish))
+    if len(speech):
+        avatar = Avatar.new()
+        avatar.frames = clip[:1]
+        avatar.append(None)
+        with pytest.raises(BadAudio, match=words):
+            LiveSpeaker(avatar, Simulated(), Fraction(25), 0.0, 1, "pingpong").push(speech)
+
+
+def test_what_is_no_picture_is_refused_and_a_mirrored_one_is_none_such(lipsync: LipSync, clip: list[torch.Tensor]) -> None:
+    picture = clip[0].numpy()
+    with_alpha = np.dstack([picture, picture[..., 0]])
+    for wrong in (picture / np.float32(255), picture[..., 0], with_alpha, picture.transpose(2, 0, 1)):
+        with pytest.raises(BadInput, match=r"give RGB pixels \(H, W, 3\) uint8"):
+            lipsync.prepare([wrong])
+    with pytest.raises(BadInput, match="several sizes"):
+        lipsync.prepare([picture, picture[:100]])
+    backwards = lipsync.prepare([picture[..., ::-1][..., ::-1], picture[:, ::-1]], OPTIONS)
+    assert torch.equal(backwards.frames[1], clip[0].flip(1))
+
+
+def test_an_avatar_without_its_clip_says_so(lipsync: LipSync) -> None:
+    """As one from a cache is."""
+    cached = Avatar.new()
+    cached.append(None)
+    with pytest.raises(BadInput, match=r"set avatar\.frames"):
+        next(lipsync.speak(cached, pcm(1)))
+    with pytest.raises(BadInput, match=r"set avatar\.frames"):
+        LiveSpeaker(cached, Simulated(), Fraction(25), 0.0, 1, "pingpong")
+
+
+@pytest.mark.parametrize(("given", "words"), [
+    ({"finish": "offical"}, "finish='offical': give natural, official"), ({"openness": 9}, "openness=9: give 0.5 to 1.5"),
+    ({"face": "biggest"}, "give largest, leftmost, rightmost, 0 to 99"),
+    ({"batch_size": None}, "batch_size=None: give 1 to 64"), ({"seed": -1}, "seed=-1: give 0 to "),
+])
+def test_options_that_there_are_not_are_refused(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        Options(**given)
+    assert Options(seed=None, face=3).face == 3

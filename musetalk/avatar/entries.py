@@ -26,6 +26,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
+from musetalk.errors import BadInput
 from musetalk.geometry.box import Box, Region
 from musetalk.geometry.place import Place
 
@@ -79,6 +80,11 @@ class Avatar:
     def first_face(self) -> int | None:
         """The first frame that holds a face."""
         return self.present.index(True) if True in self.present else None
+
+    def check_frames(self) -> None:
+        """Raise BadInput where the clip itself is not there, as in an avatar from a cache."""
+        if not 0 < len(self) <= len(self.frames):
+            raise BadInput(f"the avatar has {len(self)} entries and {len(self.frames)} frames: set avatar.frames to the clip's")
 
     def append(self, face: Face | None) -> None:
         """Add the next source frame."""

@@ -13,11 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from musetalk.avatar import Avatar
-from musetalk.errors import BadAudio
 from musetalk.live.speech import Speech, Taken
 from musetalk.options import Loop
 from musetalk.order import source_index
-from musetalk.sound.features import SAMPLE_RATE
+from musetalk.sound.features import SAMPLE_RATE, mono
 from musetalk.sound.rolling import Listened, Sound, nearer
 
 FADE = 160  # samples over which interrupted sound falls silent: 10 ms
@@ -76,6 +75,7 @@ class LiveSpeaker:
         self.next = self.next_plan = 0  # outputs: the one that is shown next, the one that is planned next
         self.began: float | None = None  # when output 0 is due
         self.frames = self.dropped = 0  # shown so far; of them, those whose picture was not ready: the last one is held
+        avatar.check_frames()
         self.image = avatar.frames[0].numpy()  # the last one that was shown
         self.mouth = self.shown = Mouth(-1, 1.0, None)  # of the last picture that was begun, and of the last that was shown
         self.error: BaseException | None = None
@@ -85,10 +85,10 @@ class LiveSpeaker:
     # -- what he shall say --
 
     def push(self, pcm: Sound) -> None:
-        """More speech, (S,) float32 mono at 16 kHz in [-1, 1]. Raises BadAudio where it is not finite."""
-        pcm = np.array(pcm, np.float32).ravel()
-        if not np.isfinite(pcm).all():
-            raise BadAudio("the speech holds NaN or infinite samples")
+        """More speech, (S,) float32 mono at 16 kHz in [-1, 1]. Raises BadAudio."""
+        if not len(pcm):
+            return
+        pcm = mono(pcm)
         with self.lock:
             self.speech.push(pcm, self.clock.now())
 

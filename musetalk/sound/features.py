@@ -14,6 +14,7 @@ from itertools import groupby
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from musetalk.errors import BadAudio
@@ -29,6 +30,22 @@ STEP_RATE = 50  # encoder steps per second
 # (`benchmarks.dubbing`).
 NARROWER, WIDER = 0.6, 0.16
 LARGEST_CUT = Fraction(21, 1000)  # seconds of the speech's end without a frame: half a frame at 24000/1001 fps
+
+
+def mono(pcm: np.ndarray | Tensor) -> NDArray[np.float32]:
+    """Speech of one channel as (S,) float32. Raises BadAudio for several channels, for integers, which are no levels in
+    [-1, 1], and where it is empty or not finite.
+    """
+    wave = np.asarray(pcm.detach().cpu() if isinstance(pcm, Tensor) else pcm)
+    if wave.dtype.kind != "f":
+        raise BadAudio(f"the speech is {wave.dtype}: give float32 in [-1, 1], of 16-bit samples a 32768th")
+    if wave.size != max(wave.shape, default=0):
+        raise BadAudio(f"the speech has the shape {wave.shape}: give one channel (S,), of several their mean")
+    if not wave.size:
+        raise BadAudio("the speech has no samples")
+    if not np.isfinite(wave).all():
+        raise BadAudio("the speech holds NaN or infinite samples")
+    return wave.ravel().astype(np.float32)
 
 
 @lru_cache(maxsize=4)
@@ -123,16 +140,12 @@ class Prompts:
         self, net: WhisperEncoder, pcm: np.ndarray | Tensor, fps: Fraction, left: int = 2, right: int = 2,
         resting: Sequence[float] = (), openness: float = 1.0,
     ) -> None:
-        """pcm (S,) float32 mono at 16 kHz in [-1, 1]; fps exact; raises BadAudio when empty or not finite.
+        """pcm (S,) float32 mono at 16 kHz in [-1, 1]; fps exact; raises BadAudio.
 
         `resting`: how much the mouth rests in each frame (0..1, `silence.resting`); none: in no frame. `openness`: how wide
         it opens, 1 as heard.
         """
-        wave = torch.as_tensor(pcm, dtype=torch.float32).flatten()
-        if not len(wave):
-            raise BadAudio("the speech has no samples")
-        if not bool(torch.isfinite(wave).all()):
-            raise BadAudio("the speech holds NaN or infinite samples")
+        wave = torch.from_numpy(mono(pcm))
         self.fps, self.left, self.right = fps, left, right
         self.count = frame_count(len(wave), fps)
         self.steps = max(1, step_count(len(wave)))

@@ -107,7 +107,7 @@ def explained(body: dict[str, Any]) -> str:
     message = re.sub(r"\bspeakers\.(\d)\.(\w+)", lambda m: f"{FILES.get(m[2], m[2])} {int(m[1]) + 1}", body["error_message"])
     message = re.sub(r"\b(video_url|audio_url)\b", lambda m: FILES[m[0]], message)
     message = re.sub(r"\bparams\.(\w+)", lambda m: m[1].replace("_", " "), message)
-    field, advice = body["details"].get("field") or "", "See the README's table of failures."
+    field, advice = body["details"].get("field") or "", "See the table of failures in docs/api.md."
     part = field.rpartition(".")[2]
     if field.startswith("speakers.") and part == "face":
         advice = "Pick another face, or remove the speaker."
