@@ -114,6 +114,21 @@ def test_a_worker_that_loads_for_too_long_refuses_the_first_job_in_time() -> Non
     asyncio.run(first_job())
 
 
+def test_thousands_of_jobs_without_a_limit_do_not_keep_the_door_from_answering(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them would be weighed against all others twice a second."""
+    estimated: list[int] = []
+    until_done = JobQueue._until_done
+    monkeypatch.setattr(JobQueue, "_until_done", lambda self, ahead: estimated.append(len(ahead)) or until_done(self, ahead))
+    settings = Settings.from_env({"STORAGE": "local", "MODEL_DIR": str(DEMO), "HTTP_QUEUE_MAX": "9", "REQUEST_LIMIT_SEC": "9"})
+    queue = JobQueue(cast(Service, SimpleNamespace(settings=settings, run_job=lambda *_, **__: {"status": "failed"})))
+    for _ in range(3):
+        queue.enter(queue.arrive(waits=False), {})
+    assert not estimated
+    with pytest.raises(Busy):
+        queue.enter(queue.arrive(), {})
+    assert estimated[0] == 3
+
+
 def test_the_limit_is_runpods_own_on_runpod() -> None:
     common = {"STORAGE": "local", "MODEL_DIR": str(DEMO)}
     assert Settings.from_env(common).request_limit_sec is None

@@ -108,9 +108,11 @@ class JobQueue:
 
     def _check_prospects(self, job: Job, ahead: list[Job]) -> None:
         """Raise Busy when a job behind these would be answered after its request's limit."""
-        limit = self.service.settings.request_limit_sec
+        limit = job.control.request_limit
+        if limit == math.inf:  # thousands of jobs may wait, and this is asked for each of them twice a second
+            return
         needed = self._until_done(ahead) + (self._typical(job) if ahead else 0)
-        if limit is not None and needed >= job.control.request_remaining:  # both 0: the worker has been loading all the time
+        if needed >= job.control.request_remaining:  # both 0: the worker has been loading all the time
             raise self._busy(f"too little time is left for this job before REQUEST_LIMIT_SEC={limit:g}; come back later",
                              timeout_seconds=limit)
 
