@@ -260,7 +260,10 @@ def main() -> int:
         return 1
     for listener in sockets:
         log.info("listening", extra=dict(zip(("host", "port"), listener.getsockname()[:2], strict=True)))
-    server.run(sockets)
+    try:
+        server.run(sockets)
+    except KeyboardInterrupt:  # uvicorn ends in good order, and then raises it again
+        return 130
     return 1 if service.unfit else 0
 
 

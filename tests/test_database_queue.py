@@ -485,15 +485,22 @@ def test_the_command_line_says_what_is_wrong(url: str, server: Cluster, tmp_path
         assert "Traceback" not in done.stderr
 
 
-def test_a_worker_says_why_it_cannot_reach_the_database(tmp_path: Path) -> None:
-    worker = DatabaseWorker(tmp_path / "alone", f"postgresql://u:canary@127.0.0.1:{free_port()}/x", "alone")
+def test_a_worker_says_why_it_cannot_reach_the_database_and_ends_at_ctrl_c(tmp_path: Path) -> None:
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); " \
+           "from pipeline.queue.__main__ import main; sys.exit(main([]))"  # a background shell lets its children ignore SIGINT
+    worker = DatabaseWorker(tmp_path / "alone", f"postgresql://u:canary@127.0.0.1:{free_port()}/x", "alone", "-c", code)
     try:
         for _ in range(300):
             if said := [line for line in logged(worker.folder) if line["message"] == "the database cannot be reached"]:
                 break
             time.sleep(0.1)
         assert "Connection refused" in said[0]["reason"]
-        assert "canary" not in (worker.folder / "log").read_text()
+        worker.process.send_signal(signal.SIGINT)
+        assert worker.process.wait(30) == 130
+        log = (worker.folder / "log").read_text()
+        assert log.endswith("\nmusetalk-queue: interrupted\n")
+        assert "canary" not in log
+        assert "Traceback" not in log
     finally:
         worker.close()
 

@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import json
 import re
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -207,6 +208,16 @@ def test_every_address_means_both_kinds(everywhere: str, capsys: pytest.CaptureF
     assert [health.ask(host, port) for host in ("::", "0.0.0.0", "::1", "127.0.0.1", "localhost")] == [0] * 5
     assert health.ask("::", free_port()) == 1
     assert "::, port" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_door_without_a_trace(tmp_path: Path) -> None:
+    # a background shell lets its children ignore SIGINT
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from pipeline import server; " \
+           "sys.exit(server.main())"
+    with door(tmp_path, command=("-c", code)) as (_, process):
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_health_is_asked_where_the_door_is_bound(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def command(arguments: argparse.Namespace, settings: Settings, url: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 1 the worker or the database failed, 2 the command line is at fault."""
+    """Exit code: 0 done, 1 the worker or the database failed, 2 the command line is at fault, 130 Ctrl-C."""
     arguments = options().parse_args(argv)
     try:
         settings = Settings.from_env()
@@ -97,6 +97,9 @@ def main(argv: list[str] | None = None) -> int:
     except (BadUse, BadSetting) as e:
         print(f"musetalk-queue: {e}", file=sys.stderr)
         return 2 if isinstance(e, BadUse) else 1
+    except KeyboardInterrupt:  # of a command, or of a worker that waits for the database; a ready one ends after its job
+        print("\nmusetalk-queue: interrupted", file=sys.stderr)
+        return 130
     except (ConnectorException, psycopg.Error) as e:
         print(f"musetalk-queue: {redact.text(str(e.__cause__ or e)).strip()}", file=sys.stderr)
         return 1
