@@ -77,7 +77,7 @@ class Settings(BaseModel):
     gpu_class_name: str | None = Field(None, description="overrides `gpu_class` in the metrics")
     download_allow_hosts: tuple[str, ...] = Field((), description="host names and CIDRs exempt from the private-address refusal, comma-separated")
     local_input_root: Path | None = Field(None, description="folder under which inputs may be plain paths (off RunPod: `samples`)")
-    cache_dir: Path = Field(Path(tempfile.gettempdir()) / "musetalk-cache", description="avatar cache; a RunPod volume makes it shared and lasting")
+    cache_dir: Path = Field(default_factory=lambda: Path(tempfile.gettempdir()) / "musetalk-cache", description="avatar cache; a RunPod volume makes it shared and lasting")
     cache_max_gb: float = Field(10, ge=0, le=1_000_000, description="size of the avatar cache; 0 switches it off")
     job_deadline_sec: float = Field(540, gt=0, le=WEEK_SEC, description="whole job; below RunPod's 600 s so that the failure body still gets out")
     request_limit_sec: float | None = Field(None, gt=0, le=WEEK_SEC, description="after so many seconds the HTTP door ends a request's job, waiting included, and refuses what could only be late; on RunPod 320 by default, since its load balancer cuts a request at 330")
@@ -199,6 +199,7 @@ class Settings(BaseModel):
             if "model_dir" not in values:
                 values["model_dir"] = find_weights()
         try:
+            tempfile.gettempdir()  # jobs need it, wherever the cache is
             settings = cls(**values)
         except ValidationError as e:
             first = e.errors()[0]
@@ -206,6 +207,8 @@ class Settings(BaseModel):
                 raise BadSetting(first["msg"].removeprefix("Value error, ")) from None
             name = str(first["loc"][0])
             raise BadSetting(f"{name.upper()}={_shown(name, str(values.get(name)))}: {first['msg'].removeprefix('Value error, ')} ({cls.model_fields[name].description})") from None
+        except FileNotFoundError as e:  # as where the root file system is read-only
+            raise BadSetting(f"{e.strerror}: mount a folder that can be written at /tmp, or name one in TMPDIR") from None
         if not os.path.isdir(settings.model_dir):
             raise BadSetting(f"MODEL_DIR={_shown('model_dir', str(settings.model_dir))}: no such folder "
                              f"({cls.model_fields['model_dir'].description})")

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 
 FORMATS = get_args(Format)
+LONGEST_NAME = 255  # bytes that a file's name may have
 
 
 class BadUse(ValueError):
@@ -151,6 +153,8 @@ def films(inputs: list[str], output: str, overwrite: bool, form: str | None = No
         raise BadUse(f"-o {output}: {wanted}, or a folder as {output}{os.sep}")
     made = [Film(video, audio, _named(video, audio, path, pairs, form or "mp4") if folder else path) for video, audio in pairs]
     for film in made:
+        if len(os.fsencode(film.output.name)) > LONGEST_NAME:
+            raise BadUse(f"-o {film.output}: the name has more than {LONGEST_NAME} bytes; name a shorter one")
         if film.output.exists() and not overwrite:
             raise BadUse(f"-o {film.output}: the file exists; give --overwrite to replace it")
         if sum(film.output == other.output for other in made) > 1:
@@ -163,7 +167,8 @@ def check(film: Film, arguments: argparse.Namespace) -> None:
     speeches = [each["audio_url"] for each in film.speakers] or ([] if arguments.faces else [film.audio])
     for name, text in (("VIDEO", film.video), *(("AUDIO", speech) for speech in speeches)):
         if "://" not in text and not Path(text).is_file():
-            raise BadUse(f"{name}: {'a folder, not a file' if Path(text).is_dir() else 'no such file'}: {text}")
+            found = "a folder" if Path(text).is_dir() else "a pipe or a device" if Path(text).exists() else ""
+            raise BadUse(f"{name}: {f'{found}, not a file' if found else 'no such file'}: {text}")
     if arguments.stream and not re.fullmatch(JOB_ID, film.output.stem):
         raise BadUse(f"-o {film.output}: with --stream the name may hold A-Z a-z 0-9 . _ - only")
     try:
@@ -191,10 +196,10 @@ def job_of(film: Film, arguments: argparse.Namespace) -> dict[str, Any]:
             **({"estimate": True} if arguments.estimate else {})}
 
 
-def without_blanks(film: Film, folder: Path) -> Film:
-    """The film with links in a folder for files whose names end in a blank, which the request's fields lose."""
+def plainly_named(film: Film, folder: Path) -> Film:
+    """The film with links in a folder for files whose names a request cannot hold: with a blank at the end, or no UTF-8."""
     def linked(text: str) -> str:
-        if "://" in text or text == text.rstrip():
+        if "://" in text or text == _utf8(text).rstrip():
             return text
         link = folder / hashlib.sha256(os.fsencode(text)).hexdigest()
         with suppress(FileExistsError):
@@ -208,13 +213,15 @@ def without_blanks(film: Film, folder: Path) -> Film:
 def plain(message: str) -> str:
     """A failure's message with the command line's names in place of the request's."""
     message = re.sub(r"\bvideo_url\b", "VIDEO", re.sub(r"\baudio_url\b", "AUDIO", message))
+    message = message.replace("LOCAL_STORAGE_DIR", "-o")
+    message = re.sub(r"\bspeakers\.(\d+)\.", lambda m: f"--speaker {int(m[1]) + 1}, ", message)
     return re.sub(r"\bparams\.(\w+)|^(aspect_ratio|resolution)(?=:)",
                   lambda m: "--" + (m[1] or m[2]).replace("_", "-"), message)
 
 
 def _named(video: str, audio: str, folder: Path, pairs: list[tuple[str, str]], form: str) -> Path:
     """The clip's name in the folder, with the speech's where the clip speaks several."""
-    name, speech = (Path(unquote(urlsplit(text).path) if "://" in text else text).stem for text in (video, audio))
+    name, speech = (Path(unquote(re.split("[?#]", text)[0]) if "://" in text else text).stem for text in (video, audio))
     alone = sum(video == other for other, _ in pairs) == 1
     return folder / f"{name if alone else f'{name}-{speech}'}.{form}"
 
@@ -240,10 +247,11 @@ def working_folder(output: Path) -> Iterator[Path]:
                 made.rmdir()
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Make all films with one model; the exit code is the first failure's."""
-    if arguments.faces and arguments.estimate:
-        raise BadUse("--estimate is of a film, and --faces makes none; leave one of them out")
+def asked(arguments: argparse.Namespace) -> list[Film]:
+    """The films of a command line, looked at before anything is loaded; raises BadUse."""
+    for name in ("estimate", "stream"):
+        if arguments.faces and getattr(arguments, name):
+            raise BadUse(f"--{name} is of a film, and --faces makes none; leave one of them out")
     output = arguments.output or ("faces.jpg" if arguments.faces else f"out.{arguments.format or 'mp4'}")
     overwrite = arguments.overwrite or arguments.estimate  # which writes nothing
     if arguments.speaker or arguments.faces:
@@ -252,6 +260,15 @@ def run(arguments: argparse.Namespace) -> int:
         made = films(arguments.inputs, output, overwrite, arguments.format)
     for film in made:
         check(film, arguments)
+    return made
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Make all films with one model; the exit code is the first failure's."""
+    try:
+        made = asked(arguments)
+    except OSError as e:  # a name that is too long, a folder that nobody may look into
+        raise BadUse(f"{e.filename}: {e.strerror}") from None
     given = {"MODEL_DIR": arguments.model_dir, "DEVICE": arguments.device}
     settings = Settings.for_shell(**{k: v for k, v in given.items() if v})
     written: list[Path] = []
@@ -265,7 +282,7 @@ def run(arguments: argparse.Namespace) -> int:
                 "storage": "local", "local_storage_dir": made[0].output.parent if arguments.stream else folder,
                 "local_input_root": Path("/")}))
             for film in made:
-                codes.append(_film(service, without_blanks(film, folder), arguments, written))
+                codes.append(_film(service, plainly_named(film, folder), arguments, written))
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"written: {', '.join(map(str, written))}" if written else "") from None
     return next((code for code in codes if code), 0)
@@ -283,7 +300,13 @@ def _film(service: Service, film: Film, arguments: argparse.Namespace, written: 
             bar.draw(stage, share)
 
     control = Control(service.settings.job_deadline_sec, progress)
-    body = service.run_job(job_of(film, arguments), control=control, preview=arguments.preview)
+    new = arguments.stream and not (stream := film.output.with_suffix(".hls")).exists()
+    try:
+        body = service.run_job(job_of(film, arguments), control=control, preview=arguments.preview)
+    except BaseException:  # a signal ends it
+        if new:
+            shutil.rmtree(stream, ignore_errors=True)
+        raise
     if body["status"] == "success" and not arguments.estimate:
         Path(unquote(urlsplit(body["output_url"]).path)).replace(film.output)
         written.append(film.output)
@@ -326,7 +349,12 @@ def faces_table(faces: list[dict[str, Any]]) -> str:
 
 def _source(text: str) -> str:
     """A URL as it is, a path made absolute."""
-    return text if "://" in text else str(Path(text).absolute())
+    return text if "://" in text else _utf8(str(Path(text).absolute()))
+
+
+def _utf8(text: str) -> str:
+    """A text without what is no UTF-8, as some files' names are."""
+    return text.encode(errors="replace").decode()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -94,13 +94,30 @@ def test_several_pairs_into_a_folder_as_json(short_clip: Path, word: Path, tmp_p
     assert done.returncode == 2
 
 
-def test_one_pair_into_a_new_folder_from_names_that_end_in_a_blank(
-    short_clip: Path, word: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("clip", "speech"), [
+    ("my clip.mp4 ", "speech "), ("my\nclip.mp4", "a\nspeech"), (os.fsdecode(b"my\xffclip.mp4"), os.fsdecode(b"\xff"))])
+def test_one_pair_into_a_new_folder_from_awkward_names(
+    short_clip: Path, word: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], clip: str, speech: str
 ) -> None:
-    clip, speech = shutil.copy(short_clip, tmp_path / "my clip.mp4 "), shutil.copy(word, tmp_path / "speech ")
-    assert cli.main([str(clip), str(speech), "-o", f"{tmp_path}/films/", "--preview"]) == 0
-    assert capsys.readouterr().out.startswith(f"{tmp_path}/films/my clip.mp4: ")
-    assert [p.name for p in (tmp_path / "films").iterdir()] == ["my clip.mp4"]
+    files = shutil.copy(short_clip, tmp_path / clip), shutil.copy(word, tmp_path / speech)
+    assert cli.main([*map(str, files), "-o", f"{tmp_path}/films/", "--preview", "--quiet"]) == 0, capsys.readouterr()
+    assert [p.name for p in (tmp_path / "films").iterdir()] == [clip.strip()]
+
+
+def test_a_name_that_is_no_utf8_is_printed() -> None:
+    code = "import sys; from pipeline import __main__, shell; shell.main = lambda: print('\\udcff'); sys.exit(__main__.main())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True,
+                          env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"})
+    assert done.stdout == b"\xff\n", done.stderr
+
+
+def test_a_film_is_made_where_nobody_hears_of_it(
+    short_clip: Path, word: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Standard error is closed, as some services start what they start."""
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli.main([str(short_clip), str(word), "-o", str(tmp_path / "o.mp4"), "--preview"]) == 0
+    assert (tmp_path / "o.mp4").exists()
 
 
 def test_a_folder_reports_its_file_and_quiet_says_nothing(
@@ -117,6 +134,7 @@ def test_a_folder_reports_its_file_and_quiet_says_nothing(
     ("/proc/o.mp4", [], "cannot be written"), ("x.mkv", [], "ends in .mp4"), ("x", [], "ends in .mp4"),
     ("x.webm", ["--format", "mov"], "MOV is written"),
     ("EXISTS", [], "--overwrite"), ("o.mp4", ["a.mp4"], "pairs"), ("o.mp4", ["a.mp4", "b.wav"], "folder"),
+    (f"new/{'x' * 252}.mp4", [], "255 bytes"),
     ("films/", ["CLIP", "SPEECH"], "twice"), ("o.mp4 ", [], "blank"), ("o.mp4", ["--model-dir", "/no/such"], "MODEL_DIR"),
 ])
 def test_outputs_that_cannot_be_are_noticed_before_any_work(
@@ -139,15 +157,21 @@ def test_outputs_that_cannot_be_are_noticed_before_any_work(
 ENDINGS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 
 
-@pytest.mark.parametrize(("number", "code"), ENDINGS, ids=lambda v: getattr(v, "name", ""))
-def test_an_ended_film_leaves_nothing(short_clip: Path, tmp_path: Path, number: signal.Signals, code: int) -> None:
+@pytest.mark.parametrize(("number", "code", "more", "begun"), [
+    *((*ending, [], "musetalk-job-*/output.mp4") for ending in ENDINGS),
+    (signal.SIGINT, 130, ["--stream", "--resolution", "240p"], "films/o.hls/playlist.m3u8"),
+], ids=lambda v: getattr(v, "name", ""))
+def test_an_ended_film_leaves_nothing(
+    short_clip: Path, tmp_path: Path, number: signal.Signals, code: int, more: list[str], begun: str
+) -> None:
     long = make_media(tmp_path / "long.wav", "-f", "lavfi", "-i", "sine=220:d=200")
-    process = shell(str(short_clip), str(long), "-o", str(tmp_path / "films" / "o.mp4"), TMPDIR=str(tmp_path))
-    wait_for(process, lambda: list(tmp_path.glob("musetalk-job-*/output.mp4")))
+    process = shell(str(short_clip), str(long), "-o", str(tmp_path / "films" / "o.mp4"), *more, TMPDIR=str(tmp_path))
+    wait_for(process, lambda: list(tmp_path.glob(begun)))
     os.killpg(process.pid, number)  # a terminal sends it to the children, too
     out, err = process.communicate(timeout=30)
     assert process.returncode == code, err
-    assert (out, err) == ("", "error: interrupted; nothing was written\n" if number == signal.SIGINT else "")
+    assert out == ""
+    assert err.endswith("error: interrupted; nothing was written\n") if number == signal.SIGINT else err == ""
     assert not list(tmp_path.glob("musetalk-job-*"))
     assert not (tmp_path / "films").exists()
 
@@ -251,7 +275,9 @@ def test_bad_media_is_one_line(
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["none.mp4", "SPEECH"], "VIDEO: no such file: none.mp4"), (["CLIP", "none.wav"], "AUDIO: no such file: none.wav"),
-    (["CLIP", "/"], "AUDIO: a folder, not a file: /"), (["CLIP", "SPEECH", "CLIP", "none.wav"], "AUDIO: no such file"),
+    (["CLIP", "/"], "AUDIO: a folder, not a file: /"), (["CLIP", "/dev/null"], "AUDIO: a pipe or a device, not a file"),
+    (["CLIP", "x" * 300], f"{'x' * 300}: File name too long"),
+    (["CLIP", "SPEECH", "CLIP", "none.wav"], "AUDIO: no such file"),
     (["CLIP", "SPEECH", "--fps", "0"], "--fps: Input should be greater"), (["CLIP", "SPEECH", "--fps", "x"], "--fps: "),
     (["CLIP", "SPEECH", "--resolution", "big"], "--resolution: use"),
     (["CLIP", "SPEECH", "--extra-margin", "-1"], "--extra-margin"),
@@ -287,7 +313,14 @@ def test_every_param_is_an_option() -> None:
     assert set(Params.model_fields) <= flags
 
 
+def test_films_of_addresses_have_names() -> None:
+    names = [cli.films([url, "a.wav"], "films/", False)[0].output.name for url in (
+        "https://host/a%20b.mov?c=/d", "https://host/?id=1", "http://[/x")]
+    assert names == ["a b.mp4", "host.mp4", "x.mp4"]
+
+
 def test_speakers_are_said_by_name_or_place() -> None:
+    assert cli.plain("speakers.0.start: too late") == "--speaker 1, start: too late"
     assert cli.speaker("a@b.wav@leftmost@1.5") == {"audio_url": "a@b.wav", "face": "leftmost", "start": 1.5}
     assert cli.speaker("a.wav@2@0") == {"audio_url": "a.wav", "face": 2, "start": 0.0}
     assert cli.speaker("a.wav@1,2:0.5@0")["face"] == {"point": [1, 2], "second": 0.5}
@@ -314,6 +347,7 @@ def test_faces_are_listed_and_speak(
     assert (film.exists(), speaker["frames"]) == (True, 25 + 2), "a second of speech, and the ramp before it"
     clip = str(short_clip)
     for wrong, words in (([clip, "b", "--faces"], "one VIDEO"), ([clip, "--faces", "-o", "x.mp4"], "JPEG"),
+                         ([clip, "--faces", "--stream"], "makes none"),
                          ([clip, "--speaker", "x.wav@0@0", "--speaker", "no", "-o", "y.mp4"], "AUDIO@FACE@START"),
                          ([clip, "--speaker", "x.wav@0@0", "-o", "y.mp4"], "no such file")):
         with pytest.raises(cli.BadUse, match=words):

@@ -79,6 +79,13 @@ def test_workers_are_given_time_to_end_their_job() -> None:
     assert deadline < 600
 
 
+def test_a_new_version_replaces_the_job_that_makes_the_tables() -> None:
+    """`kubectl apply` cannot change the image of a Job that is there."""
+    manifest = (REPOSITORY / "deploy/kubernetes/schema.yaml").read_text()
+    (command,) = re.findall(r"kubectl replace --force -f \S+", manifest)
+    assert command in (REPOSITORY / "docs/deploy.md").read_text()
+
+
 def test_every_command_exists() -> None:
     """The first line of help of each module that a container starts, with the command that follows."""
     commands = [c["command"] for c in containers()] + [

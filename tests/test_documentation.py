@@ -82,6 +82,13 @@ def test_shell(snippet: Snippet, tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*.mp4")), "a film"
 
 
+def test_a_pasted_block_waits_for_the_door_that_it_starts() -> None:
+    """It takes seconds to listen, and `curl -s` says nothing of a door that does not yet."""
+    started = [s.text.partition("pipeline.server &")[2] for s in SNIPPETS if "pipeline.server &" in s.text]
+    assert len(started) == 2
+    assert all("until curl" in after.partition("/generate")[0] for after in started)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for link in LINK.findall(page.read_text()):

@@ -471,6 +471,7 @@ def test_nothing_but_the_tabs_files_is_served(page: Server) -> None:
 @pytest.mark.parametrize(("arguments", "variables", "words"), [
     ([], {"C2PA_TSA_URL": "http://127.0.0.1:9/"}, "C2PA_TSA_URL is set without C2PA_CERT and C2PA_KEY: set all, or none"),
     (["--host", "192.0.2.1"], {}, "192.0.2.1:7860: Cannot assign requested address"),
+    (["--port", "99999"], {}, "127.0.0.1:99999: bind(): port must be 0-65535."),
 ])
 def test_what_keeps_it_from_starting_is_one_line(arguments: list[str], variables: dict[str, str], words: str) -> None:
     done = subprocess.run([sys.executable, "-m", "pipeline.page", *arguments], cwd=REPOSITORY, capture_output=True, text=True,

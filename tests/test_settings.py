@@ -119,6 +119,16 @@ def test_new_settings(tmp_path: Path) -> None:
     assert "secret-words" not in str(e.value)
 
 
+def test_a_machine_without_a_temporary_folder_is_told_in_a_line() -> None:
+    code = """import tempfile
+tempfile._candidate_tempdir_list = lambda: ["/proc/nothing"]
+from pipeline.settings import Settings
+Settings.from_env({'CACHE_DIR': '/data'})"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith("pipeline.settings.BadSetting: No usable temporary directory found in ")
+    assert "TMPDIR" in done.stderr
+
+
 def test_weights_on_a_volume_are_found(tmp_path: Path) -> None:
     with pytest.raises(BadSetting, match="huggingface-cache"):
         find_weights(tmp_path)

@@ -8,6 +8,7 @@ What stands behind the nonce, and the stream's type and codec right before it, a
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -88,9 +89,11 @@ def read_description(log: str, path: Path, nonce: str) -> Description | None:
 
     Raises nothing: a description that contradicts itself, by numbers of streams that are there twice, is none.
     """
-    opened = re.compile(rf"^Input #0, (.{{1,200}}), from 'file:{re.escape(str(path))}':$")
+    said = os.fsencode(path).decode(errors="replace")  # as the log has it
+    name = said.replace("\n", " ")
+    opened = re.compile(rf"^Input #0, (.{{1,200}}), from 'file:{re.escape(name)}':$")
     form, durations, streams, alpha = None, [], [], False
-    for line in log.split("\n"):  # no other character ends a line of ffmpeg's
+    for line in log.replace(said, name).split("\n"):  # no other character ends a line of ffmpeg's
         if nonce in line:
             streams.append(_stream(line, nonce))
         elif form is None and (found := opened.match(line)):

@@ -12,7 +12,7 @@ USUAL = 80  # columns of a terminal that does not tell
 
 def on_terminal() -> bool:
     """Whether somebody looks: standard error is a terminal."""
-    return sys.stderr.isatty()
+    return sys.stderr is not None and sys.stderr.isatty()  # it is None where whoever started this has closed it
 
 
 def draw(stage: str, share: float) -> None:

@@ -83,8 +83,9 @@ def main() -> int:
             serve(options.host, options.port)
         except BadSetting as e:
             parser.exit(1, f"error: {e}\n")
-        except OSError as e:
-            parser.exit(1, f"error: {options.host}:{options.port}: {e.strerror}; choose another --port or --host\n")
+        except (OSError, OverflowError) as e:
+            reason = e.strerror if isinstance(e, OSError) else e
+            parser.exit(1, f"error: {options.host}:{options.port}: {reason}; choose another --port or --host\n")
         finally:
             for tab in tabs.values():
                 tab.close()
