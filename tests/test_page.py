@@ -421,6 +421,23 @@ def test_camera_and_microphone(open_tab: Callable[..., Tab]) -> None:
     assert not tab.all("#notice.bad")
 
 
+def test_who_may_not_record_is_told_why(open_tab: Callable[..., Tab]) -> None:
+    tab = open_tab()
+    tab.js("""navigator.mediaDevices.getUserMedia = () => Promise.reject(new Error("Permission denied"));
+        window.alert = words => { document.title = words; };
+        document.querySelector('button[aria-label="record clip"]').click()""")
+    until(lambda: tab.js("return document.title") == "Nothing can be recorded: Permission denied", 10)
+
+
+def test_a_file_that_does_not_arrive_is_told(open_tab: Callable[..., Tab], short_clip: Path) -> None:
+    tab = open_tab()
+    tab.js("""const open = XMLHttpRequest.prototype.open;
+        XMLHttpRequest.prototype.open = function(method, url, ...more) { open.call(this, method, "/nowhere", ...more); };""")
+    tab.all("#upload-clip input[type=file]")[0].send_keys(str(short_clip))
+    tab.shows(".q-notification", "The file was not received", 10)
+    assert "presenter.mp4" in tab.text("#upload-clip")
+
+
 def test_a_bad_file_gets_one_line(open_tab: Callable[..., Tab], tmp_path: Path) -> None:
     """In the page's own words, and another choice mends it."""
     bad = tmp_path / "clip.mp4"

@@ -73,6 +73,7 @@ class View:
         with ui.row().classes("w-full items-center no-wrap gap-2"):
             upload = ui.upload(auto_upload=True, max_file_size=self.max_upload, on_rejected=self._refused,
                                on_upload=lambda e: self._uploaded(kind, place, e))
+            upload.on("failed", lambda: self._lost(upload), args=[])
             upload.props(f'accept="{accept}" flat bordered color=grey-2 text-color=dark id=upload-{name}').classes("grow")
             ui.button(icon=icon).props(f'flat round aria-label="record {name}"').on(
                 "click", js_handler=f"e => record('{name}', getElement({upload.id}).$refs.qRef, e.currentTarget)")
@@ -200,6 +201,11 @@ class View:
 
     def _refused(self) -> None:
         ui.notify(f"This file is not taken: larger than {self.max_upload / 1e6:g} MB, or of another kind.", type="warning")
+
+    def _lost(self, upload: ui.upload) -> None:
+        """The file did not arrive."""
+        upload.reset()
+        ui.notify("The file was not received: this machine's disk may be full, or the connection broke.", type="warning")
 
     def _request(self) -> dict[str, Any]:
         return request_of({name: control.value for name, control in self.controls.items()})
