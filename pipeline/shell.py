@@ -331,7 +331,7 @@ def _tell(body: dict[str, Any], film: Film, arguments: argparse.Namespace) -> in
             print(f"{film.output}: {m['frames']} frames would take about {m['estimate']['seconds']:.1f} s, {known}", flush=True)
             return 0
         if arguments.faces:
-            print(faces_table(m["faces"]), f"{film.output}: {len(m['faces'])} people", sep="\n", flush=True)
+            print(faces_table(m["faces"]), f"{film.output}: people: {len(m['faces'])}", sep="\n", flush=True)
             return 0
         print(f"{film.output}: {m['frames']} frames in {m['total_time']:.1f} s "
               f"({m['GENERATION_TIME_SEC']:.1f} s of them generation)", flush=True)

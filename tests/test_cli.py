@@ -337,7 +337,7 @@ def test_faces_are_listed_and_speak(
     assert cli.main([str(short_clip), "--faces", "-o", str(sheet)]) == 0
     header, row, summary = capsys.readouterr().out.splitlines()
     assert header.split() == ["number", "first", "last", "share", "best", "box"]
-    assert summary == f"{sheet}: 1 people"
+    assert summary == f"{sheet}: people: 1"
     assert probe(sheet, 1 << 20).picture.width == 324
     box, second = row.split()[-1], row.split()[-2]
     told = [str(short_clip), "--speaker", f"{short_speech}@{box}:{second}@0.2", "-o", str(film), "--preview", "--json",

@@ -93,8 +93,8 @@ class FilmWriter(Child):
         self, path: Path, source: FrameSource, speech: Speech, seconds: float, encoder: tuple[str, ...] | None = None,
         tags: tuple[str, ...] = (), hls: Path | None = None,
     ) -> None:
-        """`seconds` is the length of the sound at most, `tags` are options that write metadata. `hls` is a folder in which an
-        HLS rendition grows, of the same encoded packets: its playlist names a segment once that is whole.
+        """`seconds` is the length of the sound: what is missing is silence. `tags` are options that write metadata. `hls` is a
+        folder in which an HLS rendition grows, of the same encoded packets: its playlist names a segment once that is whole.
         """
         form = CONTAINERS[path.suffix[1:]]
         encoder = encoder or form.encoder or video_encoder(size=(source.width, source.height))
@@ -104,7 +104,7 @@ class FilmWriter(Child):
             "-f", "wav", "-i", f"file:{speech.path}", "-map", "0:v", "-map", "1:a", "-map_metadata", "-1", *tags,
             *encoder, *colour_tags(source),
             "-pix_fmt", form.pixels_with_alpha if source.alpha else form.pixels,
-            "-af", f"atrim=end={seconds:.6f}", *form.sound,
+            "-af", f"apad=whole_dur={seconds:.6f},atrim=end={seconds:.6f}", *form.sound,
             *([*form.muxer, f"file:{path}"] if hls is None else _with_hls(path, encoder)),
         ]
         super().__init__(command, path, None, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, cwd=hls)
