@@ -41,7 +41,7 @@ from benchmarks import common, pipeline
 from musetalk import LipSync
 from musetalk.avatar import Avatar
 from musetalk.draw import generate
-from musetalk.face import detect, landmarks
+from musetalk.face import crops, detect, landmarks
 from musetalk.face.track import Tracker
 from musetalk.geometry import subpixel
 from musetalk.order import source_index
@@ -56,8 +56,9 @@ from pipeline.schema import parse
 from pipeline.settings import REPOSITORY, Settings
 
 STEPS: dict[str, tuple[tuple[Any, str], ...]] = {  # of preparing, and what they consist of
-    "rgb": ((frame, "to_rgb"),), "detection": ((detect, "detect"), (detect, "detect_at_half")),
-    "landmarks": ((landmarks, "landmarks"),),
+    "rgb": ((frame, "to_rgb"),),
+    "detection": ((detect, "detect"), (detect, "detect_at_half"), (detect, "detect_turned")),
+    "landmarks": ((landmarks, "landmarks"), (crops, "landmarks")),
     "crops": ((subpixel, "crop"),), "encoder": ((generate, "latents"),), "parser": ((mask, "parse"),),
     "masks": ((mask, "label_mask"), (subpixel, "region"), (mask, "lips_map")),
     "windows": ((Tracker, "follow"),),

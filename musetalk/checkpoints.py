@@ -120,6 +120,7 @@ DETECTOR = Part("detector", ("s3fd.safetensors", "s3fd-619a316812.pth", "s3fd.pt
 TINY_FILES = ("taesd/diffusion_pytorch_model.safetensors", "taesd/diffusion_pytorch_model.bin", "taesd/taesd_decoder.pth")
 TINY = Part("tiny", TINY_FILES, ("taesd/config.json",), False, _tiny_names, optional=True)
 COMMON = (VAE, WHISPER, POSE, PARSER, DETECTOR, TINY)
+UNSEEN = ("pose", "parser", "detector")  # parts whose NaN shows in no generated face: nothing would be found, or painted
 PARTS = {"v15": (UNET15, *COMMON), "v1": (UNET10, *COMMON)}
 
 
@@ -226,10 +227,12 @@ def check_state(net: nn.Module, state: Mapping[str, Any], path: Path) -> State:
 def load_part(folder: Path, part: Part, build: Callable[[], Net]) -> Net:
     """Find, read and check a part's weights and put them into a network built without memory."""
     path = find(folder, part.files) or folder / part.files[-1]
-    state = part.rename(dict(read_state(path)))
     with torch.device("meta"):
         net = build()
-    net.load_state_dict(check_state(net, state, path), strict=True, assign=True)
+    state = check_state(net, part.rename(dict(read_state(path))), path)
+    if part.name in UNSEEN and (key := next((k for k, v in state.items() if not bool(v.isfinite().all())), None)):
+        raise bad(path, f"key '{key}' holds NaN or infinity", key)
+    net.load_state_dict(state, strict=True, assign=True)
     return net.eval().requires_grad_(False)
 
 
@@ -337,7 +340,7 @@ def write_manifest(folder: Path, version: str) -> None:
 
 
 def verify(folder: Path) -> str:
-    """Check every file against the manifest; returns the identity of the weights.
+    """Check every file against the manifest; returns the identity of the weights, with those files that it does not list.
 
     Without a manifest the identity comes from names, sizes and the ends of the files, and only archives are checked.
     """
@@ -362,6 +365,8 @@ def verify(folder: Path) -> str:
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(check, wanted.items()))
+    version = version_of(folder)
+    wanted |= {n: ((folder / n).stat().st_size, sha256(folder / n)) for n in used_files(folder, version) - wanted.keys()}
     return hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
 
 

@@ -108,6 +108,14 @@ def test_damage_and_foreign_files_are_misses(tmp_path: Path) -> None:
     assert cache.get("key")
 
 
+def test_a_damaged_file_is_replaced(tmp_path: Path) -> None:
+    AvatarCache(tmp_path, 10**9).put("key", filled(50))
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-1])
+    assert AvatarCache(tmp_path, 10**9).put("key", filled(50))
+    assert AvatarCache(tmp_path, 10**9).get("key"), "another worker finds it"
+
+
 def test_one_thread_may_add_while_another_reads() -> None:
     avatar, stop, wrong = Avatar.new(), threading.Event(), list[str]()
 

@@ -9,9 +9,14 @@ import shutil
 import sys
 
 import pytest
+import torch
 
 from benchmarks import __main__ as bench
 from benchmarks import common
+from benchmarks.job import counted_steps
+from musetalk.face import crops, landmarks
+from musetalk.geometry.box import Box
+from pipeline.run import Service
 from training.speech import visemes_of
 
 
@@ -46,6 +51,26 @@ def test_the_table_has_each_figure_beside_the_releases() -> None:
     for name, figures in release["figures"].items():
         for figure, value in figures.items():
             assert float(shown[name, figure][1]) == pytest.approx(value, rel=1e-3), (name, figure)
+
+
+def test_the_middle_of_two_is_between_them() -> None:
+    assert common.median([3.0, 1.0]) == 2.0
+
+
+def test_every_look_for_landmarks_counts_as_that(service: Service) -> None:
+    """Those along a head's roll, too, of which a first frame takes eight."""
+    pose, frame, looks = service.engine.load().nets.pose, torch.zeros(96, 96, 3, dtype=torch.uint8), []
+    hook = pose.register_forward_pre_hook(lambda *_: looks.append(1))
+    try:
+        with torch.inference_mode(), counted_steps() as spent:
+            crops.find_roll(pose, frame, Box(20, 20, 60, 60))
+        assert looks
+        assert spent["landmarks"] > 0
+        with torch.inference_mode(), counted_steps() as spent:
+            landmarks.landmarks(pose, [frame])
+        assert spent["landmarks"] > 0
+    finally:
+        hook.remove()
 
 
 def test_a_stressed_vowel_opens_the_mouth() -> None:

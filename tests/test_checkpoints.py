@@ -176,6 +176,28 @@ def test_the_manifest_finds_one_changed_byte(tmp_path: Path) -> None:
         LipSync.load(target)
 
 
+def test_a_file_that_the_manifest_does_not_list_counts(tmp_path: Path) -> None:
+    """A parser in the converted form wins: faces that the listed one prepared are other faces."""
+    target = tmp_path / "weights"
+    shutil.copytree(DEMO, target)
+    parser = target / "face-parse-bisent"
+    save_file({k: v + 1 for k, v in read_state(parser / "79999_iter.pth").items()}, parser / "model.safetensors")
+    assert checkpoints.load(target).identity != checkpoints.load(DEMO).identity
+
+
+@pytest.mark.parametrize("name", [POSE, "face-parse-bisent/79999_iter.pth", "s3fd-619a316812.pth"])
+def test_weights_whose_nan_nobody_would_see_are_refused(folder: Path, name: str) -> None:
+    """They would find no face, or make a film in which nothing was painted."""
+    def spoilt(state: dict[str, Any]) -> dict[str, Any]:
+        key = max(found := state.get("state_dict", state), key=lambda k: found[k].numel())
+        found[key].view(-1)[-1] = torch.nan
+        return state
+
+    rewrite(folder / name, spoilt)
+    with pytest.raises(BadCheckpoint, match=rf"{Path(name).name}: key '\S+' holds NaN"):
+        LipSync.load(folder)
+
+
 @pytest.mark.parametrize("name", [UNET, VAE, WHISPER, POSE, "face-parse-bisent/79999_iter.pth", "s3fd-619a316812.pth"])
 def test_one_changed_byte_is_found_without_a_manifest(folder: Path, name: str) -> None:
     """In the largest tensor of each file; torch.load takes it without a word."""

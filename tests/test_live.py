@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -129,6 +130,19 @@ def test_tokens_know_nothing_later_than_ahead(lipsync: LipSync, words: Floats) -
     assert not torch.equal(tokens, hearing.tokens([heard(sooner, 320)])[0]), "but what is near is heard"
     two = hearing.tokens([heard(words, 320), Listened(words[: 640 + AHEAD], 640, 0, False)])
     torch.testing.assert_close(two[0], tokens, atol=1e-4, rtol=0)
+
+
+def test_a_frame_copies_no_more_than_it_needs() -> None:
+    """However much waits: an hour that was pushed at once would else hold up all sessions of the stage."""
+    speech = Speech()
+    speech.push(np.zeros(600 * RATE, np.float32), 0.0)
+    copied = []
+    for _ in range(25):
+        tracemalloc.start()
+        speech.take(640)
+        copied.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert max(copied) < 4 << 20
 
 
 @torch.inference_mode()
@@ -269,6 +283,21 @@ def test_a_machine_that_cannot_make_all_makes_every_other_frame(lipsync: LipSync
         assert speaker.dropped <= dropped + 1, "which it can"
     list(islice(speaker, 700))
     assert speaker.stride == 1
+
+
+def test_pictures_that_nobody_takes_do_not_pile_up(lipsync: LipSync) -> None:
+    """And who comes back is no sign of a slow machine: all pictures are made again."""
+    clock = Simulated()
+    speaker = staged(lipsync, clock).open(faceless())
+    next(speaker)
+    for _ in range(60 * 25):
+        clock.sleep(1 / 25)
+    assert len(speaker.planned) < 2 * 25
+    moments = list(islice(speaker, 60 * 25 + 5))
+    assert [m.time for m in moments] == [float((n + 1) / FPS) for n in range(len(moments))]
+    dropped = speaker.dropped
+    list(islice(speaker, 25))
+    assert (speaker.stride, speaker.dropped) == (1, dropped)
 
 
 def test_sessions_share_batches_and_are_refused_by_number(lipsync: LipSync, drawn: Clip, words: Floats) -> None:

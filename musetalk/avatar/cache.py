@@ -136,7 +136,7 @@ class AvatarCache:
             total -= files[0].size
             files.pop(0).path.unlink(missing_ok=True)
         for file in files:
-            if file.path.name.startswith(f"{key}-"):  # fewer frames, or damaged
+            if file.path.name.startswith(f"{key}-") and file.path != target:  # fewer frames, or damaged
                 file.path.unlink(missing_ok=True)
         return True
 

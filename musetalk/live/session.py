@@ -20,6 +20,7 @@ from musetalk.sound.features import SAMPLE_RATE, mono
 from musetalk.sound.rolling import Listened, Sound, nearer
 
 FADE = 160  # samples over which interrupted sound falls silent: 10 ms
+ABSENT = 1.0  # seconds after its time at which a moment is still taken; then nothing is made until all are caught up with
 WINDOW, LATE = 25, 5  # pictures with which a machine's pace is judged; more that are late are too many
 CALM, SLOWEST = 10, 4  # windows without a late one after which more are tried; every how manieth frame is made at least
 
@@ -69,6 +70,7 @@ class LiveSpeaker:
         self.avatar, self.clock, self.fps, self.lead, self.loop = avatar, clock, fps, lead, loop
         self.stride = self.usual = stride  # of so many frames one is made, the others hold it: now, and on a machine at ease
         self.window, self.calm = list[bool](), 0
+        self.absent = False  # whoever takes the moments
         self.speech = Speech()
         self.planned: dict[int, Planned] = {}
         self.late: list[Planned] = []  # their time has come, but not their pictures
@@ -150,11 +152,17 @@ class LiveSpeaker:
         self.late = [other for other in begun if other.image is None and other.mouth and other.output > self.shown.output]
         if n % self.stride == 0:
             self.dropped += one.image is None
-            if one.mouth is None or one.mouth.share < 1:
+            if (one.mouth is None or one.mouth.share < 1) and not self._nobody_takes():
                 self._judge(one.image is None)
         self.frames, self.next = self.frames + 1, n + 1
         latency = None if one.taken.came is None else self.clock.now() - one.taken.came
         return Moment(self.image, one.taken.sound, float(n / self.fps), one.taken.ends, latency)
+
+    def _nobody_takes(self) -> bool:
+        """Whether moments wait for too long, or are caught up with after that. Their pictures would fill the memory."""
+        late = self.clock.now() - self.due(self.next)
+        self.absent = late > (1 / self.fps if self.absent else ABSENT)
+        return self.absent
 
     def _judge(self, late: bool) -> None:
         """Make half as many pictures where too many are late: mouths follow better than by what is ready now and then. Twice as
@@ -188,7 +196,7 @@ class LiveSpeaker:
     def wanted(self) -> list[Planned]:
         """Outputs that are to be made now: planned `lead` before they are due, given up once they are."""
         with self.lock:
-            if self.began is None or self.closed:
+            if self.began is None or self.closed or self._nobody_takes():
                 return []
             now = self.clock.now()
             self.plan(math.floor((now + self.lead - self.began) * self.fps))

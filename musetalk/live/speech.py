@@ -17,34 +17,42 @@ NOTHING = np.zeros(0, np.float32)
 class Utterance:
     """What was pushed of an utterance and not said yet."""
 
-    chunks: list[Sound] = field(default_factory=list)
-    arrivals: deque[tuple[int, float]] = field(default_factory=deque)  # of chunks: samples up to its end, when it came
+    chunks: deque[tuple[int, float, Sound]] = field(default_factory=deque)  # samples pushed up to its end, when it came, itself
     pushed: int = 0
     said: int = 0
     ended: bool = False  # no more will come
 
     def push(self, pcm: Sound, now: float) -> None:
         """Add sound that came just now."""
-        self.chunks.append(pcm)
         self.pushed += len(pcm)
-        self.arrivals.append((self.pushed, now))
+        self.chunks.append((self.pushed, now, pcm))
+
+    @property
+    def waiting(self) -> int:
+        """Samples that wait."""
+        return self.pushed - self.said
 
     @property
     def ready(self) -> bool:
         """Whether a frame can be made of it: all that it hears is there."""
-        return self.said < self.pushed and (self.ended or self.pushed - self.said >= AHEAD)
+        return self.waiting > 0 and (self.ended or self.waiting >= AHEAD)
 
-    def waiting(self) -> Sound:
-        """All sound that waits, as one array."""
-        self.chunks = [np.concatenate([NOTHING, *self.chunks])]
-        return self.chunks[0]
+    def first(self, count: int) -> Sound:
+        """The first `count` samples that wait, or all: however much waits, no more is copied."""
+        parts = [NOTHING]
+        for end, _, pcm in self.chunks:
+            parts.append(pcm[max(len(pcm) - (end - self.said), 0) :][:count])
+            if (count := count - len(parts[-1])) == 0:
+                break
+        return np.concatenate(parts)
 
     def advance(self, count: int) -> float:
         """Take samples off; returns when the first of them came."""
-        while self.arrivals[0][0] <= self.said:
-            self.arrivals.popleft()
-        self.chunks, self.said = [self.waiting()[count:]], min(self.said + count, self.pushed)
-        return self.arrivals[0][1]
+        came = self.chunks[0][1]
+        self.said = min(self.said + count, self.pushed)
+        while self.chunks and self.chunks[0][0] <= self.said:
+            self.chunks.popleft()
+        return came
 
 
 class Taken(NamedTuple):
@@ -66,7 +74,7 @@ class Speech:
     @property
     def backlog(self) -> int:
         """Samples that wait."""
-        return sum(one.pushed - one.said for one in self.utterances)
+        return sum(one.waiting for one in self.utterances)
 
     def push(self, pcm: Sound, now: float) -> None:
         """More of the utterance that was not ended, or the first of a new one."""
@@ -78,19 +86,19 @@ class Speech:
         """The last utterance is complete."""
         if self.utterances:
             self.utterances[-1].ended = True
-            if self.utterances[-1].said == self.utterances[-1].pushed:
+            if not self.utterances[-1].waiting:
                 self.utterances.pop()
 
     def take(self, count: int) -> Taken:
         """The next `count` samples; silence while less than AHEAD waits of an utterance that goes on."""
         if not self.utterances or not (one := self.utterances[0]).ready:
             return Taken(np.zeros(count, np.float32))
-        waiting, before = one.waiting(), len(self.past)
-        known = np.concatenate([self.past, waiting[:AHEAD]])
-        heard = Listened(known, before, before - one.said, one.ended and len(waiting) <= AHEAD)
-        sound = waiting[:count]
+        before = len(self.past)
+        known = np.concatenate([self.past, one.first(AHEAD)])
+        heard = Listened(known, before, before - one.said, one.ended and one.waiting <= AHEAD)
+        sound = one.first(count)
         self.past = known[: before + len(sound)][-LEVELS:]
         came = one.advance(count)
-        if ends := one.ended and one.said == one.pushed:
+        if ends := one.ended and not one.waiting:
             self.utterances.popleft()
         return Taken(np.pad(sound, (0, count - len(sound))), heard, came, ends)
