@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from contextlib import closing
 from fractions import Fraction
@@ -19,10 +21,12 @@ from musetalk.face import detect
 from musetalk.geometry.box import Box
 from musetalk.order import frame_at
 from musetalk.sound.silence import silences
-from pipeline.errors import BadRequest
+from pipeline.errors import BadRequest, Cancelled
 from pipeline.ffmpeg import probe
-from pipeline.film.cast import Role
+from pipeline.film.cast import Role, cast
+from pipeline.film.stream import picture_of
 from pipeline.film.validate import Voice
+from pipeline.job.control import Control
 from pipeline.media import FrameReader, FrameSource, Speech
 from pipeline.run import Service
 from pipeline.schema import JobRequest, Part, parse
@@ -139,6 +143,30 @@ def test_a_point_without_a_face_is_said_with_the_faces_there(service: Service, p
     assert "no face is at point [320, 20] at second 0.2" in body["error_message"]
     body = service.run_job(job(pair, said(word, {"point": [320, 20], "second": 9})))
     assert "speakers.0.face: second 9 is beyond the clip's end" in body["error_message"]
+
+
+def test_the_way_to_the_second_of_a_point_ends_with_the_job(service: Service, pair: Path, word: Path) -> None:
+    """A clip with one key frame is decoded from its beginning: up to an hour of it."""
+    request, control = parse(job(pair, said(word, {"point": list(ANNA), "second": 0.4}))), Control(60)
+    voices = [Voice(part, Speech(word, 16_000, 1, np.zeros(16_000, np.float32))) for part in request.parts]
+    options = Options()
+    with service.engine.job() as state:
+        shape = picture_of(service.engine, state, request, probe(pair, 1 << 20), "")
+        (role,) = cast(state, shape, voices, options, control.check)
+        assert role.pointed is not None
+        control.cancel()
+        with pytest.raises(Cancelled):
+            cast(state, shape, voices, options, control.check)
+
+
+def test_a_decoder_that_gives_nothing_is_not_waited_for_when_the_job_ends(pair: Path) -> None:
+    control = Control(60)
+    control.cancel()
+    source = FrameSource(probe(pair, 1 << 20), WIDTH, HEIGHT, Fraction(25), (), 1 << 20)
+    with closing(FrameReader(source, 0, 1, control.check)) as reader:
+        os.kill(reader._child.pid, signal.SIGSTOP)
+        with pytest.raises(Cancelled):
+            reader.read_into(np.empty(source.frame_bytes, np.uint8))
 
 
 def test_one_face_says_one_thing_at_a_time(service: Service, pair: Path, word: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from fractions import Fraction
@@ -81,8 +81,10 @@ class Role:
         return sum(voices[i].speech.seconds for i in self.voices)
 
 
-def cast(state: State, picture: Picture, voices: Sequence[Voice], options: Options) -> list[Role]:
-    """The faces that speak, in the order of their first speeches.
+def cast(
+    state: State, picture: Picture, voices: Sequence[Voice], options: Options, check: Callable[[], None],
+) -> list[Role]:
+    """The faces that speak, in the order of their first speeches. `check` is called meanwhile and may raise.
 
     Raises BadRequest where no face is at a point, where one is not clear, or where one speaks twice at the same time.
     """
@@ -90,7 +92,7 @@ def cast(state: State, picture: Picture, voices: Sequence[Voice], options: Optio
     looks: dict[int, tuple[torch.Tensor, list[Box]]] = {}
     for i, voice in enumerate(voices):
         part = voice.part
-        pointed = _pointed(state, picture, part, looks) if isinstance(part.face, (FacePoint, FaceBox)) else None
+        pointed = _pointed(state, picture, part, looks, check) if isinstance(part.face, (FacePoint, FaceBox)) else None
         word = part.face if isinstance(part.face, (str, int)) else options.face
         role = found.get(pointed or word)
         for other in role.voices if role else ():
@@ -107,13 +109,14 @@ def _at_once(a: Voice, b: Voice) -> bool:
     return a.span[0] < b.span[1] and b.span[0] < a.span[1]
 
 
-def _pointed(state: State, picture: Picture, part: Part, looks: dict[int, tuple[torch.Tensor, list[Box]]]) -> Pointed:
+def _pointed(state: State, picture: Picture, part: Part, looks: dict[int, tuple[torch.Tensor, list[Box]]],
+             check: Callable[[], None]) -> Pointed:
     """The face at a point or in a box; `looks` holds the frames that were searched."""
     face, field = part.face, part.face_field
     assert isinstance(face, (FacePoint, FaceBox))
     index = frame_at(face.second, picture.source.fps)
     if index not in looks:
-        frame = _frame(picture, index, field, face.second).to(state.nets.device)
+        frame = _frame(picture, index, field, face.second, check).to(state.nets.device)
         with torch.inference_mode():
             looks[index] = frame, detect.distinct(detect.detect(state.nets.detector, frame))
     frame, boxes = looks[index]
@@ -143,10 +146,10 @@ def _numbers(values: Sequence[float]) -> str:
     return "[" + ", ".join(f"{v:g}" for v in values) + "]"
 
 
-def _frame(picture: Picture, index: int, field: str, second: float) -> torch.Tensor:
+def _frame(picture: Picture, index: int, field: str, second: float, check: Callable[[], None]) -> torch.Tensor:
     """Frame `index` as the film shows it, RGB (H, W, 3) uint8."""
     pixels = np.empty(picture.source.frame_bytes, np.uint8)
-    with closing(FrameReader(picture.source, index, 1)) as reader:
+    with closing(FrameReader(picture.source, index, 1, check)) as reader:
         if not reader.read_into(pixels):
             raise BadRequest(f"{field}: second {second:g} is beyond the clip's end", stage="validation", field=field,
                              second=second)

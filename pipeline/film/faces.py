@@ -56,7 +56,7 @@ def find_faces(engine: Engine, clip: MediaInfo, target: Path, control: Control) 
         if not found:
             raise NoFaceFound(f"video_url: none of the {looks} frames that were looked at holds a face", field="video_url",
                               reason="no_face", stage="inference")
-        tiles = [_tile(source, form, person, number) for number, person in enumerate(found, 1)]
+        tiles = [_tile(source, form, person, number, control) for number, person in enumerate(found, 1)]
     write_jpeg(_sheet(tiles), target)
     people = [FoundFace(number=number, first_second=_second(s.first), last_second=_second(s.last), best_second=_second(s.best),
                         box=[s.box.x1, s.box.y1, s.box.x2, s.box.y2], share=round(s.frames / looks, 3))
@@ -81,10 +81,10 @@ def _looks(source: FrameSource, form: Yuv420, step: int, device: torch.device, c
             index += step
 
 
-def _tile(source: FrameSource, form: Yuv420, person: Seen, number: int) -> Pixels:
+def _tile(source: FrameSource, form: Yuv420, person: Seen, number: int, control: Control) -> Pixels:
     """The frame that shows a person best, small, with the box and the number."""
     pixels = np.empty(source.frame_bytes, np.uint8)
-    with closing(FrameReader(source, person.best, 1)) as reader:
+    with closing(FrameReader(source, person.best, 1, control.check)) as reader:
         reader.read_into(pixels)
     frame = form.rgb(torch.from_numpy(pixels)).permute(2, 0, 1)[None].float()
     scale = min(1.0, TILE[0] / source.width, TILE[1] / source.height)

@@ -102,7 +102,7 @@ class Preview:
         with self.engine.job(waiting) as state:
             options = options_of(self.engine, state, request)
             shape = picture_of(self.engine, state, request, self.inputs.clip, self.content)
-            fps, roles = shape.source.fps, cast(state, shape, self.inputs.voices, options)
+            fps, roles = shape.source.fps, cast(state, shape, self.inputs.voices, options, waiting)
             samples = self._samples(request.params.length, fps, waiting)
             prompts = [self._prompts(role.voices, samples, fps, options.audio_padding_left, options.audio_padding_right,
                                      options.finish, options.silence, options.openness) for role in roles]

@@ -65,7 +65,7 @@ def speak(
     with engine.job(control.waiting) as state, ExitStack() as opened:
         options = options_of(engine, state, request)
         picture = picture_of(engine, state, request, inputs.clip, content)
-        source, roles = picture.source, cast(state, picture, inputs.voices, options)
+        source, roles = picture.source, cast(state, picture, inputs.voices, options, control.check)
         samples = len(inputs.speech.pcm)
         prompts = [_heard(engine, state, role.pcm(inputs.voices, samples), source.fps, options, control) for role in roles]
         outputs, keys = len(prompts[0]), [picture.key(role.options, role.pointed) for role in roles]
@@ -118,7 +118,7 @@ def planned(engine: Engine, request: JobRequest, inputs: Inputs, content: str, c
     with engine.job(control.waiting) as state:
         options = options_of(engine, state, request)
         picture = picture_of(engine, state, request, inputs.clip, content)
-        roles, fps = cast(state, picture, inputs.voices, options), picture.source.fps
+        roles, fps = cast(state, picture, inputs.voices, options, control.check), picture.source.fps
         frames = frame_count(len(inputs.speech.pcm), fps)
         cached = [engine.cache.get(picture.key(role.options, role.pointed), frames) for role in roles]
         for avatar in filter(None, cached):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import select
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -194,9 +195,15 @@ def count_frames(source: FrameSource, check: Callable[[], None]) -> int:
 class FrameReader(Child):
     """Reads a FrameSource's frames one by one into buffers the caller owns."""
 
-    def __init__(self, source: FrameSource, start: int = 0, count: int = 1 << 30) -> None:
+    def __init__(
+        self, source: FrameSource, start: int = 0, count: int = 1 << 30, check: Callable[[], None] | None = None,
+    ) -> None:
+        """`check` is called while the first frame is waited for, and may raise: in a clip with one key frame all that lies
+        before it is decoded.
+        """
         command, self._drop = source.command(start, min(count, (1 << 30) - start))
         super().__init__(command, source.info.path, child.MEMORY_LIMIT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        self._check = check
         self._source, self._begun, self._mark = source, source.alpha, bytearray(0 if source.alpha else len(FRAME))
         self._status = 0  # exit status, once it has ended
 
@@ -216,8 +223,11 @@ class FrameReader(Child):
             if not self._frame(buffer):
                 return False
             if not self._drop:
+                self._check = None
                 return True
             self._drop -= 1
+            if self._check is not None:
+                self._check()
 
     def _frame(self, buffer: NDArray[np.uint8]) -> bool:
         if not self._begun and not self._header():
@@ -249,6 +259,11 @@ class FrameReader(Child):
         """Read until `view` is full or the stream ends: bytes read."""
         out, got = self._child.stdout, 0
         while out is not None and got < len(view):
+            if self._check is not None:
+                comes = select.poll()
+                comes.register(out, select.POLLIN)
+                while not comes.poll(1000 * child.CHECK_SEC):
+                    self._check()
             count = out.readinto(view[got:])  # type: ignore[attr-defined]
             if not count:
                 break
