@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import re
+import uuid
 from fractions import Fraction
 from types import UnionType
 from typing import (
@@ -275,7 +276,9 @@ class FindFaces(OtherJob):
     WORD = "find_faces"
     find_faces: Annotated[bool, Field(json_schema_extra={"const": True})]
     video_url: Annotated[str, URL, Field(description="the clip: video or still image")]
-    musetalk_job_id: Annotated[str, Field(pattern=JOB_ID, description="names the output object")] = "faces"
+    musetalk_job_id: Annotated[str, Field(
+        pattern=JOB_ID, default_factory=lambda: f"faces-{uuid.uuid4().hex}",  # nobody else's picture may lie in its place
+        description="names the output object; without one a name is made up")]
 
 
 class Callback(BaseModel):

@@ -210,6 +210,8 @@ def test_the_people_of_a_clip_are_listed(service: Service, pair: Path, word: Pat
     assert (sheet.width, sheet.height) == (2 * 324, 184)
     body = service.run_job(job(pair, said(word, {"box": bela["box"], "second": bela["best_second"]})))
     assert body["metrics"]["speakers"][0]["box"][0] > WIDTH / 2
+    others = {service.run_job({"find_faces": True, "video_url": str(pair)})["output_url"] for _ in range(2)}
+    assert len(others) == 2, "two searches without a name have a picture each"
     nobody = service.run_job({"find_faces": True, "video_url": str(SAMPLES / "speech.wav")})
     assert (nobody["status"], nobody["details"]["field"]) == ("failed", "video_url")
     for wrong in ({"find_faces": False}, {"video_url": None}, {"a": 1}):
