@@ -66,7 +66,7 @@ class Service:
         self.downloader = Downloader(settings)
         self.samples = Downloader(settings.model_copy(update={"local_input_root": asset("samples")}))
         self.marker = Marker(settings)
-        self.pace = Pace()
+        self.pace, self.sample_pace = Pace(), Pace()  # of jobs, and of the built-in sample
         remove_stale()
 
     @property
@@ -142,7 +142,8 @@ class Service:
                                  content_type=CONTAINERS[request.params.format].content_type)
             report = {"worker": self.settings.revision, **versions(), **self.engine.report()} if test else None
             cleanup.close()
-        self.pace.add(replace(result, wall_sec=timer.times["inference"] + timer.times["upload"]))
+        pace = self.sample_pace if test else self.pace
+        pace.add(replace(result, wall_sec=timer.times["inference"] + timer.times["upload"]))
         return self._success(request, url, result, mark.written, timer, memory, selftest=report, stream=streamed)
 
     def _estimated(
@@ -152,11 +153,12 @@ class Service:
         """What the job would take, by this worker's films; one that has made none speaks a second of its own sample first."""
         with self._stage("inference", request, timer, control):
             frames, cached, lane = stream.planned(self.engine, request, inputs, video.sha256, control)
-            learnt = "jobs"
-            if (seconds := self.pace.seconds(lane, cached, frames)) is None:
+            learnt, seconds = "jobs", self.pace.seconds(lane, cached, frames)
+            if seconds is None:
                 learnt = "selftest"
-                self.pace.add(self._sample_film(lane, folder, control))
-                seconds = self.pace.seconds(lane, cached, frames)
+                if self.sample_pace.seconds(lane, cached, frames) is None:
+                    self.sample_pace.add(self._sample_film(lane, folder, control))
+                seconds = self.sample_pace.seconds(lane, cached, frames)
         with self._stage("upload", request, timer, control):
             assert seconds is not None
             total = round(timer.times["download"] + timer.times["validation"] + seconds, 3)

@@ -95,6 +95,17 @@ def test_a_worker_without_films_speaks_the_sample_first(short_clip: Path, word: 
     assert "--estimate is of a film" in capsys.readouterr().err
 
 
+def test_the_sample_is_no_job(fresh: Service, short_clip: Path, word: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often an estimate is asked for, until a film was made; and the sample is spoken once."""
+    made, speak = [], fresh._sample_film
+    monkeypatch.setattr(fresh, "_sample_film", lambda *given: made.append(1) or speak(*given))
+    told = [fresh.run_job(asked(short_clip, word, estimate=True))["metrics"]["estimate"]["learnt_from"] for _ in range(2)]
+    assert told == ["selftest", "selftest"]
+    assert made == [1]
+    assert fresh.run_job(asked(short_clip, word))["status"] == "success"
+    assert fresh.run_job(asked(short_clip, word, estimate=True))["metrics"]["estimate"]["learnt_from"] == "jobs"
+
+
 def test_newer_films_count_more() -> None:
     pace = Pace()
     assert pace.seconds("exact", False, 10) is None
