@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,15 @@ def test_the_sample_is_no_job(fresh: Service, short_clip: Path, word: Path, monk
     assert made == [1]
     assert fresh.run_job(asked(short_clip, word))["status"] == "success"
     assert fresh.run_job(asked(short_clip, word, estimate=True))["metrics"]["estimate"]["learnt_from"] == "jobs"
+
+
+def test_a_films_time_has_no_waiting_for_another_in_it(service: Service, short_clip: Path, word: Path) -> None:
+    job = asked(short_clip, word)
+    with ThreadPoolExecutor(1) as second, service.engine.job():
+        running = second.submit(service.run_job, job)
+        time.sleep(2)
+    metrics = running.result()["metrics"]
+    assert metrics["SCRIPT_WALL_TIME_SEC"] < metrics["stage_times"]["inference"] - 0.5, "it waited nearly two seconds"
 
 
 def test_newer_films_count_more() -> None:

@@ -61,8 +61,9 @@ def speak(
     use_cache: bool = True, hls: Path | None = None,
 ) -> Result:
     """Write the lip-synced film to `target`, and its HLS rendition to the folder `hls`. `content` is the clip's sha256."""
-    began, cache = time.perf_counter(), engine.cache if use_cache else AvatarCache(None, 0)
+    cache = engine.cache if use_cache else AvatarCache(None, 0)
     with engine.job(control.waiting) as state, ExitStack() as opened:
+        began = time.perf_counter()
         options = options_of(engine, state, request)
         picture = picture_of(engine, state, request, inputs.clip, content)
         source, roles = picture.source, cast(state, picture, inputs.voices, options, control.check)
