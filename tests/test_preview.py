@@ -13,7 +13,9 @@ import torch
 
 from musetalk import AvatarCache, LipSync
 from musetalk.pixels.colour import Colour, Planes, to_rgb
+from pipeline.errors import Cancelled
 from pipeline.film import preview as module
+from pipeline.job.control import Control
 from pipeline.run import Service
 from pipeline.schema import parse
 from tests.conftest import SAMPLES, encoded, failing
@@ -68,6 +70,14 @@ def test_a_frame_is_the_films(service: Service, fresh: Service, job: dict[str, s
     assert 50 < green.sum() < 5000
     with fresh.preview(job) as preview, failing(service.engine.load().nets.detector, AssertionError("prepared again")):
         assert np.array_equal(preview.frame(parse(asked), 0.64).film, frames[16])
+
+
+def test_a_clip_is_not_prepared_for_a_frame_that_nobody_wants(fresh: Service, job: dict[str, str]) -> None:
+    control = Control(60)
+    with fresh.preview(job) as preview:
+        control.cancel()
+        with pytest.raises(Cancelled):
+            preview.frame(parse(job), 0.16, control)
 
 
 @pytest.mark.parametrize("limit", [0, 10**9])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from pipeline.film.length import clip_frames, lasting
 from pipeline.film.stages import Decode
 from pipeline.film.stream import film_buffers, no_face_named, options_of, picture_of
 from pipeline.film.validate import Inputs
+from pipeline.job.control import Control
 from pipeline.media import FrameReader, FrameSource
 from pipeline.schema import JobRequest, Length
 
@@ -92,24 +94,25 @@ class Preview:
         self._sound = set[FrameSource]()  # those in which decoding found no damage: their frames may be sought
 
     def frame(
-        self, request: JobRequest, second: float, waiting: Callable[[], None] = lambda: None, with_faces: bool = False,
+        self, request: JobRequest, second: float, control: Control | None = None, with_faces: bool = False,
     ) -> Shown:
-        """What the film shows at a moment, bit for bit; `with_faces`: and who is there. Raises what a job would, and what
-        `waiting` does, which is called while another job runs.
+        """What the film shows at a moment, bit for bit; `with_faces`: and who is there. Raises what a job would; Cancelled or
+        DeadlineExceeded while another job runs, and while the clip is looked at.
 
         The clip is prepared up to there as a job prepares it, and left in the cache. Faces are made in the film's batches.
         """
-        with self.engine.job(waiting) as state:
+        control = control or Control(math.inf)
+        with self.engine.job(control.waiting) as state:
             options = options_of(self.engine, state, request)
             shape = picture_of(self.engine, state, request, self.inputs.clip, self.content)
-            fps, roles = shape.source.fps, cast(state, shape, self.inputs.voices, options, waiting)
-            samples = self._samples(request.params.length, fps, waiting)
+            fps, roles = shape.source.fps, cast(state, shape, self.inputs.voices, options, control.check)
+            samples = self._samples(request.params.length, fps, control.check)
             prompts = [self._prompts(role.voices, samples, fps, options.audio_padding_left, options.audio_padding_right,
                                      options.finish, options.silence, options.openness) for role in roles]
             output = min(max(frame_at(second, fps), 0), len(prompts[0]) - 1)
             first = output - output % options.batch_size
             batch = range(first, min(first + options.batch_size, len(prompts[0])))
-            avatars = self._avatars(roles, batch.stop, shape, options, state)
+            avatars = self._avatars(roles, batch.stop, shape, options, state, control.check)
             speakers = [role.speaker(avatar, said, self.inputs.voices, samples, fps)
                         for role, avatar, said in zip(roles, avatars, prompts, strict=True)]
             sources = {i: source_index(i, min(map(len, avatars)), options.loop) for i in batch}
@@ -174,7 +177,9 @@ class Preview:
                 raise ProcessingError("the clip's frames could not be read again", stage="inference")
         return pixels
 
-    def _avatars(self, roles: list[Role], outputs: int, shape: Shape, options: Options, state: State) -> list[Avatar]:
+    def _avatars(
+        self, roles: list[Role], outputs: int, shape: Shape, options: Options, state: State, check: Callable[[], None],
+    ) -> list[Avatar]:
         """The clip prepared for a film of so many frames, one avatar a face: in the cache, or now."""
         keys = [shape.key(role.options, role.pointed) for role in roles]
         for key in list(self._prepared):
@@ -189,14 +194,16 @@ class Preview:
             elif key not in self._prepared:
                 missing.append(role)
         if missing:
-            made = self._prepare(missing, outputs, shape, options, state)
+            made = self._prepare(missing, outputs, shape, options, state, check)
             for role, avatar in zip(missing, made, strict=True):
                 key = shape.key(role.options, role.pointed)
                 self.engine.cache.put(key, avatar)
                 self._prepared[key] = max(outputs, len(avatar)), avatar
         return [self._prepared[key][1] for key in keys]
 
-    def _prepare(self, roles: list[Role], outputs: int, shape: Shape, options: Options, state: State) -> list[Avatar]:
+    def _prepare(
+        self, roles: list[Role], outputs: int, shape: Shape, options: Options, state: State, check: Callable[[], None],
+    ) -> list[Avatar]:
         """The clip's first frames through the film's first two stages."""
         avatars, buffers = [Avatar.new() for _ in roles], film_buffers(shape.source, 1)
         decode = Decode(shape.source, shape.form, outputs, options.loop, steps.frames_to_read(outputs), buffers)
@@ -204,6 +211,7 @@ class Preview:
         with closing(decode.first_pass()) as clip, no_face_named(roles):
             for frame in steps.follow(clip, wanted, options, state, steps.entries_needed(outputs)):
                 buffers.give_back(frame.buffer.numpy())
+                check()
         if not decode.complaint:
             self._sound.add(shape.source)
         for avatar in avatars:

@@ -109,7 +109,7 @@ class Tab:
         control = self._begin(self._new_control())
         try:
             preview = self._opened()
-            shown = preview.frame(parse(self.job(request)), second, control.waiting, with_faces=True)
+            shown = preview.frame(parse(self.job(request)), second, control, with_faces=True)
         except Exception as e:  # every failure is told as the service tells it
             return failure(e)
         for name, path in list(self._served.items()):
