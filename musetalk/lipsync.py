@@ -10,9 +10,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +56,10 @@ class LipSync:
         return cls(nets)
 
     def prepare(self, frames: Iterable[np.ndarray | Tensor], options: Options | None = None) -> Avatar:
-        """RGB frames (H, W, 3) uint8 of one size -> the avatar. Raises NoFace when no frame holds a usable face, BadInput."""
+        """RGB frames (H, W, 3) uint8 of one size -> the avatar, which keeps them without a copy.
+
+        Raises NoFace when no frame holds a usable face, BadInput.
+        """
         avatar = Avatar.new()
         avatar.frames = [_picture(frame) for frame in frames]
         if len(sizes := {tuple(frame.shape) for frame in avatar.frames}) > 1:
@@ -69,11 +74,13 @@ class LipSync:
 
     @torch.inference_mode()
     def prompts(self, pcm: np.ndarray | Tensor, fps: Fraction, options: Options | None = None) -> Prompts:
-        """Speech (S,) float32 mono at 16 kHz -> audio tokens for every frame at `fps`. Raises BadAudio.
+        """Speech (S,) float32 mono at 16 kHz -> audio tokens for every frame at `fps`. Raises BadAudio, BadInput.
 
         The official finish hears the speech as it is; the natural one a quiet speech raised (musetalk.sound.level), and with
         `silence="auto"` it lets the mouth rest in silences (musetalk.sound.silence).
         """
+        if not isinstance(fps, Real) or not 0 < fps < math.inf:
+            raise BadInput(f"fps is {fps!r}: give frames a second, such as Fraction(25)")
         options, resting, pcm = options or Options.for_version(self.nets.version), list[float](), mono(pcm)
         if options.finish == "natural":
             heard, pcm = pcm, raised(pcm)
@@ -88,7 +95,7 @@ class LipSync:
         """Yield one RGB frame (H, W, 3) uint8 for every 1/fps of the speech, in order.
 
         Frames without a face pass through untouched. `state`: one whose generator is recorded, say; else one is made. Raises
-        BadAudio, and BadInput for an avatar without its clip's frames.
+        BadAudio, and BadInput for a rate that is none, or an avatar without its clip's frames.
         """
         avatar.check_frames()
         options, state = options or Options.for_version(self.nets.version), state or State.of(self.nets)

@@ -133,6 +133,12 @@ def test_what_is_no_picture_is_refused_and_a_mirrored_one_is_none_such(lipsync: 
     assert torch.equal(backwards.frames[1], clip[0].flip(1))
 
 
+@pytest.mark.parametrize("fps", [0, -25, None, "25", float("nan"), float("inf")])
+def test_a_rate_that_is_none_is_refused(lipsync: LipSync, fps: Any) -> None:
+    with pytest.raises(BadInput, match="give frames a second"):
+        lipsync.prompts(pcm(1), fps)
+
+
 def test_an_avatar_without_its_clip_says_so(lipsync: LipSync) -> None:
     """As one from a cache is."""
     cached = Avatar.new()
