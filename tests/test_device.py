@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 
-from musetalk import Avatar, MuseTalkError, NonFiniteOutput, NoRoom
+from musetalk import Avatar, BadInput, MuseTalkError, NonFiniteOutput, NoRoom
 from musetalk.checkpoints import default_dtype
 from musetalk.errors import SameFace
 from musetalk.face import detect
@@ -323,9 +323,9 @@ def example(kind: type[BaseException]) -> BaseException:
 def test_the_map_of_exceptions_is_total() -> None:
     """Every exception of the library, and torch's own, becomes a leaf of the tree; the most specific entry decides.
 
-    But for NoRoom: jobs open no live session.
+    But for NoRoom: jobs open no live session. And for BadInput: a job's parameters are held to an option's limits before.
     """
-    own = everything(MuseTalkError) - {MuseTalkError, NoRoom}
+    own = everything(MuseTalkError) - {MuseTalkError, NoRoom, BadInput}
     for kind in (*own, torch.OutOfMemoryError, torch.AcceleratorError, MemoryError):
         if not kind.__module__.startswith(("musetalk", "torch", "builtins")):
             continue
