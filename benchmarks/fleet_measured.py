@@ -55,7 +55,7 @@ class Costs(NamedTuple):
 
     own: float  # of a job, while it runs
     gap: float  # between two jobs of a worker that never waits
-    workers: int
+    workers: int  # of the fleet
     pickup_one: float  # from a job's sending until it begins, where one worker waits
     pickup_all: float  # the same where all wait: each of them is woken and asks
 

@@ -43,7 +43,7 @@ from pipeline.errors import BadRequest, Stage, StageKey
 
 Length = Literal["speech", "clip"]
 Format = Literal["mp4", "webm", "mov"]
-WORD = r"^\S+$"
+ONE_WORD = r"^\S+$"
 JOB_ID = r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}$"
 NTSC = {Fraction(f"{n}/1001"): n / 1001 for n in (24000, 30000, 48000, 60000, 120000)}
 
@@ -293,9 +293,9 @@ class S3Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
-    accessId: Annotated[str, StringConstraints(pattern=WORD, max_length=512)]
-    accessSecret: Annotated[str, StringConstraints(pattern=WORD, max_length=4096)]
-    bucketName: Annotated[str, StringConstraints(pattern=WORD, max_length=255)]
+    accessId: Annotated[str, StringConstraints(pattern=ONE_WORD, max_length=512)]
+    accessSecret: Annotated[str, StringConstraints(pattern=ONE_WORD, max_length=4096)]
+    bucketName: Annotated[str, StringConstraints(pattern=ONE_WORD, max_length=255)]
     endpointUrl: Annotated[str, URL]
 
     @classmethod

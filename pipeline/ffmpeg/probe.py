@@ -182,7 +182,7 @@ def _with_picture(info: MediaInfo, stream: Stream, max_pixels: int, check: Calla
         return replace(info, undecodable=f"its colour matrix, {video.color_space}, is none that this worker converts")
     if info.format in JOINABLE:
         joined, between = _packets(info, stream.index, max_pixels, check)
-        video = replace(video, joined=joined, between_keys=between if info.format in UNINDEXED else 0.0)
+        video = replace(video, joined=joined, between_keys=between)
     return replace(info, video=video)
 
 
@@ -195,11 +195,12 @@ def filtered(stream: str, how: Opener, chain: str) -> list[str]:
 
 
 def _packets(info: MediaInfo, index: int, max_pixels: int, check: Callable[[], None]) -> tuple[bool, float]:
-    """Whether a stream's timestamps begin anew on the way, and the longest time from a key frame to the next one or to the end,
-    seconds, by its packets; nothing is decoded.
+    """Whether a stream's timestamps begin anew on the way; and the longest time from a key frame to the next one or to the end,
+    seconds, of a file in which seeking does not lead to one, else 0. By its packets: nothing is decoded.
     """
-    command = [child.ffmpeg(), "-nostdin", "-v", "warning", *guarded(info.path, max_pixels, info.opener), "-map", f"0:{index}",
-               "-c", "copy", "-f", "null", "-", "-map", f"0:{index}", "-c", "copy", "-f", "framecrc", "pipe:1"]
+    copied = ["-map", f"0:{index}", "-c", "copy", "-f"]
+    command = [child.ffmpeg(), "-nostdin", "-v", "warning", *guarded(info.path, max_pixels, info.opener), *copied, "null", "-",
+               *([*copied, "framecrc", "pipe:1"] if info.format in UNINDEXED else [])]
     _, out, log = child.run(command, child.PROBE_SEC, check=check)
     times = [(int(time), b"F=0x0" not in more) for time, more in _PACKET.findall(out)]
     keys = [time for time, key in times if key] + [time for time, _ in times[-1:]]
