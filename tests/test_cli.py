@@ -100,7 +100,9 @@ def test_one_pair_into_a_new_folder_from_awkward_names(
     short_clip: Path, word: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], clip: str, speech: str
 ) -> None:
     files = shutil.copy(short_clip, tmp_path / clip), shutil.copy(word, tmp_path / speech)
-    assert cli.main([*map(str, files), "-o", f"{tmp_path}/films/", "--preview", "--quiet"]) == 0, capsys.readouterr()
+    quiet = [] if clip.isascii() else ["--quiet"]  # pytest's capture takes no name that is no UTF-8
+    assert cli.main([*map(str, files), "-o", f"{tmp_path}/films/", "--preview", *quiet]) == 0, capsys.readouterr()
+    assert quiet or capsys.readouterr().out.startswith(f"{tmp_path}/films/{clip.strip()}: ")
     assert [p.name for p in (tmp_path / "films").iterdir()] == [clip.strip()]
 
 
@@ -170,8 +172,9 @@ def test_an_ended_film_leaves_nothing(
     os.killpg(process.pid, number)  # a terminal sends it to the children, too
     out, err = process.communicate(timeout=30)
     assert process.returncode == code, err
-    assert out == ""
-    assert err.endswith("error: interrupted; nothing was written\n") if number == signal.SIGINT else err == ""
+    if more:
+        err = err.removeprefix(f"can be played: {(tmp_path / 'films' / 'o.hls' / 'playlist.m3u8').as_uri()}\n")
+    assert (out, err) == ("", "error: interrupted; nothing was written\n" if number == signal.SIGINT else "")
     assert not list(tmp_path.glob("musetalk-job-*"))
     assert not (tmp_path / "films").exists()
 

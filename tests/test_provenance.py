@@ -244,13 +244,8 @@ def test_no_source_makes_the_worker_call_out(film: Path, tmp_path: Path, pair: t
         assert {i["title"] for i in credentials(film)["active"]["ingredients"]} == {"source clip", "speech"}
 
 
-FAULTS = {"expired": "is valid from", "other key": "does not belong", "no pem": "holds no certificate",
-          "no file": "neither PEM text nor a file", "ca": "does not belong", "key only": "belong together",
-          "label off": "AI_LABEL=off"}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_wrong_signer_is_refused(tmp_path: Path, pair: tuple[Path, Path], fault: str) -> None:
+@pytest.mark.parametrize("fault", ["expired", "other key", "no pem", "no file", "ca", "key only", "label off"])
+def test_a_wrong_signer_stops_the_worker(tmp_path: Path, pair: tuple[Path, Path], fault: str) -> None:
     chain, key = make(tmp_path / "new", days=(-20, -1) if fault == "expired" else (-1, 10))
     variables = {"C2PA_CERT": str(chain), "C2PA_KEY": str(key)} | {
         "expired": {}, "other key": {"C2PA_KEY": str(pair[1])}, "no pem": {"C2PA_CERT": str(SAMPLES / "still.png")},
@@ -259,13 +254,9 @@ def test_a_wrong_signer_is_refused(tmp_path: Path, pair: tuple[Path, Path], faul
     with pytest.raises(BadSetting) as e:
         Marker(Settings.from_env(variables))
     assert "\n" not in str(e.value)
-    assert FAULTS[fault] in str(e.value)
-
-
-def test_a_wrong_signer_stops_the_worker(pair: tuple[Path, Path]) -> None:
-    variables = {"C2PA_CERT": str(SAMPLES / "still.png"), "C2PA_KEY": str(pair[1])}
-    with pytest.raises(BadSetting) as e:
-        Marker(Settings.from_env(variables))
+    assert {"expired": "is valid from", "other key": "does not belong", "no pem": "holds no certificate",
+            "no file": "neither PEM text nor a file", "ca": "does not belong", "key only": "belong together",
+            "label off": "AI_LABEL=off"}[fault] in str(e.value)
     door = subprocess.run([sys.executable, "handler.py"], capture_output=True, text=True, cwd=SAMPLES.parent,
                           env={**os.environ, **variables})
     assert door.returncode == 1
